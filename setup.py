@@ -1,4 +1,4 @@
-"""Packaging of negtome-fast; tool settings live in pyproject.toml, tested versions in constraints.txt.
+"""Packaging of negtome-fast; tool settings are in pyproject.toml, versions: constraints.txt.
 
 The folder `kernels/` is installed as `negtome_fast.kernels`: a top-level module of that name would
 collide with the PyPI package `kernels`, which diffusers imports.
@@ -65,6 +65,8 @@ setup(
             "tiny_flux_avatars/**/*.json",
             "tiny_flux_avatars/**/*.safetensors",
             "tiny_flux_avatars/**/*.md",
+            "tiny_flux_avatars/**/*.txt",
+            "tiny_flux_avatars/**/NOTICE",
         ],
         "negtome_fast.kernels": ["tuned/*.json"],
     },
