@@ -1,4 +1,4 @@
-"""Packaging of negtome-fast; tool settings are in pyproject.toml, versions: constraints.txt.
+"""Packaging of negtome-fast; versions that tests run on are in constraints.txt.
 
 The folder `kernels/` is installed as `negtome_fast.kernels`: a top-level module of that name would
 collide with the PyPI package `kernels`, which diffusers imports.
