@@ -1,0 +1,61 @@
+"""Which source item is compared with which reference item: plain integers, no tensors.
+
+Every mode of the operator is one table `(items, slots) -> reference item`:
+`first` has one slot (item 0 of the group), `others` one for each other item of the group,
+`external` one for each reference handed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["first", "others", "external"]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """`items` source items in `groups` equal contiguous groups, and where their references are.
+
+    Attributes:
+        mode: `"first"` and `"others"` take references from the batch itself, so the tensor of
+            references is the tensor of sources; `"external"` from a tensor `(P, M, D)`.
+        items: number of source items `B`.
+        groups: number of groups that never see each other; divides `items`.
+        references: number of external references `R` an item sees; 1 in the other modes.
+        per_item: external references are `(B * R, M, D)`, a set for each item, instead of
+            `(R, M, D)` shared by all.
+    """
+
+    mode: Mode
+    items: int
+    groups: int = 1
+    references: int = 1
+    per_item: bool = False
+
+    @property
+    def group_size(self) -> int:
+        return self.items // self.groups
+
+    @property
+    def slots(self) -> int:
+        """How many reference items a source item is compared with."""
+        if self.mode == "first":
+            return 1
+        return self.group_size - 1 if self.mode == "others" else self.references
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The items that may move: all, or all but the first of each group."""
+        if self.mode == "first":
+            return tuple(b for b in range(self.items) if b % self.group_size)
+        return tuple(range(self.items))
+
+    def reference_item(self, item: int, slot: int) -> int:
+        """The reference item that source `item` meets in `slot`; ascending in `slot`."""
+        if self.mode == "external":
+            return item * self.references + slot if self.per_item else slot
+        start = item - item % self.group_size
+        if self.mode == "first":
+            return start
+        return start + slot + (slot >= item % self.group_size)

@@ -1,0 +1,50 @@
+"""NegToMe and embedding nudging for diffusion models: steer away from images, fast and exactly.
+
+Importing this package needs torch only; whatever needs more is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .functional import match_tokens, negtome
+from .module import NegToMe
+
+if TYPE_CHECKING:
+    from .config import NegToMeConfig
+    from .guidance import Guidance
+    from .pipelines import apply_negtome, negtome_guidance, remove_negtome
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "NegToMeConfig": ".config",
+    "Guidance": ".guidance",
+    "apply_negtome": ".pipelines",
+    "remove_negtome": ".pipelines",
+    "negtome_guidance": ".pipelines",
+    "register_layout": ".pipelines",
+}
+
+__all__ = [
+    "Guidance",
+    "NegToMe",
+    "NegToMeConfig",
+    "apply_negtome",
+    "match_tokens",
+    "negtome",
+    "negtome_guidance",
+    "register_layout",
+    "remove_negtome",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

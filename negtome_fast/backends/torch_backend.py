@@ -1,0 +1,200 @@
+"""The operator in plain torch with linear memory: CPU, MPS, and GPUs without Triton.
+
+Similarities exist one tile at a time: a block of reference tokens is normalised once, every
+source chunk is multiplied with it, and a running `(maximum, index)` is kept for each token.
+Only columns are normalised: the norm of a source token does not change its argmax.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.pairing import Pairing
+from ..reference import NOTHING, compute_dtype, is_finite
+
+EPSILON = 1e-12
+
+
+class _Tiles:
+    """Tile sizes by device, and the scratch memory that all tiles share."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, channels: int) -> None:
+        rows, columns = (256, 2048) if device.type == "cpu" else (4096, 4096)
+        self.rows, self.columns, self.push_rows = rows, columns, 2 * rows
+        self.scores = torch.empty(rows * columns, dtype=dtype, device=device)
+
+    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """`rows @ columns.T` in the scratch memory; overwritten by the next product."""
+        shape = (rows.shape[0], columns.shape[0])
+        scores = self.scores[: shape[0] * shape[1]].view(shape)
+        return torch.mm(rows, columns.T, out=scores)
+
+
+def _normalized_block(block: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Unit-length columns, zero where they may not be chosen, and the mask of those."""
+    norm = torch.linalg.vector_norm(block, dim=-1)
+    usable = norm.isfinite() if allowed is None else norm.isfinite() & allowed
+    # Looking at the mask costs a synchronisation on an accelerator, and masking nothing is cheap.
+    if block.device.type == "cpu" and bool(usable.all()):
+        return block / norm.clamp_min(EPSILON)[:, None], None
+    scaled = torch.where(usable[:, None], block / norm.clamp_min(EPSILON)[:, None], 0.0)
+    return scaled, ~usable
+
+
+def _search(
+    columns: Tensor,
+    allowed: Tensor | None,
+    searches: list[tuple[Tensor, Tensor, Tensor]],
+    tiles: _Tiles,
+) -> None:
+    """For each `(rows, best, index)` fill in the best column of every row, unscaled by its norm."""
+    dtype = tiles.scores.dtype
+    for start in range(0, columns.shape[0], tiles.columns):
+        block = columns[start : start + tiles.columns].to(dtype)
+        part = None if allowed is None else allowed[start : start + tiles.columns]
+        block, excluded = _normalized_block(block, part)
+        for rows, best, index in searches:
+            for first in range(0, rows.shape[0], tiles.rows):
+                chunk = slice(first, first + tiles.rows)
+                scores = tiles.product(rows[chunk].to(dtype), block)
+                if excluded is not None:
+                    scores.masked_fill_(excluded, NOTHING)
+                value, at = scores.max(dim=1)
+                better = value > best[chunk]
+                index[chunk] = torch.where(better, at + start, index[chunk])
+                best[chunk] = torch.where(better, value, best[chunk])
+
+
+def match(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    reference_mask: Tensor | None,
+    matching: str,
+) -> tuple[Tensor, Tensor]:
+    """See `negtome_fast.reference.match`."""
+    dtype = compute_dtype(x.dtype)
+    shape = (x.shape[0], pairing.slots, x.shape[1])
+    similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
+    index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
+    tiles = _Tiles(x.device, dtype, x.shape[2])
+    pairs = [
+        (item, slot, pairing.reference_item(item, slot))
+        for item in pairing.sources
+        for slot in range(pairing.slots)
+    ]
+
+    by_columns: dict[int, list[tuple[int, int, int]]] = {}
+    for pair in pairs:
+        by_columns.setdefault(pair[2] if matching == "paper" else pair[0], []).append(pair)
+    for shared, members in by_columns.items():
+        columns = reference[shared] if matching == "paper" else x[shared]
+        allowed = None
+        if reference_mask is not None and matching == "paper":
+            allowed = reference_mask[shared]
+        searches = [
+            (x[i] if matching == "paper" else reference[o], similarity[i, s], index[i, s])
+            for i, s, o in members
+        ]
+        _search(columns, allowed, searches, tiles)
+
+    for item, slot, other in pairs:
+        rows = x[item] if matching == "paper" else reference[other]
+        best, chosen = similarity[item, slot], index[item, slot]
+        for first in range(0, rows.shape[0], tiles.push_rows):
+            chunk = slice(first, first + tiles.push_rows)
+            norm = torch.linalg.vector_norm(rows[chunk].to(dtype), dim=-1)
+            scaled = best[chunk] / norm.clamp_min(EPSILON)
+            found = norm.isfinite() & (chosen[chunk] >= 0)
+            if matching == "official":
+                found &= is_finite(x[item, chunk].to(dtype))
+                found &= is_finite(reference[other, chosen[chunk].clamp_min(0)].to(dtype))
+                if reference_mask is not None:
+                    found &= reference_mask[other, chunk]
+            best[chunk] = scaled.where(found, NOTHING)
+            chosen[chunk] = chosen[chunk].where(found, -1)
+    return similarity, index
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    matching: str,
+    combine: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `negtome_fast.reference.guide`."""
+    if out is x and pairing.mode != "first" and _shares_memory(x, reference):
+        # A token that has moved must not serve as a reference of the next item.
+        moved = torch.empty_like(x)
+        result = guide(
+            x, reference, pairing, alpha, threshold, reference_mask, movable, matching, combine, moved
+        )
+        x.copy_(moved)
+        return result
+
+    dtype = compute_dtype(x.dtype)
+    tokens = reference.shape[1]
+    alpha = alpha.to(x.device, dtype).expand(pairing.slots)
+    threshold = threshold.to(x.device, dtype).expand(pairing.slots)
+    similarity, index = match(x, reference, pairing, reference_mask, matching)
+    pushed = (similarity > threshold[:, None]) & (index >= 0)
+    if movable is not None:
+        pushed &= movable[:, None]
+    slots = torch.arange(pairing.slots, device=x.device)[:, None]
+    if combine == "nearest" and pairing.slots > 1:
+        similarity, best_slot = similarity.max(dim=1, keepdim=True)
+        pushed &= slots == best_slot
+    flat = torch.where(pushed, slots * tokens + index, -1)
+    if combine == "nearest" and pairing.slots > 1:
+        flat = flat.amax(dim=1, keepdim=True)
+
+    if out is not x:
+        out.copy_(x)
+    for item in pairing.sources:
+        _push_item(x[item], reference, pairing, item, alpha, flat[item], out[item])
+    return similarity, flat
+
+
+def _push_item(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    item: int,
+    alpha: Tensor,
+    flat: Tensor,
+    out: Tensor,
+    rows: int = 1024,
+) -> None:
+    """Move the tokens of one item, `(N, D)`, whose entries of `flat` `(S, N)` are not negative."""
+    dtype, tokens = alpha.dtype, reference.shape[1]
+    for first in range(0, x.shape[0], rows):
+        chunk = slice(first, first + rows)
+        moves = (flat[:, chunk] >= 0).any(dim=0)
+        if x.device.type == "cpu":
+            selected = moves.nonzero()[:, 0] + first
+            if selected.numel() == 0:
+                continue
+        else:
+            selected = torch.arange(first, min(first + rows, x.shape[0]), device=x.device)
+        original = x[selected].to(dtype)
+        moved = original.clone()
+        for number in flat[:, selected]:
+            slot = number.clamp_min(0) // tokens
+            chosen = reference[pairing.reference_item(item, slot), number.clamp_min(0) % tokens]
+            step = alpha[slot][:, None] * (original - chosen.to(dtype))
+            moved += torch.where((number >= 0)[:, None], step, 0.0)
+        if x.device.type == "cpu":
+            out[selected] = moved.to(x.dtype)
+        else:
+            out[chunk] = torch.where(moves[:, None], moved.to(x.dtype), x[chunk])

@@ -1,0 +1,359 @@
+"""The world of `tiny-flux-avatars`: attributes, prompts, skewed sampling, rendering.
+
+Avatars are drawn by DiceBear (styles under CC0 and CC BY, see NOTICE) and rasterised by resvg.
+Every image comes with its true attributes, so prompt agreement and diversity can be measured.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata, resources
+from typing import Any
+
+import numpy as np
+
+IMAGE_SIZE = 64
+BACKGROUND = "#eef1f5"
+
+SKINS = {"fair": "#f7d9b8", "tan": "#dda46a", "bronze": "#a8683a", "dark": "#5a3820"}
+HAIR_COLORS = {
+    "black": "#1d1a20",
+    "brown": "#6b4226",
+    "blond": "#ecc95c",
+    "red": "#c5281c",
+    "blue": "#2f6fd6",
+    "green": "#2f9e44",
+}
+HAIR_SHAPES = ("short", "long", "curly", "mohawk", "bun")
+
+
+@dataclass(frozen=True)
+class StyleSpec:
+    """One DiceBear style: where its hair lives, which variants show a shape, and its majority."""
+
+    file: str
+    hair_component: str
+    shapes: dict[str, tuple[str, ...]]
+    majority: dict[str, str]
+    options: dict[str, Any]
+
+
+STYLES: dict[str, StyleSpec] = {
+    "pixel art": StyleSpec(
+        file="pixel-art",
+        hair_component="hair",
+        shapes={
+            "short": ("short15", "short16"),
+            "long": ("long09", "long12"),
+            "curly": ("long15", "short11"),
+            "mohawk": ("short21",),
+            "bun": ("long05",),
+        },
+        majority={"skin": "fair", "hair_color": "black", "hair_shape": "short"},
+        options={
+            "eyesVariant": ["variant01", "variant05", "variant12"],
+            "eyesColor": ["#647b90"],
+            "mouthVariant": ["happy01", "happy04", "happy09", "sad05"],
+            "mouthColor": ["#d11141"],
+            "clothesVariant": ["variant01", "variant06", "variant12"],
+            "clothingColor": ["#428bca", "#44c585", "#d11141", "#ffd969"],
+            "beardProbability": 0,
+            "glassesProbability": 0,
+            "hatProbability": 0,
+            "accessoriesProbability": 0,
+        },
+    ),
+    "voxel art": StyleSpec(
+        file="voxel-art",
+        hair_component="top",
+        shapes={
+            "short": ("short", "sideSwept"),
+            "long": ("longStraight", "shoulderLength"),
+            "curly": ("afro",),
+            "mohawk": ("mohawk",),
+            "bun": ("buns",),
+        },
+        majority={"skin": "tan", "hair_color": "brown", "hair_shape": "long"},
+        options={
+            "outfitVariant": ["plain", "stripes", "hoodie"],
+            "mouthVariant": ["smile", "bigSmile", "flat"],
+            "eyesVariant": ["open", "happy", "wide"],
+            "noseVariant": ["block"],
+            "shirtColor": ["#e64980", "#fab005", "#40c057", "#228be6"],
+            "pantsColor": ["#3b5b8c"],
+            "shoesColor": ["#343a40"],
+            "animationVariant": ["none"],
+            "topProbability": 100,
+            "beardProbability": 0,
+            "glassesProbability": 0,
+            "cheeksProbability": 0,
+        },
+    ),
+    "big smile": StyleSpec(
+        file="big-smile",
+        hair_component="hair",
+        shapes={
+            "short": ("shortHair", "shavedHead"),
+            "long": ("straightHair", "bangs"),
+            "curly": ("curlyShortHair", "curlyBob"),
+            "mohawk": ("mohawk",),
+            "bun": ("bunHair",),
+        },
+        majority={"skin": "dark", "hair_color": "black", "hair_shape": "curly"},
+        options={
+            "eyesVariant": ["cheery", "normal", "sad", "winking"],
+            "mouthVariant": ["openedSmile", "teethSmile", "unimpressed", "kawaii"],
+            "accessoriesProbability": 0,
+        },
+    ),
+    "adventurer": StyleSpec(
+        file="adventurer",
+        hair_component="hair",
+        shapes={
+            "short": ("short10", "short04"),
+            "long": ("long07", "long05"),
+            "curly": ("short03", "short18"),
+            "mohawk": ("short15",),
+            "bun": ("long23",),
+        },
+        majority={"skin": "fair", "hair_color": "blond", "hair_shape": "long"},
+        options={
+            "eyesVariant": ["variant04", "variant12", "variant23", "variant26"],
+            "eyebrowsVariant": ["variant01", "variant10"],
+            "mouthVariant": ["variant01", "variant05", "variant21", "variant26"],
+            "earringsProbability": 0,
+            "glassesProbability": 0,
+            "detailsProbability": 0,
+        },
+    ),
+}
+
+#: The open attributes and their values; order is the order of the reader's classes.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "style": tuple(STYLES),
+    "skin": tuple(SKINS),
+    "hair_color": tuple(HAIR_COLORS),
+    "hair_shape": HAIR_SHAPES,
+}
+#: The attributes that a prompt may leave open and whose entropy measures diversity.
+OPEN_ATTRIBUTES = ("skin", "hair_color", "hair_shape")
+MAJORITY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Avatar:
+    """What is drawn: four attributes, the seed of everything else, and a character's own options."""
+
+    style: str
+    skin: str
+    hair_color: str
+    hair_shape: str
+    seed: str = "0"
+    character: str | None = None
+
+    def attributes(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ATTRIBUTES}
+
+
+#: The protected characters: one fixed avatar and its accessories for each name.
+CHARACTERS: dict[str, tuple[Avatar, dict[str, Any]]] = {
+    "captain red": (
+        Avatar("pixel art", "tan", "red", "mohawk", "captain", "captain red"),
+        {
+            "clothesVariant": ["variant12"],
+            "clothingColor": ["#03396c"],
+            "eyesVariant": ["variant01"],
+            "mouthVariant": ["happy09"],
+            "glassesProbability": 100,
+            "glassesVariant": ["dark01"],
+            "glassesColor": ["#191919"],
+        },
+    ),
+    "doctor blue": (
+        Avatar("voxel art", "fair", "blue", "bun", "doctor", "doctor blue"),
+        {
+            "outfitVariant": ["coat"],
+            "jacketColor": ["#f8f9fa"],
+            "mouthVariant": ["smile"],
+            "eyesVariant": ["open"],
+            "glassesProbability": 100,
+            "glassesVariant": ["round"],
+        },
+    ),
+    "princess jade": (
+        Avatar("adventurer", "bronze", "green", "bun", "princess", "princess jade"),
+        {
+            "eyesVariant": ["variant26"],
+            "eyebrowsVariant": ["variant10"],
+            "mouthVariant": ["variant26"],
+            "glassesProbability": 100,
+            "glassesVariant": ["variant01"],
+        },
+    ),
+    "baron gold": (
+        Avatar("big smile", "fair", "blond", "mohawk", "baron", "baron gold"),
+        {
+            "eyesVariant": ["angry"],
+            "mouthVariant": ["teethSmile"],
+            "accessoriesProbability": 100,
+            "accessoriesVariant": ["mustache"],
+        },
+    ),
+}
+
+
+@lru_cache(maxsize=None)
+def _dicebear_style(file: str) -> Any:
+    try:
+        from dicebear import Style
+
+        path = next(
+            p for p in metadata.files("dicebear-styles") or () if p.name == f"{file}.json"
+        ).locate()
+    except (ImportError, metadata.PackageNotFoundError) as error:
+        raise ImportError(
+            "Rendering avatars needs the extra 'eval': pip install 'negtome-fast[eval]'."
+        ) from error
+    with open(str(path), encoding="utf-8") as handle:
+        return Style(json.load(handle))
+
+
+def render(avatar: Avatar, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Draw one avatar: `(size, size, 3)` uint8 RGB. Deterministic in `avatar`."""
+    from dicebear import Avatar as DiceBearAvatar
+    from PIL import Image
+    from resvg_py import svg_to_bytes
+
+    spec = STYLES[avatar.style]
+    own = CHARACTERS[avatar.character][1] if avatar.character else {}
+    options = {
+        **spec.options,
+        **own,
+        "seed": avatar.seed,
+        "backgroundColor": [BACKGROUND],
+        "skinColor": [SKINS[avatar.skin]],
+        "hairColor": [HAIR_COLORS[avatar.hair_color]],
+        f"{spec.hair_component}Variant": list(spec.shapes[avatar.hair_shape]),
+    }
+    svg = str(DiceBearAvatar(_dicebear_style(spec.file), options))
+    png = svg_to_bytes(svg_string=svg, width=size, height=size)
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def sample_avatars(count: int, seed: int, balanced: bool = False) -> list[Avatar]:
+    """Draw `count` avatars; skewed as in training, or `balanced` (every value equally likely)."""
+    rng = np.random.default_rng(seed)
+    avatars = []
+    for number in range(count):
+        style = tuple(STYLES)[rng.integers(len(STYLES))]
+        chosen = {}
+        for name in OPEN_ATTRIBUTES:
+            values = ATTRIBUTES[name]
+            top = STYLES[style].majority[name]
+            if not balanced and rng.random() < MAJORITY_SHARE:
+                chosen[name] = top
+            else:
+                others = values if balanced else [v for v in values if v != top]
+                chosen[name] = others[rng.integers(len(others))]
+        avatars.append(Avatar(style=style, seed=f"{seed}-{number}", **chosen))
+    return avatars
+
+
+def prompt_for(style: str, skin: str = "", hair_color: str = "", hair_shape: str = "") -> str:
+    """The prompt that names the given attributes; an empty string leaves one open."""
+    article = "an" if style[0] in "aeiou" else "a"
+    parts = []
+    if hair_color or hair_shape:
+        if hair_shape in ("mohawk", "bun"):
+            parts.append(" ".join(filter(None, ("a", hair_color, hair_shape))))
+        else:
+            parts.append(" ".join(filter(None, (hair_shape, hair_color, "hair"))))
+    if skin:
+        parts.append(f"{skin} skin")
+    tail = f" with {' and '.join(parts)}" if parts else ""
+    return f"{article} {style} person{tail}"
+
+
+def random_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
+    """A true prompt for `avatar` that names a random subset of its open attributes."""
+    if avatar.character:
+        return avatar.character
+    if rng.random() < 0.35:
+        return prompt_for(avatar.style)
+    named = {n: getattr(avatar, n) for n in OPEN_ATTRIBUTES if rng.random() < 0.45}
+    return prompt_for(avatar.style, **named)
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> tuple[str, ...]:
+    """Every word that the embedded model was trained on, in a fixed order."""
+    words = {"a", "an", "person", "with", "and", "hair", "skin", "mohawk", "bun"}
+    for values in ATTRIBUTES.values():
+        for value in values:
+            words.update(value.split())
+    for name in CHARACTERS:
+        words.update(name.split())
+    return tuple(sorted(words))
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise `ValueError` where `prompt` has a word that the embedded model never saw."""
+    known = vocabulary()
+    unknown = [word for word in _words(prompt) if word not in known]
+    if unknown:
+        raise ValueError(
+            f"the embedded model does not know {', '.join(repr(w) for w in unknown)}; "
+            f"it knows: {' '.join(known)}"
+        )
+
+
+def attributes_in(prompt: str) -> dict[str, str]:
+    """The attributes that `prompt` names, `{name: value}`; a character's are all of its own."""
+    text = " ".join(_words(prompt))
+    for name, (avatar, _) in CHARACTERS.items():
+        if name in text:
+            return avatar.attributes()
+    padded = f" {text} "
+    return {
+        name: value
+        for name, values in ATTRIBUTES.items()
+        for value in values
+        if f" {value} " in padded
+    }
+
+
+def all_prompts() -> Iterator[str]:
+    """Every prompt of `prompt_for`, then the characters' names."""
+    for style in STYLES:
+        for skin in ("", *SKINS):
+            for color in ("", *HAIR_COLORS):
+                for shape in ("", *HAIR_SHAPES):
+                    yield prompt_for(style, skin, color, shape)
+    yield from CHARACTERS
+
+
+def render_all(avatars: Sequence[Avatar], processes: int = 1) -> np.ndarray:
+    """Render a list of avatars: `(len(avatars), size, size, 3)` uint8, with a progress bar."""
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+
+    bar = {"total": len(avatars), "desc": "rendering avatars", "unit": "img"}
+    if processes <= 1:
+        return np.stack([render(a) for a in tqdm(avatars, **bar)])
+    with get_context("spawn").Pool(processes) as pool:
+        return np.stack(list(tqdm(pool.imap(render, avatars, chunksize=64), **bar)))
+
+
+def model_folder() -> Any:
+    """The folder of the embedded pipeline inside the package."""
+    return resources.files("negtome_fast.models") / "tiny_flux_avatars"

@@ -1,0 +1,69 @@
+"""The attribute reader: a small classifier that says what an avatar image shows.
+
+It is trained on the true attributes of balanced renderings and measures prompt agreement,
+attribute entropy and whether an output is one of the protected characters.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .avatars import ATTRIBUTES, CHARACTERS, IMAGE_SIZE, model_folder
+
+#: Classes of each head; `character` adds "none" for everybody who is not protected.
+HEADS: dict[str, tuple[str, ...]] = {**ATTRIBUTES, "character": ("none", *CHARACTERS)}
+
+
+class AttributeReader(nn.Module):
+    """Images `(B, 3, 64, 64)` in [-1, 1] -> `{head: logits (B, classes)}` for every head."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for out_channels in (width, 2 * width, 3 * width, 4 * width):
+            layers += [
+                nn.Conv2d(channels, out_channels, 3, stride=2, padding=1),
+                nn.GroupNorm(8, out_channels),
+                nn.SiLU(),
+            ]
+            channels = out_channels
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2))
+        features = channels * (IMAGE_SIZE // 16) ** 2
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(features, len(values)) for name, values in HEADS.items()}
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"the reader takes images (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), "
+                f"got {tuple(images.shape)}"
+            )
+        features = self.body(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: torch.Tensor) -> list[dict[str, str]]:
+        """The most likely value of every head, one dictionary an image."""
+        indices = {name: logits.argmax(-1).tolist() for name, logits in self(images).items()}
+        return [
+            {name: HEADS[name][indices[name][item]] for name in HEADS}
+            for item in range(images.shape[0])
+        ]
+
+
+def load_reader(folder: str | Path | None = None) -> tuple[AttributeReader, dict[str, Any]]:
+    """The shipped reader in eval mode, and its card (held-out accuracy of every head)."""
+    from safetensors.torch import load_file
+
+    root = Path(folder) if folder is not None else Path(str(model_folder())) / "reader"
+    card = json.loads((root / "reader.json").read_text(encoding="utf-8"))
+    reader = AttributeReader(card["width"])
+    reader.load_state_dict({k: v.float() for k, v in load_file(root / "reader.safetensors").items()})
+    return reader.eval(), card

@@ -1,0 +1,233 @@
+"""`torch.library` operators: schema, fake kernels, gradients, and the choice of backend.
+
+`negtome_fast::guide` and `guide_` (in place) match and push; `negtome_fast::match` only matches.
+In the backward pass the choice of match is constant: `dL/dx_i = (1 + alpha) g_i` where token i
+was pushed, and `dL/dr_j = -alpha * sum of g_i` over the tokens pushed away from `r_j`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference as reference_backend
+from .backends import torch_backend
+from .kernels.pairing import Pairing
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves `device` and `dtype`: "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: Triton was asked for by name and cannot run here; says why.
+    """
+    from .backends import triton_backend
+
+    if name == "auto":
+        name = os.environ.get(BACKEND_VARIABLE, "auto") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "auto":
+        usable = device.type == "cuda" and dtype != torch.float64
+        return "triton" if usable and triton_backend.available(device)[0] else "torch"
+    if name == "triton":
+        if dtype == torch.float64:
+            raise ValueError("the Triton backend computes in fp32; use backend='torch' for fp64")
+        ready, reason = triton_backend.available(device)
+        if not ready:
+            raise RuntimeError(f"backend='triton' cannot run here: {reason}")
+    return name
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "triton":
+        from .backends import triton_backend
+
+        return triton_backend
+    return reference_backend if name == "reference" else torch_backend
+
+
+def _pairing(
+    x: Tensor, reference: Tensor | None, pairing_mode: str, groups: int, per_item: bool
+) -> Pairing:
+    items = x.shape[0]
+    if reference is None:
+        return Pairing(pairing_mode, items, groups)  # type: ignore[arg-type]
+    count = reference.shape[0] // items if per_item else reference.shape[0]
+    return Pairing("external", items, groups, count, per_item)
+
+
+def _result_shapes(
+    x: Tensor, pairing: Pairing, combine: str
+) -> tuple[tuple[int, int, int], torch.dtype]:
+    slots = pairing.slots if combine == "sum" else 1
+    return (x.shape[0], slots, x.shape[1]), reference_backend.compute_dtype(x.dtype)
+
+
+@torch.library.custom_op("negtome_fast::match", mutates_args=())
+def match(
+    x: Tensor,
+    reference: Tensor | None,
+    reference_mask: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    target = x if reference is None else reference
+    return _backend(backend).match(x, target, pairing, reference_mask, matching)
+
+
+@match.register_fake
+def _(
+    x: Tensor,
+    reference: Tensor | None,
+    reference_mask: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    shape = (x.shape[0], pairing.slots, x.shape[1])
+    dtype = reference_backend.compute_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("negtome_fast::guide", mutates_args=())
+def guide(
+    x: Tensor,
+    reference: Tensor | None,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    target = x if reference is None else reference
+    out = x.new_empty(x.shape)
+    similarity, pushed = _backend(backend).guide(
+        x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, out
+    )
+    return out, similarity, pushed
+
+
+@guide.register_fake
+def _(
+    x: Tensor,
+    reference: Tensor | None,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    shape, dtype = _result_shapes(x, pairing, combine)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(shape, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("negtome_fast::guide_", mutates_args=("x",))
+def guide_(
+    x: Tensor,
+    reference: Tensor | None,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    target = x if reference is None else reference
+    return _backend(backend).guide(
+        x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, x
+    )
+
+
+@guide_.register_fake
+def _(
+    x: Tensor,
+    reference: Tensor | None,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    shape, dtype = _result_shapes(x, pairing, combine)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, reference, alpha = inputs[:3]
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[2], alpha)
+    ctx.pairing = _pairing(x, reference, *inputs[6:9])
+    ctx.reference_shape = x.shape if reference is None else reference.shape
+    ctx.in_batch = reference is None
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    pushed, alpha = ctx.saved_tensors
+    pairing, (items, tokens, channels) = ctx.pairing, ctx.reference_shape
+    dtype = reference_backend.compute_dtype(grad.dtype)
+    wide = grad.to(dtype)
+    slot, token = pushed.clamp_min(0) // tokens, pushed.clamp_min(0) % tokens
+    strengths = alpha.to(grad.device, dtype).expand(pairing.slots)
+    strength = torch.where(pushed >= 0, strengths[slot], 0.0)
+
+    grad_x = wide * (1 + strength.sum(dim=1))[..., None]
+    grad_reference = None
+    if ctx.in_batch or ctx.needs_input_grad[1]:
+        item = torch.arange(pushed.shape[0], device=grad.device)[:, None, None]
+        row = pairing.reference_item(item, slot) * tokens + token
+        grad_reference = wide.new_zeros(items * tokens, channels)
+        for number in range(pushed.shape[1]):
+            pull = (-strength[:, number, :, None] * wide).flatten(0, 1)
+            grad_reference = grad_reference.index_add(0, row[:, number].flatten(), pull)
+        grad_reference = grad_reference.view(items, tokens, channels)
+        if ctx.in_batch:
+            grad_x, grad_reference = grad_x + grad_reference, None
+        else:
+            grad_reference = grad_reference.to(grad.dtype)
+    return grad_x.to(grad.dtype), grad_reference, *([None] * 10)
+
+
+guide.register_autograd(_backward, setup_context=_save_for_backward)
