@@ -1,0 +1,267 @@
+"""Settings of the guidance: what is pushed, how strongly, in which steps and in which blocks.
+
+A configuration is an immutable value that is checked when it is made and can be stored as JSON.
+It knows nothing of models; `Guidance` and the pipelines read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from typing import Any, Literal
+
+NOISE = 1000.0
+"""The scheduler's timestep of pure noise."""
+
+_ROUNDING = 1e-3
+"""Slack at both ends of the window: flow schedulers give 899.99994 where 900 is meant."""
+
+_CHOICES = {
+    "reference": ("first", "others"),
+    "matching": ("paper", "official"),
+    "combine": ("nearest", "sum"),
+    "placement": ("output", "pre_projection"),
+    "backend": ("auto", "triton", "torch", "reference"),
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "flux": {"alpha": 0.9, "threshold": 0.65, "t_start": NOISE, "t_end": 900.0},
+    "sdxl": {
+        "alpha": 0.9,
+        "threshold": 0.7,
+        "t_start": NOISE,
+        "t_end": 800.0,
+        "blocks": ("up_blocks",),
+        "min_grid": (32, 32),
+    },
+}
+# The authors give no settings for SD 1.5; its UNet is built as SDXL's is.
+_PRESETS["sd15"] = _PRESETS["sdxl"]
+
+
+@dataclass(frozen=True)
+class NegToMeConfig:
+    """How a batch is guided. The defaults are the authors' for FLUX.1 (arXiv 2412.01339).
+
+    Attributes:
+        alpha: push strength; positive pushes away from the reference, negative pulls toward it,
+            0 only measures (outputs stay bit-identical, statistics are kept). Authors: 0.9.
+        threshold: cosine similarity, -1 to 1, that a match must exceed, strictly. Authors: 0.65
+            for FLUX.1, 0.7 for SDXL.
+        t_start, t_end: the window of guided steps in the scheduler's timesteps, from 1000 (noise)
+            down to 0 (image); both ends belong to it. Authors: 1000 to 900 for FLUX.1, 1000 to
+            800 for SDXL.
+        steps: the window as fractions of the steps of a run instead: `(0.0, 0.25)` guides the
+            first quarter, that is step i of n where start <= i / n < end. Few-step models hit a
+            window in timesteps by luck only. Where it is set, t_start and t_end are not used.
+        reference: `"first"`: item 0 of every group is the reference and comes out bit-identical;
+            `"others"`: every item is pushed away from all others of its group.
+        matching: `"paper"`, or `"official"` for the index order of the authors' code.
+        combine: `"nearest"`: the best match over all references; `"sum"`: the sum of all pushes.
+            They differ only where an item has several references.
+        dropout: probability, 0 to 1, that a matched token is spared. Authors: 0.
+        seed: of the private generator that draws the dropout; every run starts it anew, and the
+            pipeline's own random numbers are not touched.
+        blocks: names of the attention modules to guide; None is all that the model's layout
+            offers. A name with `*`, `?` or `[` is a pattern for the whole module name; any other
+            matches whole dot-separated parts: `"up_blocks"`, `"transformer_blocks.3"`, `"attn1"`.
+        exclude_blocks: names of modules to leave out, in the same notation.
+        min_grid: smallest (height, width) of a block's token grid that is guided. Authors: (32, 32)
+            for SDXL, none for FLUX.1.
+        placement: `"output"`: the output of the attention module; `"pre_projection"`: the input
+            of its output projection, where the authors' FLUX.1 code works.
+        groups: number of equal contiguous parts of a forward's batch that never see each other.
+            None finds the halves of classifier-free guidance by itself. Two prompts of four
+            images each under concatenated classifier-free guidance are four groups.
+        backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
+
+    Raises:
+        TypeError, ValueError: a value cannot be right; the message says what would be.
+    """
+
+    alpha: float = 0.9
+    threshold: float = 0.65
+    t_start: float = NOISE
+    t_end: float = 900.0
+    steps: tuple[float, float] | None = None
+    reference: Literal["first", "others"] = "first"
+    matching: Literal["paper", "official"] = "paper"
+    combine: Literal["nearest", "sum"] = "nearest"
+    dropout: float = 0.0
+    seed: int = 0
+    blocks: tuple[str, ...] | None = None
+    exclude_blocks: tuple[str, ...] = ()
+    min_grid: tuple[int, int] | None = None
+    placement: Literal["output", "pre_projection"] = "output"
+    groups: int | None = None
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        for name in ("alpha", "threshold", "t_start", "t_end", "dropout"):
+            self._set(name, _real(name, getattr(self, name)))
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a cosine similarity, -1 to 1, not {self.threshold}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout is a probability, 0 to 1, not {self.dropout}")
+        self._check_window()
+        self._set("seed", _whole("seed", self.seed, at_least=0))
+        if self.groups is not None:
+            self._set("groups", _whole("groups", self.groups, at_least=1))
+        if self.min_grid is not None:
+            height, width = _pair("min_grid", self.min_grid, "(height, width)")
+            grid = (_whole("min_grid", height, at_least=1), _whole("min_grid", width, at_least=1))
+            self._set("min_grid", grid)
+        if self.blocks is not None:
+            self._set("blocks", _names("blocks", self.blocks))
+            if not self.blocks:
+                raise ValueError("blocks is empty, so nothing would be guided; None means all")
+        self._set("exclude_blocks", _names("exclude_blocks", self.exclude_blocks))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_window(self) -> None:
+        for name in ("t_start", "t_end"):
+            if not 0 <= getattr(self, name) <= NOISE:
+                raise ValueError(
+                    f"{name} is a scheduler timestep, 1000 (noise) to 0, not {getattr(self, name)}"
+                )
+        if self.t_start < self.t_end:
+            raise ValueError(
+                f"t_start={self.t_start:g} lies below t_end={self.t_end:g}; timesteps run from "
+                "1000 (noise) down to 0, so exchange the two"
+            )
+        if self.steps is not None:
+            start, end = (
+                _real("steps", part) for part in _pair("steps", self.steps, "(start, end)")
+            )
+            if not 0 <= start < end <= 1:
+                raise ValueError(
+                    f"steps=(start, end) are fractions with 0 <= start < end <= 1, "
+                    f"not ({start:g}, {end:g})"
+                )
+            self._set("steps", (start, end))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> NegToMeConfig:
+        """The authors' settings for a family: `"flux"` or `"sdxl"`; `"sd15"` uses SDXL's.
+
+        Matching and placement keep this package's defaults; `matching="official"` and, for FLUX,
+        `placement="pre_projection"` are what the authors' code does.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, _PRESETS))}")
+        return cls(**_PRESETS[name]).with_overrides(**overrides)
+
+    def with_overrides(self, **overrides: Any) -> NegToMeConfig:
+        """A copy with some fields replaced; an unknown name is an error that lists the known."""
+        _check_names(overrides)
+        return replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values that JSON can hold."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NegToMeConfig:
+        """The inverse of `to_dict`; absent fields take their defaults, unknown ones are errors."""
+        _check_names(values)
+        return cls(**values)
+
+    def includes_block(self, block: str) -> bool:
+        """Whether the attention module of this name passes `blocks` and `exclude_blocks`."""
+        included = self.blocks is None or any(_matches(p, block) for p in self.blocks)
+        return included and not any(_matches(p, block) for p in self.exclude_blocks)
+
+    def includes_grid(self, grid: tuple[int, int] | None) -> bool:
+        """Whether a block with this (height, width) of tokens passes `min_grid`."""
+        if self.min_grid is None:
+            return True
+        if grid is None:
+            raise ValueError(
+                f"min_grid={self.min_grid} is set, but the token grid of this block is not known; "
+                "pass grid=(height, width), or use a configuration without min_grid"
+            )
+        return grid[0] >= self.min_grid[0] and grid[1] >= self.min_grid[1]
+
+    def includes_step(
+        self,
+        timestep: float | None,
+        step: int | None = None,
+        num_steps: int | None = None,
+        tolerance: float = 0.0,
+    ) -> bool:
+        """Whether a step lies in the window.
+
+        Args:
+            timestep: the scheduler's timestep, 1000 to 0; may be None where `steps` is set.
+            step, num_steps: index of the step from 0, and the steps of the run; needed by `steps`.
+            tolerance: rounding of `timestep`, in timesteps, where it went through a short float.
+        """
+        if self.steps is not None:
+            if step is None or num_steps is None:
+                raise ValueError(
+                    f"steps={self.steps} needs the index of the step and the number of steps; "
+                    "they are known to a pipeline, and to begin_step(step=..., num_steps=...)"
+                )
+            done = step / num_steps
+            return self.steps[0] - 1e-9 <= done < self.steps[1] - 1e-9
+        if timestep is None:
+            raise ValueError("a window in timesteps needs the timestep of the step")
+        slack = tolerance + _ROUNDING
+        return self.t_end - slack <= timestep <= self.t_start + slack
+
+
+def _matches(pattern: str, block: str) -> bool:
+    if any(character in pattern for character in "*?["):
+        return fnmatchcase(block, pattern)
+    return f".{pattern}." in f".{block}."
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(NegToMeConfig)]
+    unknown = [repr(name) for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {known}")
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}: {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, not {value}")
+    return int(value)
+
+
+def _pair(name: str, value: Any, form: str) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be two values {form}, not {value!r}")
+    return value[0], value[1]
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) and n for n in names):
+        raise TypeError(f"{name} must be names or patterns of modules, not {value!r}")
+    return tuple(names)

@@ -1,0 +1,18 @@
+"""Guidance of diffusers pipelines by hooks, and the table of model classes that it knows."""
+
+from ..guidance import BlockRow, GuidanceSummary
+from .api import NegToMeHandle, apply_negtome, negtome_guidance, remove_negtome
+from .layouts import ImageTokens, Layout, known_layouts, register_layout
+
+__all__ = [
+    "BlockRow",
+    "GuidanceSummary",
+    "ImageTokens",
+    "Layout",
+    "NegToMeHandle",
+    "apply_negtome",
+    "known_layouts",
+    "negtome_guidance",
+    "register_layout",
+    "remove_negtome",
+]

@@ -1,0 +1,179 @@
+"""Where the image tokens are: one table entry for each class of denoiser.
+
+A `Layout` says which arguments of the model's forward hold the latents and the time, how many
+image tokens follow from them, and where these lie in an attention output. Nothing here imports
+diffusers: models are recognised by the names of their classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..guidance import Grid
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The image among the tokens of one forward.
+
+    Attributes:
+        stream: tokens N of the model's image stream; an attention output of N tokens is all image.
+        generated: how many of them, from the first on, are the image that is generated; the rest
+            are conditions that an edit pipeline appended.
+        grid: (height, width) with height * width = generated, where known.
+    """
+
+    stream: int
+    generated: int
+    grid: Grid | None = None
+
+
+def _as_it_is(value: float) -> float:
+    return value
+
+
+def _times_1000(value: float) -> float:
+    return value * 1000
+
+
+def no_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """For models whose `grid_modules` tell the tokens block by block."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a class of denoisers is guided.
+
+    Attributes:
+        latents: name of the forward's argument that holds the noisy latents, items first.
+        timestep: name of the argument that holds the time.
+        scheduler_timestep: from the value of that argument to the scheduler's timestep, 1000
+            (noise) to 0. None asks the pipeline's scheduler instead.
+        guidance: `"concatenated"` where pipelines put the halves of classifier-free guidance into
+            one batch, which is then found by comparing the latents; `"sequential"` where they
+            call the model once for each, so that a batch is always one group.
+        image_tokens: (model, arguments by name) -> `ImageTokens`, or None where it cannot tell.
+            Called once per run and shape, so it may read a value from the device.
+        grid_modules: class names of modules whose input (B, C, H, W) holds the tokens of the
+            attention modules inside them: a UNet has a grid for each resolution.
+        joint: order in an attention output that holds more than the image: `"text_first"`,
+            `"image_first"`, or None where that does not happen. A tuple's first entry is the image.
+        blocks: patterns (fnmatch) of the attention modules' names that can be guided.
+        exclude: patterns of names that never are.
+        attention: class names, with bases, that make a module an attention module.
+        preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
+    """
+
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    scheduler_timestep: Callable[[float], float] | None = _as_it_is
+    guidance: Literal["concatenated", "sequential"] = "concatenated"
+    image_tokens: Callable[[nn.Module, Mapping[str, Any]], ImageTokens | None] = no_image_tokens
+    grid_modules: tuple[str, ...] = ()
+    joint: Literal["text_first", "image_first"] | None = None
+    blocks: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("*refiner*", "*temporal*", "*motion_modules*", "*audio*")
+    attention: tuple[str, ...] = ("Attention", "MochiAttention", "AttentionModuleMixin")
+    preset: str | None = None
+
+
+def flux_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """FLUX.1: `hidden_states` (B, N, C) and `img_ids` (N, 3) of (image, row, column).
+
+    Kontext appends the tokens of its input image with 1 in the first column.
+    """
+    stream = arguments["hidden_states"].shape[1]
+    ids = arguments.get("img_ids")
+    if ids is None:
+        return ImageTokens(stream, stream)
+    ids = ids[0] if ids.ndim == 3 else ids
+    own = ids[ids[:, 0] == 0]
+    generated = own.shape[0]
+    if generated == 0 or not bool((ids[:generated, 0] == 0).all()):
+        return ImageTokens(stream, stream)
+    extent = own[:, 1:].amax(0) - own[:, 1:].amin(0)
+    height, width = (int(length) + 1 for length in extent.tolist())
+    return ImageTokens(stream, generated, (height, width) if height * width == generated else None)
+
+
+def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:
+    """What the first tensor of an unknown model suggests: (B, N, C), or (B, C, H, W) in patches."""
+    latents = next((value for value in arguments.values() if isinstance(value, torch.Tensor)), None)
+    if latents is None or latents.ndim not in (3, 4):
+        return None
+    if latents.ndim == 3:
+        return ImageTokens(latents.shape[1], latents.shape[1])
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    patch = patch if isinstance(patch, int) else 1
+    height, width = latents.shape[2] // patch, latents.shape[3] // patch
+    return ImageTokens(height * width, height * width, (height, width))
+
+
+UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=latent_image_tokens)
+"""Serves classes that are not in the table, where tuples and lengths settle what is the image."""
+
+_LAYOUTS: dict[str, Layout] = {
+    "FluxTransformer2DModel": Layout(
+        scheduler_timestep=_times_1000,
+        guidance="sequential",
+        image_tokens=flux_image_tokens,
+        joint="text_first",
+        blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+        preset="flux",
+    ),
+    "UNet2DConditionModel": Layout(
+        latents="sample",
+        grid_modules=("Transformer2DModel",),
+        blocks=("*.attn1", "*.attn2"),
+        preset="sdxl",
+    ),
+}
+
+
+def register_layout(model_class: type | str, layout: Layout) -> None:
+    """Makes a class of denoisers known to `apply_negtome`; an entry of the same name is replaced.
+
+    ```python
+    register_layout("MyTransformer", Layout(
+        latents="hidden_states", timestep="timestep",
+        scheduler_timestep=lambda t: t * 1000,          # this model is given t / 1000
+        guidance="sequential",
+        image_tokens=lambda model, arguments: ImageTokens(
+            arguments["hidden_states"].shape[1], arguments["hidden_states"].shape[1]),
+        joint="text_first",
+    ))
+    ```
+
+    Args:
+        model_class: the class or its name. Subclasses are served too.
+        layout: how it is guided.
+    """
+    name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"model_class must be a class or its name, not {model_class!r}")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, not {type(layout).__name__}")
+    _LAYOUTS[name] = layout
+
+
+def known_layouts() -> dict[str, Layout]:
+    """A copy of the table: class name -> layout."""
+    return dict(_LAYOUTS)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The entry of the model's class or of its nearest base; `UNKNOWN` where there is none."""
+    for base in type(model).__mro__:
+        if base.__name__ in _LAYOUTS:
+            return _LAYOUTS[base.__name__]
+    return UNKNOWN
+
+
+def is_attention(module: nn.Module, layout: Layout) -> bool:
+    """Whether the layout counts this module as an attention module."""
+    return any(base.__name__ in layout.attention for base in type(module).__mro__)
