@@ -1,0 +1,92 @@
+"""The shapes of hidden states that are measured, and the random tokens that fill them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Share of the reference in a token, drawn between these: about half the tokens get pushed.
+SHARED = (0.3, 0.95)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hidden states `(items, tokens, channels)` in equal `groups`; item 0 of each is the reference.
+
+    `memory_only` marks shapes whose naive similarity matrix is the point, not their time.
+    """
+
+    name: str
+    items: int
+    tokens: int
+    channels: int
+    groups: int = 1
+    memory_only: bool = False
+
+    @property
+    def multiply_adds(self) -> int:
+        """What matching costs: `(B - G) * N * N * D`, the reference items being skipped."""
+        return (self.items - self.groups) * self.tokens**2 * self.channels
+
+    @property
+    def elements(self) -> int:
+        return self.items * self.tokens * self.channels
+
+    def __str__(self) -> str:
+        size = f"{self.items}x{self.tokens}x{self.channels}"
+        return size if self.groups == 1 else f"{size}/{self.groups}"
+
+
+FLUX_1024 = Shape("FLUX 1024 px", 4, 4096, 3072)
+FLUX_768 = Shape("FLUX 768 px", 4, 2304, 3072)
+SDXL_64 = Shape("SDXL 1024 px, 64x64", 8, 4096, 640, groups=2)
+SDXL_32 = Shape("SDXL 1024 px, 32x32", 8, 1024, 1280, groups=2)
+WAN_720 = Shape("Wan 720p, 81 frames", 2, 75600, 5120)
+SDXL_64_ONE_GROUP = Shape("SDXL 64x64, one group", 4, 4096, 640)
+LONG = Shape("16384 tokens", 2, 16384, 640, memory_only=True)
+
+GPU_SHAPES = (FLUX_1024, SDXL_64, SDXL_32, FLUX_768, WAN_720)
+CPU_SHAPES = (SDXL_64_ONE_GROUP, SDXL_32, FLUX_768, SDXL_64, LONG)
+QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640, groups=2))
+
+
+def parse_shape(text: str) -> Shape:
+    """`"4x4096x640"` or, with two groups, `"8x4096x640/2"`.
+
+    Raises:
+        ValueError: anything else, or groups that do not divide the items or hold a single item.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
+    if not found:
+        raise ValueError(f"shape {text!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
+    items, tokens, channels, groups = (int(part or 1) for part in found.groups())
+    if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
+        raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
+    return Shape(text, items, tokens, channels, groups)
+
+
+def random_tokens(
+    shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> Tensor:
+    """Random hidden states in which every token resembles some token of its reference.
+
+    Each token is `c * r + sqrt(1 - c^2) * noise` for a random reference token `r` and a random
+    `c`, so that cosines spread around the threshold as they do in a network. Independent tokens
+    would never be similar in hundreds of channels, and nothing would ever be pushed.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.empty(shape.items, shape.tokens, shape.channels, dtype=dtype, device=device)
+    size = shape.items // shape.groups
+    for item in range(shape.items):
+        x[item].normal_(generator=generator)
+        if item % size == 0:
+            continue
+        reference = x[item - item % size]
+        shared = torch.rand(shape.tokens, 1, generator=generator, device=device)
+        shared = (SHARED[0] + (SHARED[1] - SHARED[0]) * shared).to(dtype)
+        chosen = torch.randint(shape.tokens, (shape.tokens,), generator=generator, device=device)
+        x[item].mul_((1 - shared**2).sqrt()).addcmul_(shared, reference[chosen])
+    return x

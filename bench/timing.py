@@ -1,0 +1,148 @@
+"""Times side by side: candidates take turns, round by round, and ratios are taken within a round.
+
+Drift of the clock speed, and other load, then hits all candidates alike and cancels in the ratio.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+Sampler = Callable[[], float]
+
+WARM_UP_ROUNDS = 2
+GRAPH_SECONDS = 1e-3
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median, 20th and 80th percentile of some samples, and how many there were."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The `share` quantile of ascending samples, interpolated linearly."""
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """Raises ValueError where there is nothing to summarize."""
+    if not samples:
+        raise ValueError("no samples to summarize")
+    ordered = sorted(samples)
+    return Summary(
+        quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8), len(ordered)
+    )
+
+
+def pairwise_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Summary:
+    """Summary of the ratios of samples of the same round."""
+    if len(numerator) != len(denominator):
+        raise ValueError(f"{len(numerator)} samples cannot be paired with {len(denominator)}")
+    return summarize([top / bottom for top, bottom in zip(numerator, denominator, strict=True)])
+
+
+def interleave(
+    samplers: Mapping[str, Sampler],
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Sample all in turns until `seconds` are over; each round begins with another one."""
+    names = list(samplers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = clock() + seconds
+    rounds = 0
+    while rounds < min_rounds or (clock() < end and rounds < max_rounds):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(samplers[name]())
+        rounds += 1
+    return samples
+
+
+def cpu_sampler(function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Sampler:
+    """Seconds of one call; the inputs take turns."""
+    calls = 0
+
+    def sample() -> float:
+        nonlocal calls
+        x = inputs[calls % len(inputs)]
+        calls += 1
+        start = time.perf_counter()
+        function(x)
+        return time.perf_counter() - start
+
+    function(inputs[0])
+    return sample
+
+
+def _calls_per_sample(one_call: Callable[[], object], inputs: int) -> int:
+    """Enough calls for the events' resolution, and every input as often as the others."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    one_call()
+    end.record()
+    end.synchronize()
+    wanted = math.ceil(GRAPH_SECONDS / max(start.elapsed_time(end) * 1e-3, 1e-6))
+    return inputs * max(1, math.ceil(wanted / inputs))
+
+
+def cuda_sampler(function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Sampler:
+    """Seconds of one call, averaged over the replay of a CUDA graph of calls on rotating inputs.
+
+    The graph leaves the launch overhead of Python out of everyone's time. What cannot be captured
+    is timed as a row of ordinary calls; `sample.captured` tells which.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for x in inputs[:2]:
+            function(x)
+        calls = _calls_per_sample(lambda: function(inputs[0]), len(inputs))
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+    def run_all() -> None:
+        for call in range(calls):
+            function(inputs[call % len(inputs)])
+
+    replay: Callable[[], object] = run_all
+    captured = False
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run_all()
+        replay, captured = graph.replay, True
+    except RuntimeError:
+        torch.cuda.synchronize()
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    sample.captured = captured  # type: ignore[attr-defined]
+    for _ in range(WARM_UP_ROUNDS):
+        sample()
+    return sample
