@@ -49,7 +49,7 @@ $(VENV)/created:
 	@touch $@
 
 # torch comes first, on its own: what follows then finds it installed and does not replace it.
-$(VENV)/installed-%: setup.py pyproject.toml constraints.txt | $(VENV)/created
+$(VENV)/installed-%: setup.py constraints.txt | $(VENV)/created
 	@echo "Setting up $(VENV) for '$*' (the first time downloads torch and takes minutes)"
 	$(PIP) setuptools torch
 	$(PIP) --no-build-isolation -e '.[$*]'
