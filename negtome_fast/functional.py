@@ -313,6 +313,9 @@ def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tenso
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         if not torch.compiler.is_compiling() and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+        if torch.compiler.is_compiling():
+            # A product keeps the number symbolic in the graph; `full` would specialise on it.
+            return torch.ones((), dtype=_parameter_dtype(x), device=x.device) * value
         return torch.full((), value, dtype=_parameter_dtype(x), device=x.device)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")

@@ -22,6 +22,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves `device` and `dtype`: "triton", "torch" or "reference".
 
