@@ -30,7 +30,13 @@ TEST_SHARE = 0.4
 #: Kept back for ending cleanly.
 MARGIN_SECONDS = 10.0
 #: The tests that run kernels, most important first; those a checkout does not have are left out.
-TESTS = ("test_operator.py", "test_kernels.py", "test_ops.py", "test_errors.py", "test_compat.py")
+TESTS = (
+    "test_operator.py",
+    "test_triton_kernels.py",
+    "test_torch_library.py",
+    "test_compat.py",
+    "test_gradients.py",
+)
 #: First what the targets are about, then what takes long to compile.
 BENCHMARKS = {
     "eager": ["authors", "matmul"],
@@ -92,11 +98,7 @@ def run_tests(out: Path, seconds: float) -> dict[str, Any]:
     outcomes.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *tests]
-    environment = {
-        "NEGTOME_FAST_TEST_DEVICE": "cuda",
-        "TRITON_INTERPRET": "0",
-        "NEGTOME_FAST_OUTCOMES": str(outcomes),
-    }
+    environment = {"TRITON_INTERPRET": "0", "NEGTOME_FAST_OUTCOMES": str(outcomes)}
     started = time.monotonic()
     code = run_limited(command, out / "tests.log", seconds, environment)
     return {
