@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import avatars as world
+from .card import model_card
 from .reader import HEADS, AttributeReader
 
 TEXT_LENGTH = 16
@@ -442,16 +443,20 @@ def train_reader(
 
 
 def export(pipe: Any, reader: AttributeReader, record: dict[str, Any], out: Path) -> None:
-    """The pipeline in bf16 safetensors, the reader beside it, and the training record."""
+    """The pipeline in bf16 safetensors, the reader beside it, the training record and the card."""
     from safetensors.torch import save_file
 
     pipe = pipe.to(torch.bfloat16)
     pipe.save_pretrained(out)
     (out / "reader").mkdir(parents=True, exist_ok=True)
     save_file({k: v.half() for k, v in reader.state_dict().items()}, out / "reader" / "reader.safetensors")
-    card = {"width": 32, "heads": {k: list(v) for k, v in HEADS.items()}, **record["reader"]}
-    (out / "reader" / "reader.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    reader_card = {"width": 32, "heads": {k: list(v) for k, v in HEADS.items()}, **record["reader"]}
+    (out / "reader" / "reader.json").write_text(json.dumps(reader_card, indent=1) + "\n", encoding="utf-8")
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
+    card = model_card(record, parameters, LATENT_CHANNELS)
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
