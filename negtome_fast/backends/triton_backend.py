@@ -1,0 +1,405 @@
+"""The operator on Triton: allocates, chooses grids and configurations, launches kernels/.
+
+Paper matching with combine="nearest" is two launches: column scales, then match, threshold and push
+fused. Everything else matches first and pushes in a further launch. Nothing here waits for the
+device, and inputs are taken with the strides that they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import tuning
+from ..kernels.pairing import Pairing
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether, and as what
+# ---------------------------------------------------------------------------------------------
+@functools.cache
+def _interpreting() -> bool:
+    """Whether the kernels are interpreted: settled when Triton first decorates them."""
+    from triton.runtime import JITFunction
+
+    from ..kernels.match import match_kernel
+
+    return not isinstance(match_kernel, JITFunction)
+
+
+@functools.cache
+def _arch(index: int) -> str:
+    """`"sm_90"`, `"gfx942"`, ... of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def available(device: torch.device | str) -> tuple[bool, str]:
+    """Whether this backend can run on `device`, and the reason in words either way.
+
+    Imports Triton only where the device leaves the question open.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        return False, f"Triton kernels do not run on {device.type} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    requested = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if device.type == "cpu" and not requested:
+        return False, "Triton needs a GPU; on the CPU it only interprets, under TRITON_INTERPRET=1"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return False, "PyTorch finds no GPU"
+        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            return False, "Triton kernels need compute capability 8.0 (Ampere) or newer"
+    try:
+        interpreting = _interpreting()
+    except Exception as error:  # a broken installation may fail in any way; the reason says how
+        return False, f"Triton cannot be imported: {error}"
+    if interpreting:
+        return True, "Triton interprets its kernels with numpy (TRITON_INTERPRET is set): slow"
+    if device.type == "cpu":
+        return False, "TRITON_INTERPRET was set only after Triton had decorated the kernels"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return True, f"Triton compiles its kernels for {_arch(index)}"
+
+
+def _require(x: Tensor) -> None:
+    usable, reason = available(x.device)
+    if not usable:
+        raise RuntimeError(f"the triton backend cannot run on {x.device}: {reason}")
+    if x.dtype not in _DTYPES:
+        names = ", ".join(_DTYPES.values())
+        raise ValueError(f"the triton backend takes {names}, got {x.dtype}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments of launches
+# ---------------------------------------------------------------------------------------------
+def _launch_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the device of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _config(kernel: str, x: Tensor, M: int) -> tuning.Config:
+    if _interpreting():
+        arch = tuning.INTERPRETED
+    else:
+        arch = _arch(x.device.index)
+    return tuning.configuration(kernel, arch, _DTYPES[x.dtype], x.shape[1], M, x.shape[2])
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _reference_step(pairing: Pairing) -> int:
+    """How many reference items further the next source item's first one is."""
+    return pairing.references if pairing.per_item else 0
+
+
+def _bytes(mask: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A boolean (rows, tokens) mask as bytes, without a copy, and its strides."""
+    if mask is None:
+        return None, 0, 0
+    return mask.view(torch.uint8), mask.stride(0), mask.stride(1)
+
+
+def _per_slot(value: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """`alpha` or `threshold` on the device of `x`, and its stride over the slots."""
+    if value.device != x.device:
+        # Known on the host: handed over as the argument of a fill, which needs no transfer.
+        value = torch.full((), float(value), dtype=torch.float32, device=x.device)
+    value = value.to(torch.float32)
+    return value, value.stride(0) if value.numel() > 1 else 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte of `tensor` in memory and the byte after its last."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )
+
+
+def _fill_group_heads(pairing: Pairing, *fills: tuple[Tensor, float]) -> None:
+    """With reference "first" no program owns item 0 of a group: it has no match."""
+    if pairing.mode == "first":
+        for tensor, value in fills:
+            tensor[:: pairing.group_size].fill_(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Launches
+# ---------------------------------------------------------------------------------------------
+def _scales(tokens: Tensor, mask: Tensor | None, item_step: int = 1) -> Tensor:
+    """Column scales (P, M) fp32 of tokens (P, M, D); only items 0, item_step, ... are written."""
+    from ..kernels.match import scale_kernel
+
+    items, M, D = tokens.shape
+    scale = torch.empty((items, M), dtype=torch.float32, device=tokens.device)
+    config = _config("scale", tokens, M)
+    mask, *mask_strides = _bytes(mask)
+    scale_kernel[(_blocks(M, config.BLOCK_M), _blocks(items, item_step))](
+        tokens,
+        mask,
+        scale,
+        M,
+        D,
+        item_step,
+        *tokens.stride(),
+        *mask_strides,
+        **config.meta("BLOCK_M", "BLOCK_K"),
+    )
+    return scale
+
+
+def _reference_scales(reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
+    return _scales(reference, mask, pairing.group_size if pairing.mode == "first" else 1)
+
+
+def _match(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    reference_mask: Tensor | None,
+    matching: str,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.match import match_kernel
+
+    B, N, D = x.shape
+    M = reference.shape[1]
+    shape = (B, pairing.slots, N)
+    similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
+    index = torch.empty(shape, dtype=torch.int64, device=x.device)
+    _fill_group_heads(pairing, (similarity, float("-inf")), (index, -1))
+    sources = len(pairing.sources)
+    if sources == 0 or N == 0:
+        return similarity, index
+    official = matching == "official"
+    reference_scale = _reference_scales(reference, reference_mask, pairing)
+    # The paper's matching needs no source scale before the walk; it does not read this argument.
+    x_scale = _scales(x, None) if official else reference_scale
+    config = _config("match", x, M)
+    match_kernel[(_blocks(N, config.BLOCK_M), sources, pairing.slots)](
+        x,
+        reference,
+        x_scale,
+        reference_scale,
+        similarity,
+        index,
+        N,
+        M,
+        D,
+        pairing.slots,
+        pairing.group_size,
+        _reference_step(pairing),
+        *x.stride(),
+        *reference.stride(),
+        MODE=pairing.mode,
+        OFFICIAL=official,
+        INTERPRETED=_interpreting(),
+        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    )
+    return similarity, index
+
+
+def match(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    reference_mask: Tensor | None,
+    matching: str,
+) -> tuple[Tensor, Tensor]:
+    """Best reference token per source token and slot.
+
+    Args:
+        x: (B, N, D) fp32, bf16 or fp16, any strides.
+        reference: (P, M, D), any strides; `x` itself unless `pairing.mode` is `"external"`.
+        pairing: which source item meets which reference item, in C slots.
+        reference_mask: (P, M) bool or None, True where a token may be matched.
+        matching: `"paper"` or `"official"`.
+
+    Returns:
+        similarity (B, C, N) fp32 and index (B, C, N) int64; -inf and -1 where there is no match.
+
+    Raises:
+        ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
+    """
+    _require(x)
+    with _launch_device(x):
+        return _match(x, reference, pairing, reference_mask, matching)
+
+
+def guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    matching: str,
+    combine: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Match, threshold and push; the result is written to `out`.
+
+    Args:
+        x, reference, pairing, reference_mask, matching: as for `match`.
+        alpha, threshold: fp32, shape () or (C,).
+        movable: (B, N) bool or None, True where a source token may move.
+        combine: `"nearest"` (S = 1) or `"sum"` (S = C).
+        out: (B, N, D), any strides, written completely; or `x` for in-place, where only tokens
+            that move are written.
+
+    Returns:
+        similarity (B, S, N) fp32, -inf where there is no match; and pushed (B, S, N) int64,
+        slot * M + token where a token was pushed, else -1.
+
+    Raises:
+        ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
+    """
+    _require(x)
+    with _launch_device(x):
+        target = out
+        # Group heads are never written, so "first" has no hazard; other references that are also
+        # outputs would be read by one program after another has moved them.
+        if pairing.mode != "first" and _overlap(out, reference):
+            target = torch.empty_like(x)
+        inplace = _same_view(target, x)
+        if pairing.mode == "first" and not inplace:
+            heads = slice(None, None, pairing.group_size)
+            target[heads].copy_(x[heads])
+        results = _guide(
+            x,
+            reference,
+            pairing,
+            alpha,
+            threshold,
+            reference_mask,
+            movable,
+            matching,
+            combine,
+            target,
+            inplace,
+        )
+        if target is not out:
+            out.copy_(target)
+        return results
+
+
+def _guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    matching: str,
+    combine: str,
+    out: Tensor,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """`guide` where `out` shares no memory with a reference that moves."""
+    from ..kernels.match import fused_kernel
+    from ..kernels.push import push_kernel
+
+    B, N, D = x.shape
+    M = reference.shape[1]
+    sources = len(pairing.sources)
+    total = combine == "sum"
+    pushed = torch.empty((B, pairing.slots if total else 1, N), dtype=torch.int64, device=x.device)
+    _fill_group_heads(pairing, (pushed, -1))
+    alpha, stride_alpha = _per_slot(alpha, x)
+    threshold, stride_threshold = _per_slot(threshold, x)
+    movable, *movable_strides = _bytes(movable)
+    sizes = (N, M, D, pairing.slots, pairing.group_size, _reference_step(pairing))
+    strides = (
+        *x.stride(),
+        *reference.stride(),
+        *out.stride(),
+        stride_alpha,
+        stride_threshold,
+        *movable_strides,
+    )
+
+    if matching == "paper" and not total:
+        similarity = torch.empty((B, 1, N), dtype=torch.float32, device=x.device)
+        _fill_group_heads(pairing, (similarity, float("-inf")))
+        if sources == 0 or N == 0:
+            return similarity, pushed
+        reference_scale = _reference_scales(reference, reference_mask, pairing)
+        config = _config("fused", x, M)
+        fused_kernel[(_blocks(N, config.BLOCK_M), sources)](
+            x,
+            reference,
+            reference_scale,
+            alpha,
+            threshold,
+            movable,
+            out,
+            similarity,
+            pushed,
+            *sizes,
+            *strides,
+            MODE=pairing.mode,
+            INPLACE=inplace,
+            INTERPRETED=_interpreting(),
+            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        )
+        return similarity, pushed
+
+    match_similarity, match_index = _match(x, reference, pairing, reference_mask, matching)
+    if total:
+        similarity = match_similarity
+    else:
+        similarity = torch.empty((B, 1, N), dtype=torch.float32, device=x.device)
+        _fill_group_heads(pairing, (similarity, float("-inf")))
+    if sources == 0 or N == 0:
+        return similarity, pushed
+    config = _config("push", x, M)
+    push_kernel[(_blocks(N, config.BLOCK_M), sources)](
+        x,
+        reference,
+        match_similarity,
+        match_index,
+        alpha,
+        threshold,
+        movable,
+        out,
+        similarity,
+        pushed,
+        *sizes,
+        *strides,
+        MODE=pairing.mode,
+        SUM=total,
+        INPLACE=inplace,
+        **config.meta("BLOCK_M", "BLOCK_K"),
+    )
+    return similarity, pushed

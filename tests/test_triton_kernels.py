@@ -1,0 +1,364 @@
+"""What only the Triton kernels can get wrong: blocks, strides, offsets, dtypes, in-place writes.
+
+The table of cases that every backend runs through is in test_operator.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from negtome_fast.backends import triton_backend
+from negtome_fast.kernels import tuning
+from negtome_fast.kernels.pairing import Pairing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INFINITY = float("inf")
+
+MODES = {
+    "first": Pairing("first", 3),
+    "first in two groups": Pairing("first", 4, groups=2),
+    "others": Pairing("others", 3),
+    "others in two groups": Pairing("others", 6, groups=2),
+    "shared references": Pairing("external", 2, references=3),
+    "references per item": Pairing("external", 2, references=2, per_item=True),
+}
+
+
+def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random tokens with a common direction, so that a threshold of 0.3 divides them."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape, generator=generator)
+    return (noise + torch.randn(shape[-1], generator=generator) * 0.8).to(dtype).to(DEVICE)
+
+
+def reference_of(pairing: Pairing, x: Tensor, M: int) -> Tensor:
+    if pairing.mode != "external":
+        return x
+    P = pairing.references * (pairing.items if pairing.per_item else 1)
+    return tokens(P, M, x.shape[2], seed=1, dtype=x.dtype)
+
+
+def cosines(x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None) -> Tensor:
+    """(B, C, N, M) in fp64, -inf where not allowed."""
+    x, reference = x.double(), reference.double()
+    result = torch.full(
+        (x.shape[0], pairing.slots, x.shape[1], reference.shape[1]), -INFINITY, dtype=x.dtype
+    ).to(x.device)
+    for item in pairing.sources:
+        for slot in range(pairing.slots):
+            p = pairing.reference_item(item, slot)
+            result[item, slot] = (
+                torch.nn.functional.normalize(x[item], dim=-1)
+                @ torch.nn.functional.normalize(reference[p], dim=-1).T
+            )
+            if mask is not None:
+                result[item, slot][:, ~mask[p]] = -INFINITY
+    return result
+
+
+def pushed_by(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    pushed: Tensor,
+) -> Tensor:
+    """The output that `pushed` (B, S, N) asks for, in fp64."""
+    M = reference.shape[1]
+    y = x.double()
+    for item, row, token in (pushed >= 0).nonzero().tolist():
+        slot, position = divmod(int(pushed[item, row, token]), M)
+        matched = reference[pairing.reference_item(item, slot), position].double()
+        strength = alpha.double().expand(pairing.slots)[slot]
+        y[item, token] += strength * (x[item, token].double() - matched)
+    return y
+
+
+def guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor | float = 0.9,
+    threshold: Tensor | float = 0.3,
+    reference_mask: Tensor | None = None,
+    movable: Tensor | None = None,
+    matching: str = "paper",
+    combine: str = "nearest",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.full_like(x, float("nan")) if out is None else out
+    similarity, pushed = triton_backend.guide(
+        x,
+        reference,
+        pairing,
+        torch.as_tensor(alpha),
+        torch.as_tensor(threshold),
+        reference_mask,
+        movable,
+        matching,
+        combine,
+        out,
+    )
+    return out, similarity, pushed
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch):
+    """Force one configuration on all kernels."""
+
+    def force(*config: int) -> None:
+        chosen = tuning.Config(*config)
+        monkeypatch.setattr(tuning, "configuration", lambda *_: chosen)
+
+    return force
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("combine", ["nearest", "sum"])
+@pytest.mark.parametrize("matching", ["paper", "official"])
+def test_push_follows_the_fp64_definition(mode: str, combine: str, matching: str) -> None:
+    pairing = MODES[mode]
+    x = tokens(pairing.items, 37, 24)
+    reference = reference_of(pairing, x, 37 if matching == "official" else 50)
+    mask = torch.rand(reference.shape[:2], generator=torch.Generator().manual_seed(2)) < 0.8
+    mask = mask.to(DEVICE)
+    movable = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)) < 0.8
+    movable = movable.to(DEVICE)
+    alpha = torch.linspace(0.5, 1.0, pairing.slots)
+    threshold = torch.linspace(0.5, 0.3, pairing.slots)
+
+    y, similarity, pushed = guide(
+        x,
+        reference,
+        pairing,
+        alpha.to(DEVICE),
+        threshold.to(DEVICE),
+        mask,
+        movable,
+        matching,
+        combine,
+    )
+
+    if matching == "paper":
+        best, index = cosines(x, reference, pairing, mask).max(-1)
+    else:
+        best, index = cosines(x, reference, pairing, None).max(-2)
+        for item in pairing.sources:
+            for slot in range(pairing.slots):
+                best[item, slot][~mask[pairing.reference_item(item, slot)]] = -INFINITY
+    M = reference.shape[1]
+    flat = index + torch.arange(pairing.slots, device=DEVICE)[None, :, None] * M
+    limit = threshold.to(DEVICE).double()[None, :, None].expand_as(best)
+    if combine == "nearest":
+        best, slot = best.max(1, keepdim=True)
+        flat, limit = flat.gather(1, slot), limit.gather(1, slot)
+    expected = torch.where((best > limit) & movable[:, None], flat, -1)
+    torch.testing.assert_close(similarity, best.float(), rtol=0, atol=1e-5)
+    assert torch.equal(pushed, expected)
+    assert 0 < (pushed >= 0).sum() < pushed.numel()
+    truth = pushed_by(x, reference, pairing, alpha, expected)
+    torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [(16, 16, 16), (32, 64, 16), (64, 32, 128), (128, 128, 64)])
+@pytest.mark.parametrize("matching", ["paper", "official"])
+def test_matches_do_not_depend_on_the_blocks(blocks, config, matching: str) -> None:
+    pairing = Pairing("others", 2)
+    x = tokens(2, 70, 24)
+    x[:, 45:65] = x[:, 10:30]  # exact ties, in another tile for some of the configurations
+    expected = triton_backend.match(x, x, pairing, None, matching)
+    _, expected_best, expected_pushed = guide(x, x, pairing, matching=matching)
+    blocks(*config, 4, 1)
+    similarity, index = triton_backend.match(x, x, pairing, None, matching)
+    _, best, pushed = guide(x, x, pairing, matching=matching)
+    assert int(index.max()) < 70 and not ((index >= 45) & (index < 65)).any()
+    assert torch.equal(index, expected[1])
+    assert torch.equal(pushed, expected_pushed)
+    torch.testing.assert_close(similarity, expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(best, expected_best, rtol=0, atol=1e-6)
+
+
+def test_ties_go_to_the_lowest_token_and_slot(blocks) -> None:
+    blocks(16, 16, 16, 4, 1)
+    x = tokens(2, 40, 24)
+    reference = tokens(1, 20, 24, seed=1).repeat(3, 2, 1)
+    pairing = Pairing("external", 2, references=3)
+    _, index = triton_backend.match(x, reference, pairing, None, "paper")
+    assert int(index.max()) < 20
+    _, _, pushed = guide(x, reference, pairing, threshold=-1.0)
+    assert int(pushed.max()) < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("combine", ["nearest", "sum"])
+def test_rounds_once_to_the_dtype_of_the_input(dtype: torch.dtype, combine: str) -> None:
+    pairing = MODES["shared references"]
+    x = tokens(2, 50, 96, dtype=dtype)
+    reference = reference_of(pairing, x, 70)
+    y, similarity, pushed = guide(x, reference, pairing, combine=combine)
+    all_cosines = cosines(x, reference, pairing, None)
+    best = all_cosines.amax(-1)
+    best = best if combine == "sum" else best.amax(1, keepdim=True)
+    torch.testing.assert_close(similarity.double(), best, rtol=0, atol=2e-6)
+    truth = pushed_by(x, reference, pairing, torch.tensor(0.9), pushed)
+    spacing = torch.finfo(dtype).eps * truth.abs()
+    # Half a spacing of the dtype, plus the fp32 arithmetic before the one rounding.
+    assert bool(((y.double() - truth).abs() <= 0.5 * spacing + 1e-5).all())
+
+
+def test_strided_slices_and_channels_give_the_contiguous_result() -> None:
+    pairing = MODES["shared references"]
+    joint = tokens(2, 90, 80)
+    x = joint[:, 45:, ::2]
+    reference = tokens(30, 3, 40, seed=1).permute(1, 0, 2)
+    mask = (torch.arange(30) % 3 > 0).to(DEVICE).expand(3, 30)
+    movable = (torch.arange(45) % 4 > 0).to(DEVICE)[:, None].expand(45, 2).T
+    expected = guide(
+        x.contiguous(),
+        reference.contiguous(),
+        pairing,
+        reference_mask=mask.contiguous(),
+        movable=movable.contiguous(),
+    )
+    surrounding = torch.full((2, 40, 90), 7.0, device=DEVICE)
+    out = surrounding.transpose(1, 2)[:, 45:]
+    result = guide(x, reference, pairing, reference_mask=mask, movable=movable, out=out)
+    for actual, wanted in zip(result, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert bool((surrounding[:, :, :45] == 7.0).all())
+
+
+@pytest.mark.parametrize("combine", ["nearest", "sum"])
+def test_offsets_beyond_32_bits(combine: str) -> None:
+    # Strides that leave 2^31 bytes between two tokens, and items beyond 2^31 elements, over memory
+    # that is reserved but hardly touched.
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
+        pytest.skip("needs 16 GB of GPU memory")
+    far = 2**31 + 16
+    pool = torch.empty(2 * far + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = pool.as_strided((2, 5, 8), (far, 8, 1))
+    x.copy_(tokens(2, 5, 8))
+    pairing = Pairing("first", 2)
+    expected = guide(x.clone(), x.clone(), pairing, combine=combine)
+    _, _, pushed = guide(x, x, pairing, combine=combine, out=x)
+    assert torch.equal(pushed, expected[2])
+    assert torch.equal(x, expected[0])
+
+    token_far = 2**29 + 16
+    x = pool.as_strided((1, 5, 8), (8, token_far, 1))
+    x.copy_(tokens(1, 5, 8))
+    reference = pool[64:].as_strided((1, 5, 8), (8, token_far, 1))
+    reference.copy_(tokens(1, 5, 8, seed=1))
+    pairing = Pairing("external", 1)
+    expected = guide(x.clone(), reference.clone(), pairing, combine=combine)
+    result = guide(x, reference, pairing, combine=combine)
+    assert torch.equal(result[0], expected[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("combine", ["nearest", "sum"])
+@pytest.mark.parametrize("matching", ["paper", "official"])
+def test_in_place_equals_out_of_place(mode: str, combine: str, matching: str) -> None:
+    pairing = MODES[mode]
+    x = tokens(pairing.items, 37, 24)
+    reference = reference_of(pairing, x, 37)
+    expected = guide(x, reference, pairing, matching=matching, combine=combine)
+    result = guide(x, reference, pairing, matching=matching, combine=combine, out=x)
+    for actual, wanted in zip(result, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_in_place_with_references_in_the_same_memory() -> None:
+    pairing = Pairing("external", 2, references=2)
+    x = tokens(2, 60, 24)
+    expected, _, _ = guide(x, x.clone()[:, 10:50], pairing)
+    y, _, _ = guide(x, x[:, 10:50], pairing, out=x)
+    assert torch.equal(y, expected)
+
+
+def test_group_heads_and_tokens_that_stay_are_bit_identical() -> None:
+    pairing = MODES["first in two groups"]
+    x = tokens(4, 37, 24, dtype=torch.bfloat16)
+    x[0, 3] = float("nan")
+    x[1, 4] = INFINITY
+    x[2, 5] = -0.0
+    y, similarity, pushed = guide(x, x, pairing)
+    stays = (pushed[:, 0] < 0)[:, :, None]
+    assert bool(stays[0].all()) and bool(stays[2].all())
+    bits, before = y.view(torch.int16), x.view(torch.int16)
+    assert bool(((bits == before) | ~stays).all())
+    assert bool((similarity[0] == -INFINITY).all())
+    assert float(similarity[1, 0, 4]) == -INFINITY
+
+
+@pytest.mark.parametrize("matching", ["paper", "official"])
+def test_broken_tokens_have_no_match_and_are_none(matching: str) -> None:
+    pairing = Pairing("external", 1)
+    x = tokens(1, 40, 24)
+    reference = tokens(1, 40, 24, seed=1)
+    x[0, 5, 3] = float("nan")
+    x[0, 6, 3] = 1e20
+    reference[0, 7] = x[0, 20] * float("nan")
+    reference[0, 8] = INFINITY
+    similarity, index = triton_backend.match(x, reference, pairing, None, matching)
+    index = index[0, 0].tolist()
+    none = [i for i, j in enumerate(index) if j < 0]
+    if matching == "paper":
+        assert none == [5, 6]
+    else:
+        assert {5, 6, 7, 8} <= set(none)
+    assert not {7, 8} & set(index)
+    assert bool((similarity[0, 0, none] == -INFINITY).all())
+    assert not bool(similarity.isnan().any())
+
+
+def test_nothing_allowed_returns_the_input() -> None:
+    pairing = Pairing("external", 2)
+    x = tokens(2, 20, 24)
+    nothing = torch.zeros((1, 30), dtype=torch.bool, device=DEVICE)
+    y, similarity, pushed = guide(
+        x, tokens(1, 30, 24), pairing, threshold=-2.0, reference_mask=nothing
+    )
+    assert torch.equal(y, x)
+    assert bool((pushed == -1).all()) and bool((similarity == -INFINITY).all())
+
+
+def test_one_item_per_group_is_copied() -> None:
+    x = tokens(2, 20, 24)
+    y, similarity, pushed = guide(x, x, Pairing("first", 2, groups=2))
+    assert torch.equal(y, x)
+    assert bool((pushed == -1).all()) and bool((similarity == -INFINITY).all())
+
+
+def test_fp64_is_refused() -> None:
+    x = tokens(2, 8, 8).double()
+    with pytest.raises(ValueError, match="float64"):
+        triton_backend.match(x, x, Pairing("first", 2), None, "paper")
+
+
+def test_every_architecture_and_size_has_a_configuration() -> None:
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942", "gfx1100", tuning.INTERPRETED):
+        for kernel in tuning.KERNELS:
+            for dtype in tuning.DTYPES:
+                shipped = {c for k, d, c in tuning.shipped_configurations(arch) if k == kernel}
+                for size in (1, 1000, 75600):
+                    assert tuning.configuration(kernel, arch, dtype, size, size, 640) in shipped
+
+
+def test_importing_the_backend_does_not_import_triton() -> None:
+    program = (
+        "import sys, negtome_fast.backends.triton_backend as b;"
+        "before = set(sys.modules); print('triton' in before, b.available('cpu'))"
+    )
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    output = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert output.startswith("False (False, ")
