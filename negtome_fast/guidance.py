@@ -47,7 +47,7 @@ class GuidanceSummary:
     """What the guidance did since it was applied or last reset; `print` shows a table.
 
     Attributes:
-        rows: one entry for each guided block, in the order of the model.
+        rows: one entry for each guided block, in the order in which they ran.
         forwards: forwards of the model that were seen.
         guided: those of them that lay inside the window.
         groups: guidance groups of the last guided forward; None if there was none.
@@ -148,6 +148,7 @@ class _Step:
     groups: int
     grid: Grid | None
     guided_blocks: int = 0
+    skipped_blocks: int = 0
 
 
 class Guidance:
@@ -179,7 +180,7 @@ class Guidance:
         self._step: _Step | None = None
         self._scalars: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._includes: dict[str, bool] = {}
+        self._included: dict[str, bool] = {}
         self._warned: set[str] = set()
         self.reset()
 
@@ -232,7 +233,7 @@ class Guidance:
     def end_step(self, *, completed: bool = True) -> None:
         """Closes the forward; may be called at any time, with completed=False after an error."""
         step, self._step = self._step, None
-        if completed and step is not None and step.active and not step.guided_blocks:
+        if completed and step is not None and step.skipped_blocks and not step.guided_blocks:
             self._warn(
                 "no block was guided in a step inside the window: every block was left out by "
                 f"blocks={self.config.blocks}, exclude_blocks={self.config.exclude_blocks} or "
@@ -243,12 +244,6 @@ class Guidance:
     def active(self) -> bool:
         """Whether a forward inside the window is open."""
         return self._step is not None and self._step.active
-
-    def includes(self, block: str, grid: Grid | None = None) -> bool:
-        """Whether the filters of the configuration let this block be guided."""
-        if block not in self._includes:
-            self._includes[block] = self.config.includes_block(block)
-        return self._includes[block] and self.config.includes_grid(grid)
 
     def apply(
         self,
@@ -273,8 +268,11 @@ class Guidance:
         step = self._step
         if step is None:
             raise RuntimeError("apply outside of a step; call begin_step before the forward")
+        if not step.active:
+            return image_tokens
         grid = grid or step.grid
-        if not step.active or not self.includes(block, grid):
+        if not self._includes_block(block) or not self.config.includes_grid(grid):
+            step.skipped_blocks += 1
             return image_tokens
         step.guided_blocks += 1
         config = self.config
@@ -309,6 +307,11 @@ class Guidance:
         """Reads the statistics from the device; the only call that waits for it."""
         rows = tuple(self._rows())
         return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
+
+    def _includes_block(self, block: str) -> bool:
+        if block not in self._included:
+            self._included[block] = self.config.includes_block(block)
+        return self._included[block]
 
     def _rows(self) -> Iterator[BlockRow]:
         for block, statistics in self._statistics.items():

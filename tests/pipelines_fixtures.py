@@ -5,21 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-diffusers_missing = False
-try:
-    from diffusers import (
-        DDIMScheduler,
-        EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-except ImportError:
-    diffusers_missing = True
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 TEXT = 5
 
@@ -72,7 +67,7 @@ def sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         text_encoder=None,
         tokenizer=None,
         unet=_unet(seed),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -89,10 +89,7 @@ def apply_negtome(
     model, is_pipeline = _denoiser(pipe)
     name = type(model).__name__
     if find_hooks(model) is not None:
-        raise ValueError(
-            f"NegToMe is already applied to this {name}; call remove_negtome first, or change "
-            "nothing: its configuration stays in use"
-        )
+        raise ValueError(f"NegToMe is already applied to this {name}; call remove_negtome first")
     refuse_cache(model)
     layout = layout_of(model)
     if config is None:

@@ -233,8 +233,6 @@ class ModelHooks:
     ) -> torch.Tensor:
         """The attention tokens (B, S, D) with their image part guided."""
         grid = self._tokens.grid if self._tokens else None
-        if not self.guidance.includes(block, grid):
-            return tokens
         start, stop = self._image_range(tokens, block, all_image)
         whole = (start, stop) == (0, tokens.shape[1])
         image = tokens if whole else tokens[:, start:stop]
@@ -276,9 +274,7 @@ class ModelHooks:
             )
         return latents
 
-    def _time(
-        self, arguments: Mapping[str, Any]
-    ) -> tuple[float, int | None, int | None, float]:
+    def _time(self, arguments: Mapping[str, Any]) -> tuple[float, int | None, int | None, float]:
         """Of this forward: scheduler timestep, index of the step, steps of the run, rounding."""
         rounding = 0.0
         timestep: float | None
@@ -352,9 +348,7 @@ def find_hooks(model: nn.Module) -> ModelHooks | None:
     return None
 
 
-def _guided_blocks(
-    model: nn.Module, layout: Layout, config: NegToMeConfig
-) -> dict[nn.Module, str]:
+def _guided_blocks(model: nn.Module, layout: Layout, config: NegToMeConfig) -> dict[nn.Module, str]:
     attention = {
         module: name
         for name, module in model.named_modules()

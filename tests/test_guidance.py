@@ -1,0 +1,235 @@
+"""Guidance in hand-written loops of plain torch: window, groups, filters, statistics."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from negtome_fast import config
+from negtome_fast.config import NegToMeConfig
+from negtome_fast.functional import match_tokens, negtome
+from negtome_fast.guidance import Guidance
+
+
+class TinyDiT(nn.Module):
+    """Two attention blocks on a grid of 4 x 6 tokens, with the three calls of `Guidance`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.ModuleList(
+            nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2)
+        )
+        self.time = nn.Linear(1, 16)
+
+    def forward(self, x: Tensor, t: float, guidance: Guidance | None) -> Tensor:
+        x = x + self.time(torch.full((len(x), 1, 1), t / 1000))
+        for number, attention in enumerate(self.attention):
+            attended = attention(x, x, x, need_weights=False)[0]
+            if guidance is not None:
+                attended = guidance.apply(attended, block=f"blocks.{number}")
+            x = x + attended
+        return x
+
+
+@torch.no_grad()
+def sample(guidance: Guidance | None, steps: int = 5, images: int = 3) -> Tensor:
+    model = TinyDiT()
+    x = torch.randn(images, 24, 16, generator=torch.Generator().manual_seed(1))
+    for i in range(steps):
+        t = 1000 * (1 - i / steps)
+        if guidance is not None:
+            guidance.begin_step(t, step=i, num_steps=steps, grid=(4, 6))
+        x = x - model(x, t, guidance) / steps
+        if guidance is not None:
+            guidance.end_step()
+    return x
+
+
+def tokens(images: int = 4) -> Tensor:
+    return torch.randn(images, 24, 16, generator=torch.Generator().manual_seed(2))
+
+
+def applied(settings: NegToMeConfig, x: Tensor, **step: Any) -> Tensor:
+    guidance = Guidance(settings)
+    guidance.begin_step(1000.0, **step)
+    return guidance.apply(x)
+
+
+def test_a_hand_written_loop_is_guided_and_its_reference_is_not() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=0.2, t_end=500))
+    plain, guided = sample(None), sample(guidance)
+    assert torch.equal(plain[0], guided[0])
+    assert not torch.equal(plain[1], guided[1])
+    summary = guidance.summary()
+    assert (summary.forwards, summary.guided, summary.groups) == (5, 3, 1)
+    assert [row.block for row in summary.rows] == ["blocks.0", "blocks.1"]
+    assert [row.tokens for row in summary.rows] == [3 * 2 * 24] * 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"alpha": 0}, {"t_start": 5, "t_end": 1}, {"threshold": 1.0}], ids=str
+)
+def test_a_loop_without_a_push_is_bit_identical(settings: dict[str, Any]) -> None:
+    assert torch.equal(sample(None), sample(Guidance(NegToMeConfig(**settings))))
+
+
+def test_alpha_zero_still_measures() -> None:
+    guidance = Guidance(NegToMeConfig(alpha=0, threshold=0.2))
+    sample(guidance)
+    assert guidance.summary().total.matched > 0
+
+
+@pytest.mark.parametrize("reference", ["first", "others"])
+@pytest.mark.parametrize("matching", ["paper", "official"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_apply_is_the_operator(reference: Any, matching: Any, groups: int) -> None:
+    settings = NegToMeConfig(threshold=0.1, reference=reference, matching=matching)
+    expected = negtome(
+        tokens(), reference, threshold=0.1, matching=matching, groups=groups, alpha=0.9
+    )
+    torch.testing.assert_close(applied(settings, tokens(), groups=groups), expected)
+
+
+def test_the_configured_groups_go_first() -> None:
+    x = tokens()
+    result = applied(NegToMeConfig(threshold=0.1, groups=2), x, groups=1)
+    assert torch.equal(result[2], x[2])
+
+
+def test_in_place_writes_into_the_argument_and_otherwise_not() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=0.1))
+    guidance.begin_step(1000)
+    x = tokens()
+    fresh = guidance.apply(x)
+    assert torch.equal(x, tokens())
+    assert guidance.apply(x, inplace=True) is x
+    torch.testing.assert_close(x, fresh)
+
+
+def test_statistics_are_those_of_the_matches() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=0.4))
+    guidance.begin_step(1000, grid=(4, 6))
+    guidance.apply(tokens(), block="here")
+    similarity, _ = match_tokens(tokens())
+    best = similarity[1:]
+    (row,) = guidance.summary().rows
+    assert (row.block, row.grid, row.calls, row.tokens) == ("here", (4, 6), 1, 72)
+    assert row.matched == row.pushed == pytest.approx((best > 0.4).float().mean().item())
+    assert row.similarity == pytest.approx(best.mean().item(), abs=1e-5)
+
+
+def test_a_summary_prints_a_table_and_turns_into_plain_values() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=0.2))
+    sample(guidance)
+    summary = guidance.summary()
+    text = str(summary)
+    assert "guided 1 of 5 model forwards" in text
+    assert "blocks.1" in text and "4 x 6" in text and "all blocks" in text
+    assert summary.to_dict()["rows"][0]["block"] == "blocks.0"
+    assert summary.to_dict()["total"]["tokens"] == summary.total.tokens == 96
+    guidance.reset()
+    assert guidance.summary().rows == ()
+    assert "no token was compared" in str(guidance.summary())
+
+
+def test_dropout_spares_tokens_and_repeats_in_every_run() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=-1, dropout=0.5, t_end=0))
+    results = []
+    for _ in range(2):
+        guidance.begin_run()
+        results.append(sample(guidance))
+    assert torch.equal(*results)
+    total = guidance.summary().total
+    assert total.matched == 1 and 0.3 < total.pushed < 0.7
+
+
+def test_dropout_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    applied(NegToMeConfig(threshold=-1, dropout=0.5), tokens())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_filtered_block_is_left_alone() -> None:
+    guidance = Guidance(NegToMeConfig(threshold=-1, blocks="blocks.1", min_grid=(4, 4)))
+    guidance.begin_step(1000, grid=(4, 6))
+    x = tokens()
+    assert guidance.apply(x, block="blocks.0") is x
+    assert guidance.apply(x, block="blocks.1", grid=(2, 12)) is x
+    assert guidance.apply(x, block="blocks.1") is not x
+
+
+def test_a_step_in_which_nothing_was_guided_is_reported_once() -> None:
+    guidance = Guidance(NegToMeConfig(blocks="elsewhere"))
+    with pytest.warns(UserWarning, match="no block was guided"):
+        sample(guidance)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(guidance)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_reference_items_are_reported_once_and_returned(groups: int) -> None:
+    guidance = Guidance(NegToMeConfig(threshold=-1))
+    guidance.begin_step(1000, groups=groups)
+    x = tokens(groups)
+    with pytest.warns(UserWarning, match="only reference items"):
+        assert guidance.apply(x) is x
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guidance.apply(x) is x
+        guidance.end_step()
+
+
+def test_apply_outside_of_a_step_says_what_to_call() -> None:
+    guidance = Guidance()
+    with pytest.raises(RuntimeError, match="begin_step"):
+        guidance.apply(tokens())
+    guidance.begin_step(1000)
+    guidance.end_step()
+    with pytest.raises(RuntimeError, match="begin_step"):
+        guidance.apply(tokens())
+
+
+@pytest.mark.parametrize(
+    ("timestep", "active"),
+    [
+        (torch.tensor([950, 950]), True),
+        (torch.tensor(899.0), False),
+        (torch.tensor(0.9, dtype=torch.bfloat16) * 1000, True),
+        (898.4, False),
+    ],
+)
+def test_a_tensor_is_read_with_the_rounding_of_its_dtype(timestep: Any, active: bool) -> None:
+    guidance = Guidance()
+    assert guidance.begin_step(timestep) is active
+    assert guidance.active is active
+
+
+def test_gradients_flow_through_guided_tokens() -> None:
+    x = tokens().requires_grad_()
+    applied(NegToMeConfig(threshold=-1, alpha=0.5), x).sum().backward()
+    torch.testing.assert_close(x.grad[1], torch.full((24, 16), 1.5))
+
+
+def test_a_wrong_configuration_is_refused() -> None:
+    with pytest.raises(TypeError, match="NegToMeConfig, not dict"):
+        Guidance({"alpha": 0.9})  # type: ignore[arg-type]
+
+
+def test_no_file_of_the_guidance_imports_diffusers() -> None:
+    package = Path(config.__file__).parent
+    files = [package / "config.py", package / "guidance.py", *package.glob("pipelines/*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("diffusers") for name in names), file.name
