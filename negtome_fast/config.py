@@ -7,7 +7,7 @@ It knows nothing of models; `Guidance` and the pipelines read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -65,9 +65,10 @@ class NegToMeConfig:
         dropout: probability, 0 to 1, that a matched token is spared. Authors: 0.
         seed: of the private generator that draws the dropout; every run starts it anew, and the
             pipeline's own random numbers are not touched.
-        blocks: names of the attention modules to guide; None is all that the model's layout
-            offers. A name with `*`, `?` or `[` is a pattern for the whole module name; any other
-            matches whole dot-separated parts: `"up_blocks"`, `"transformer_blocks.3"`, `"attn1"`.
+        blocks: name or names of the attention modules to guide, kept as a tuple; None is all that
+            the model's layout offers. A name with `*`, `?` or `[` is a pattern for the whole module
+            name; any other matches whole dot-separated parts: `"up_blocks"`,
+            `"transformer_blocks.3"`, `"attn1"`.
         exclude_blocks: names of modules to leave out, in the same notation.
         min_grid: smallest (height, width) of a block's token grid that is guided. Authors: (32, 32)
             for SDXL, none for FLUX.1.
@@ -92,8 +93,8 @@ class NegToMeConfig:
     combine: Literal["nearest", "sum"] = "nearest"
     dropout: float = 0.0
     seed: int = 0
-    blocks: tuple[str, ...] | None = None
-    exclude_blocks: tuple[str, ...] = ()
+    blocks: Sequence[str] | None = None
+    exclude_blocks: Sequence[str] = ()
     min_grid: tuple[int, int] | None = None
     placement: Literal["output", "pre_projection"] = "output"
     groups: int | None = None

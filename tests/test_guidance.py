@@ -217,6 +217,7 @@ def test_a_tensor_is_read_with_the_rounding_of_its_dtype(timestep: Any, active: 
 def test_gradients_flow_through_guided_tokens() -> None:
     x = tokens().requires_grad_()
     applied(NegToMeConfig(threshold=-1, alpha=0.5), x).sum().backward()
+    assert x.grad is not None
     torch.testing.assert_close(x.grad[1], torch.full((24, 16), 1.5))
 
 

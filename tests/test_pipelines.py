@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from negtome_fast.pipelines import (
     register_layout,
     remove_negtome,
 )
+from negtome_fast.pipelines.hooks import PipelineClock
 
 FAMILIES = {"flux": flux_pipeline, "sd15": sd_pipeline, "sdxl": sdxl_pipeline}
 ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
@@ -198,6 +200,30 @@ def test_a_bare_model_finds_the_groups_by_its_latents(sdxl: Any) -> None:
     with negtome_guidance(sdxl.unet, ALWAYS) as handle:
         assert torch.equal(generate(sdxl, cfg=True)[0], plain("sdxl", cfg=True)[0])
     assert handle.summary().groups == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_up_to_three_guidance_parts_are_found(parts: int) -> None:
+    """Three: perturbed-attention guidance, InstructPix2Pix."""
+    unet = built("sd15").unet
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), negtome_guidance(unet, ALWAYS) as handle:
+        unet(latents.repeat(parts, 1, 1, 1), 900, torch.ones(2 * parts, TEXT, 16))
+    assert handle.summary().groups == parts
+
+
+def test_image_to_image_counts_its_own_steps() -> None:
+    """It leaves out the first timesteps of the schedule: here two of five."""
+
+    class Pipe:
+        _num_timesteps = 3
+        scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 700.0, 500.0, 300.0, 100.0]))
+
+    pipe = Pipe()
+    clock = PipelineClock(pipe)
+    assert clock.locate(500.2, 1.0) == (500.0, 0, 3)
+    assert clock.locate(100.0, 0.0) == (100.0, 2, 3)
+    assert clock.locate(400.0, 1.0) is None
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 96), (96, 48)], ids=str)
