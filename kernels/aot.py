@@ -4,7 +4,7 @@
 
 Reports registers, spills, shared memory against the target's limit, and matrix instructions. IEEE
 fp32 has no tensor-core path on NVIDIA: there the matching kernels count 0 instructions, as they
-should. `report` runs this file in a process of its own, because kernels that were imported under
+should. `report` runs this file in processes of their own, because kernels that were imported under
 TRITON_INTERPRET=1 cannot be compiled any more.
 """
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,9 +206,9 @@ def compile_all(
 def report(
     targets: Sequence[str] | None = None, kernels: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """`compile_all` in a process of its own, so that it also works where kernels are interpreted.
+    """`compile_all`, a process for each target; so it also works where kernels are interpreted.
 
-    Raises ValueError for an unknown target or kernel, RuntimeError if the process fails.
+    Raises ValueError for an unknown target or kernel, RuntimeError if a process fails.
     """
     targets = list(TARGETS) if targets is None else list(targets)
     kernels = list(tuning.KERNELS) if kernels is None else list(kernels)
@@ -217,14 +218,19 @@ def report(
             raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", f"{__package__}.aot", "--json"]
-    command += ["--targets", *targets, "--kernels", *kernels]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"compiling the kernels failed: {lines[-1]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+
+    def compile_target(target: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", f"{__package__}.aot", "--json"]
+        command += ["--targets", target, "--kernels", *kernels]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(f"compiling the kernels for {target} failed: {lines[-1]}")
+        rows: list[dict[str, Any]] = json.loads(done.stdout)
+        return rows
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return [row for rows in pool.map(compile_target, targets) for row in rows]
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -245,7 +251,7 @@ def problems(row: dict[str, Any]) -> list[str]:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The report as aligned text, one line a kernel and configuration."""
     header = ("target", "kernel", "dtype", "M x N x K", "warps", "stages", "registers", "spills")
-    lines = [(*header, "shared", "matrix", "verdict")]
+    lines: list[tuple[str, ...]] = [(*header, "shared", "matrix", "verdict")]
     for row in rows:
         block_m, block_n, block_k, warps, stages = row["config"]
         options = [key.lower() for key, value in row["constants"].items() if value]

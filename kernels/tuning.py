@@ -41,16 +41,16 @@ _PUSH = Config(8, 0, 256, 4, 1)
 # more multiprocessors busy when there are few rows.
 _MATCH: dict[str, dict[int, tuple[Config, Config]]] = {
     "sm_80": {
-        2: (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3)),
+        2: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 4)),
         4: (Config(64, 64, 16, 8, 2), Config(32, 64, 16, 4, 2)),
     },
     "sm_90": {
         2: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 64, 16, 4, 2)),
+        4: (Config(64, 64, 16, 8, 2), Config(32, 32, 16, 4, 2)),
     },
     "sm_100": {
         2: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 64, 16, 4, 2)),
+        4: (Config(64, 64, 16, 8, 2), Config(32, 32, 32, 4, 2)),
     },
     "gfx942": {
         2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)),
