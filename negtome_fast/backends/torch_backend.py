@@ -14,15 +14,25 @@ from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
 
 EPSILON = 1e-12
+#: Size of a block of normalised reference tokens: 16 MB in fp32.
+BLOCK_ELEMENTS = 4 * 2**20
+#: Tokens that are pushed at a time.
+PUSH_ROWS = 1024
 
 
 class _Tiles:
-    """Tile sizes by device, and the scratch memory that all tiles share."""
+    """Tile sizes, and the scratch memory that all tiles share.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, channels: int) -> None:
-        rows, columns = (256, 2048) if device.type == "cpu" else (4096, 4096)
-        self.rows, self.columns, self.push_rows = rows, columns, 2 * rows
-        self.scores = torch.empty(rows * columns, dtype=dtype, device=device)
+    Matrix products of about a thousand rows run near the full speed of a CPU's library; smaller
+    ones pay for packing their operands, larger ones only cost memory.
+    """
+
+    def __init__(self, x: Tensor, reference: Tensor) -> None:
+        dtype = compute_dtype(x.dtype)
+        longest = max(x.shape[1], reference.shape[1])
+        self.rows = min(longest, 1024 if x.device.type == "cpu" else 4096)
+        self.columns = min(longest, 4096, max(256, BLOCK_ELEMENTS // x.shape[2]))
+        self.scores = torch.empty(self.rows * self.columns, dtype=dtype, device=x.device)
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`rows @ columns.T` in the scratch memory; overwritten by the next product."""
@@ -40,6 +50,21 @@ def _normalized_block(block: Tensor, allowed: Tensor | None) -> tuple[Tensor, Te
         return block / norm.clamp_min(EPSILON)[:, None], None
     scaled = torch.where(usable[:, None], block / norm.clamp_min(EPSILON)[:, None], 0.0)
     return scaled, ~usable
+
+
+def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row and its lowest index.
+
+    On a CPU a maximum without index is vectorised and one with index is not, so the index is
+    looked for only in the run of 64 columns that holds the maximum.
+    """
+    rows, columns = scores.shape
+    if scores.device.type != "cpu" or columns % 64:
+        return scores.max(dim=1)
+    runs = scores.view(rows, columns // 64, 64)
+    run = runs.amax(dim=2).max(dim=1).indices
+    value, offset = runs[torch.arange(rows), run].max(dim=1)
+    return value, run * 64 + offset
 
 
 def _search(
@@ -60,7 +85,7 @@ def _search(
                 scores = tiles.product(rows[chunk].to(dtype), block)
                 if excluded is not None:
                     scores.masked_fill_(excluded, NOTHING)
-                value, at = scores.max(dim=1)
+                value, at = _row_maximum(scores)
                 better = value > best[chunk]
                 index[chunk] = torch.where(better, at + start, index[chunk])
                 best[chunk] = torch.where(better, value, best[chunk])
@@ -78,7 +103,7 @@ def match(
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
-    tiles = _Tiles(x.device, dtype, x.shape[2])
+    tiles = _Tiles(x, reference)
     pairs = [
         (item, slot, pairing.reference_item(item, slot))
         for item in pairing.sources
@@ -102,8 +127,8 @@ def match(
     for item, slot, other in pairs:
         rows = x[item] if matching == "paper" else reference[other]
         best, chosen = similarity[item, slot], index[item, slot]
-        for first in range(0, rows.shape[0], tiles.push_rows):
-            chunk = slice(first, first + tiles.push_rows)
+        for first in range(0, rows.shape[0], PUSH_ROWS):
+            chunk = slice(first, first + PUSH_ROWS)
             norm = torch.linalg.vector_norm(rows[chunk].to(dtype), dim=-1)
             scaled = best[chunk] / norm.clamp_min(EPSILON)
             found = norm.isfinite() & (chosen[chunk] >= 0)
@@ -174,25 +199,30 @@ def _push_item(
     alpha: Tensor,
     flat: Tensor,
     out: Tensor,
-    rows: int = 1024,
 ) -> None:
     """Move the tokens of one item, `(N, D)`, whose entries of `flat` `(S, N)` are not negative."""
     dtype, tokens = alpha.dtype, reference.shape[1]
-    for first in range(0, x.shape[0], rows):
-        chunk = slice(first, first + rows)
+    for first in range(0, x.shape[0], PUSH_ROWS):
+        chunk = slice(first, first + PUSH_ROWS)
         moves = (flat[:, chunk] >= 0).any(dim=0)
         if x.device.type == "cpu":
             selected = moves.nonzero()[:, 0] + first
             if selected.numel() == 0:
                 continue
         else:
-            selected = torch.arange(first, min(first + rows, x.shape[0]), device=x.device)
+            selected = torch.arange(first, min(first + PUSH_ROWS, x.shape[0]), device=x.device)
         original = x[selected].to(dtype)
         moved = original.clone()
         for number in flat[:, selected]:
-            slot = number.clamp_min(0) // tokens
-            chosen = reference[pairing.reference_item(item, slot), number.clamp_min(0) % tokens]
-            step = alpha[slot][:, None] * (original - chosen.to(dtype))
+            token = number.clamp_min(0)
+            if pairing.slots == 1:
+                strength = alpha
+                chosen = reference[pairing.reference_item(item, 0)].index_select(0, token)
+            else:
+                slot = token // tokens
+                strength = alpha[slot][:, None]
+                chosen = reference[pairing.reference_item(item, slot), token % tokens]
+            step = strength * (original - chosen.to(dtype))
             moved += torch.where((number >= 0)[:, None], step, 0.0)
         if x.device.type == "cpu":
             out[selected] = moved.to(x.dtype)
