@@ -3,8 +3,8 @@
 #   make test     the tests          make lint    ruff and mypy
 #   make bench    the benchmarks     make format  let ruff lay out the code
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (for demo, test, bench), PIP_ARGS; the CPU build of
-# torch saves gigabytes on Linux: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Variables: PYTHON (default python3), ARGS (for demo, test, bench), PIP_ARGS;
+# PIP_ARGS adds options to pip, such as another package index.
 
 PYTHON ?= python3
 ARGS ?=

@@ -202,14 +202,16 @@ def table(results: Sequence[PromptResult]) -> str:
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+    text = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    ]
     text.insert(1, "  ".join("-" * w for w in widths))
     helped = sum(r.verdict == "more diverse" for r in results)
     text.append("")
     text.append(
-        "Each cell: without -> with guidance, same seeds. Cosine of image features and entropy "
-        "(nats) of the\nattributes that the prompt leaves open: lower and higher mean more diverse. "
-        f"More diverse at no cost\nto the prompt for {helped} of {len(results)} prompts."
+        "Each cell: without -> with guidance, same seeds. A lower cosine of image features and a "
+        "higher entropy\n(nats, of the attributes that the prompt leaves open) mean more diverse. "
+        f"More diverse at no cost to the\nprompt for {helped} of {len(results)} prompts."
     )
     return "\n".join(line.rstrip() for line in text)
 
@@ -237,7 +239,9 @@ def picture(
     for number, (result, pair) in enumerate(zip(results, rows, strict=True)):
         top = head + number * (block + 12)
         draw.text((margin, top + 4), f'"{result.prompt}"', "black", font=body)
-        for left, images, measures in zip(lefts, pair, (result.without, result.guided), strict=True):
+        for left, images, measures in zip(
+            lefts, pair, (result.without, result.guided), strict=True
+        ):
             words = f"pairwise cosine {measures.cosine:.2f}"
             if measures.entropy is not None:
                 words += f", entropy of open attributes {measures.entropy:.2f}"

@@ -1,6 +1,6 @@
 """The operator as functions: checks its arguments, chooses the backend, calls `torch.library`.
 
-    y_i = x_i + alpha * (x_i - r_j),  j = argmax over allowed j of cos(x_i, r_j),  where cos > threshold
+    y_i = x_i + alpha * (x_i - r_j)  where  j = argmax_j cos(x_i, r_j)  and  cos > threshold
 
 NegToMe, arXiv 2412.01339, section 3 and figure 3c.
 """
@@ -176,8 +176,10 @@ def match_tokens(
     problem = _checked(x, reference, reference_mask, "paper", groups)
     backend = ops.resolve_backend(backend, x.device, x.dtype)
     items, tokens = x.shape[:2]
-    if problem.slots == 0 or 0 in x.shape or (
-        problem.reference is not None and 0 in problem.reference.shape
+    if (
+        problem.slots == 0
+        or 0 in x.shape
+        or (problem.reference is not None and 0 in problem.reference.shape)
     ):
         _, similarity, index = _untouched(x, 1, True)
         return similarity[:, 0], index[:, 0]

@@ -66,10 +66,12 @@ def text() -> str:
     if not any(row["device"].startswith("cuda") for row in facts["devices"]):
         lines.append("GPU: none that torch can use")
     for row in facts["devices"]:
-        lines.append(f"{row['device']} ({row['name']}): backend \"auto\" uses {row['auto']}")
+        lines.append(f'{row["device"]} ({row["name"]}): backend "auto" uses {row["auto"]}')
         state = "ready" if row["triton"] else "not used"
-        lines.append(f"  triton: {state}" + (f", {row['triton_reason']}" if row["triton_reason"] else ""))
+        lines.append(
+            f"  triton: {state}" + (f", {row['triton_reason']}" if row["triton_reason"] else "")
+        )
         lines.append("  torch: ready (chunked, linear memory)")
     if facts["override"]:
-        lines.append(f"{ops.BACKEND_VARIABLE}={facts['override']} decides what \"auto\" means")
+        lines.append(f'{ops.BACKEND_VARIABLE}={facts["override"]} decides what "auto" means')
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def _pairing(
 ) -> Pairing:
     items = x.shape[0]
     if reference is None:
-        return Pairing(pairing_mode, items, groups)  # type: ignore[arg-type]
+        return Pairing(pairing_mode, items, groups)
     count = reference.shape[0] // items if per_item else reference.shape[0]
     return Pairing("external", items, groups, count, per_item)
 

@@ -43,7 +43,9 @@ class Case:
         return self.name
 
 
-def plain(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, **arguments: Any) -> Build:
+def plain(
+    shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, **arguments: Any
+) -> Build:
     return lambda g: (tokens(g, shape, dtype), dict(arguments))
 
 

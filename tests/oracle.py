@@ -56,7 +56,11 @@ class Problem:
         target = self.x if checked.reference is None else checked.reference
         self.mask = checked.mask
         self.pairing = Pairing(
-            checked.mode, len(self.x), groups, checked.slots, checked.per_item  # type: ignore[arg-type]
+            checked.mode,
+            len(self.x),
+            groups,
+            checked.slots,
+            checked.per_item,  # type: ignore[arg-type]
         )
         if checked.reference is None:
             self.pairing = Pairing(checked.mode, len(self.x), groups)  # type: ignore[arg-type]
@@ -65,7 +69,9 @@ class Problem:
         self.threshold = _wide(arguments.get("threshold", 0.65)).expand(slots)
         movable = arguments.get("source_mask")
         shape = self.x.shape[:2]
-        self.movable = torch.ones(shape, dtype=torch.bool) if movable is None else movable.expand(shape)
+        self.movable = (
+            torch.ones(shape, dtype=torch.bool) if movable is None else movable.expand(shape)
+        )
         self.wide, self.reference = self._upcast(self.x), self._upcast(target)
         self.best, self.index = oracle.match(
             self.wide, self.reference, self.pairing, self.mask, self.matching
@@ -73,7 +79,7 @@ class Problem:
         self.tolerance = cosine_tolerance(self.x.shape[2], self.x.dtype)
 
     def _upcast(self, values: Tensor) -> Tensor:
-        """fp64, with the tokens whose norm overflows the arithmetic of the backends made infinite."""
+        """fp64; tokens whose norm overflows the backends' arithmetic become infinite."""
         dtype = oracle.compute_dtype(values.dtype)
         wide = values.double()
         return torch.where(oracle.is_finite(values.to(dtype))[..., None], wide, torch.inf)
@@ -88,7 +94,9 @@ class Problem:
         similarity, index = similarity.cpu().double(), index.cpu()
         assert index.dtype == torch.int64
         nothing = self.index < 0
-        assert torch.equal(index < 0, nothing), "a match where none is allowed, or none where one is"
+        assert torch.equal(index < 0, nothing), (
+            "a match where none is allowed, or none where one is"
+        )
         assert torch.all(similarity[nothing] == NOTHING)
         for item in self.pairing.sources:
             for slot in range(self.pairing.slots):
@@ -131,12 +139,16 @@ class Problem:
                 step = self.alpha[slot][:, None] * (self.wide[item, moves] - r)
                 expected[item, moves] += step
                 size[item, moves] += step.abs().amax(dim=-1)
-                size[item, moves] += self.wide[item, moves].abs().amax(dim=-1) + r.abs().amax(dim=-1)
+                size[item, moves] += self.wide[item, moves].abs().amax(dim=-1) + r.abs().amax(
+                    dim=-1
+                )
         untouched = (chosen < 0).all(dim=1)
         assert torch.equal(bits(y)[untouched], bits(self.x)[untouched]), "an unmoved token changed"
         unit = torch.finfo(oracle.compute_dtype(y.dtype)).eps
         rounding = expected.abs() * torch.finfo(y.dtype).eps * 0.5001 + 4 * unit * size[..., None]
-        wrong = ((y.double() - expected).abs() > rounding + torch.finfo(y.dtype).tiny) & ~untouched[..., None]
+        wrong = ((y.double() - expected).abs() > rounding + torch.finfo(y.dtype).tiny) & ~untouched[
+            ..., None
+        ]
         overflown = expected.abs() > torch.finfo(y.dtype).max
         assert not torch.any(wrong & ~overflown), f"{int(wrong.sum())} values beyond rounding"
 
@@ -154,8 +166,14 @@ class Problem:
                 table = table.T if self.matching == "official" else table
                 at = pushed.remainder(tokens).clamp_min(0)[:, None]
                 cosine[slot, here] = table.gather(1, at)[here, 0]
-                lost = (self.best[item] if self.combine == "nearest" else self.best[item, slot : slot + 1])
-                assert torch.all((lost.amax(0) - cosine[slot])[here] <= self.tolerance), "worse match"
+                lost = (
+                    self.best[item]
+                    if self.combine == "nearest"
+                    else self.best[item, slot : slot + 1]
+                )
+                assert torch.all((lost.amax(0) - cosine[slot])[here] <= self.tolerance), (
+                    "worse match"
+                )
                 above = cosine[slot, here] - self.threshold[slot]
                 assert torch.all(above > -self.tolerance), "pushed below the threshold"
         if self.combine == "nearest":

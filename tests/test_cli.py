@@ -13,7 +13,9 @@ from negtome_fast.cli import main
 from negtome_fast.demo import Measures, PromptResult, table
 
 
-def test_demo_writes_a_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_writes_a_picture_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new" / "demo.png"
     prompt = "a pixel art person"
     arguments = ["demo", "--prompt", prompt, "-n", "3", "--steps", "4", "--output", str(output)]

@@ -37,7 +37,9 @@ def refused(kind: type[Exception], match: str, x: Any = X, **arguments: Any) -> 
         refused(TypeError, "reference is torch.float64", reference=torch.randn(5, 8).double()),
         refused(ValueError, "each of the 4 items", reference=torch.randn(3, 1, 5, 8)),
         refused(ValueError, "no references", reference=torch.randn(0, 5, 8)),
-        refused(ValueError, "as many .* 5 and 10", reference=torch.randn(5, 8), matching="official"),
+        refused(
+            ValueError, "as many .* 5 and 10", reference=torch.randn(5, 8), matching="official"
+        ),
         refused(TypeError, "must be a bool tensor", reference_mask=torch.ones(10)),
         refused(ValueError, r"\(10,\) .* got \(9,\)", reference_mask=torch.ones(9).bool()),
         refused(ValueError, "source_mask must have", source_mask=torch.ones(3, 10).bool()),
@@ -54,7 +56,9 @@ def refused(kind: type[Exception], match: str, x: Any = X, **arguments: Any) -> 
         ),
         refused(ValueError, "probability", dropout=1.5),
         refused(ValueError, "backend must be one of", backend="cuda"),
-        refused(ValueError, "not differentiable", torch.randn(2, 3, 4, requires_grad=True), inplace=True),
+        refused(
+            ValueError, "not differentiable", torch.randn(2, 3, 4, requires_grad=True), inplace=True
+        ),
     ],
 )
 def test_bad_argument_is_refused(

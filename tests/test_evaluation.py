@@ -45,7 +45,9 @@ def test_prompt_agreement_needs_every_named_attribute() -> None:
     readings = [full, {**full, "skin": "fair"}, {**full, "hair_shape": "bun"}]
     assert prompt_agreement(readings, "a voxel art person") == 1.0
     assert prompt_agreement(readings, "a voxel art person with dark skin") == pytest.approx(2 / 3)
-    assert prompt_agreement(readings, "a voxel art person with long red hair") == pytest.approx(2 / 3)
+    assert prompt_agreement(readings, "a voxel art person with long red hair") == pytest.approx(
+        2 / 3
+    )
     assert prompt_agreement(readings, "a pixel art person") == 0.0
 
 

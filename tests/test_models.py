@@ -1,4 +1,4 @@
-"""The embedded model: loads as plain diffusers, draws what the prompt says, and can be retrained."""
+"""The embedded model: plain diffusers, draws what the prompt says, and can be retrained."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def test_card_and_record_agree() -> None:
     record = json.loads((folder() / "training.json").read_text(encoding="utf-8"))
     card = (folder() / "README.md").read_text(encoding="utf-8")
     assert f"| {record['transformer']['steps']} |" in card
-    assert load_reader()[1]["held_out_accuracy_rendered"] == record["reader"]["held_out_accuracy_rendered"]
+    assert (
+        load_reader()[1]["held_out_accuracy_rendered"]
+        == record["reader"]["held_out_accuracy_rendered"]
+    )
     assert record["reader"]["held_out_images"] > 0
 
 
@@ -79,7 +82,9 @@ def test_reader_refuses_other_sizes(reader: AttributeReader) -> None:
         reader(torch.zeros(2, 3, 32, 32))
 
 
-def test_missing_weights_are_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_weights_are_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(models, "model_folder", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="weights are not at"):
         models.load_pipeline()
@@ -110,7 +115,9 @@ def test_rendering_is_deterministic_and_shows_the_attributes(reader: AttributeRe
     images = torch.stack([torch.from_numpy(avatars.render(a).copy()) for a in people])
     assert torch.equal(images[3], torch.from_numpy(avatars.render(people[3]).copy()))
     readings = reader.read(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    right = sum(r[n] == v for r, a in zip(readings, people, strict=True) for n, v in a.attributes().items())
+    right = sum(
+        r[n] == v for r, a in zip(readings, people, strict=True) for n, v in a.attributes().items()
+    )
     assert right >= 0.9 * 4 * len(people)
 
 

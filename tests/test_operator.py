@@ -8,8 +8,6 @@ import pytest
 import torch
 from cases import CASES, Case, tokens
 from conftest import BACKENDS, DEVICE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import Problem, bits
 
 import negtome_fast as nf
@@ -139,50 +137,3 @@ def test_match_tokens_numbers_tokens_as_documented() -> None:
     assert torch.equal(index[2], torch.arange(30, device=DEVICE))
     assert torch.equal(index[3], 30 + torch.arange(30, device=DEVICE))
     assert torch.all((similarity[2:] - 1).abs() < 1e-6)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    items=st.integers(1, 4),
-    size=st.integers(1, 40),
-    channels=st.integers(1, 40),
-    reference_tokens=st.integers(1, 40),
-    seed=st.integers(0, 10**6),
-    alpha=st.floats(-2, 2),
-    threshold=st.floats(-1, 1),
-    kind=st.sampled_from(["external", "per item", "others", "first"]),
-    combine=st.sampled_from(["nearest", "sum"]),
-    with_mask=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    backend=st.sampled_from(["reference", "torch"]),
-)
-def test_any_problem_is_right(
-    items: int,
-    size: int,
-    channels: int,
-    reference_tokens: int,
-    seed: int,
-    alpha: float,
-    threshold: float,
-    kind: str,
-    combine: str,
-    with_mask: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    items = max(items, 2) if kind in ("others", "first") else items
-    x = tokens(generator, (items, size, channels), dtype).to(DEVICE)
-    arguments: dict[str, Any] = {"alpha": alpha, "threshold": threshold, "combine": combine}
-    length = size
-    if kind in ("external", "per item"):
-        length = reference_tokens
-        shape = (2, length, channels) if kind == "external" else (items, 2, length, channels)
-        arguments["reference"] = torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    else:
-        arguments["reference"] = kind
-    if with_mask:
-        arguments["reference_mask"] = (torch.rand(length, generator=generator) < 0.5).to(DEVICE)
-        if kind in ("external", "per item"):
-            arguments["reference_mask"] = arguments["reference_mask"].expand(2, -1)
-    Problem(x, arguments).check_guide(*guide_tokens(x, **arguments, backend=backend))

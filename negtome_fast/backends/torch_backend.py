@@ -163,7 +163,16 @@ def guide(
         # A token that has moved must not serve as a reference of the next item.
         moved = torch.empty_like(x)
         result = guide(
-            x, reference, pairing, alpha, threshold, reference_mask, movable, matching, combine, moved
+            x,
+            reference,
+            pairing,
+            alpha,
+            threshold,
+            reference_mask,
+            movable,
+            matching,
+            combine,
+            moved,
         )
         x.copy_(moved)
         return result

@@ -67,7 +67,7 @@ def negtome(
 def _with_pair_mask(
     x: Tensor, alpha: float, threshold: float, dropout: float, pairs: Tensor, chunk: int = 512
 ) -> Tensor:
-    """A mask of single pairs `(frames, N, N)`: the definition, `chunk` reference tokens at a time."""
+    """A mask of single pairs `(frames, N, N)`: the definition, in chunks of tokens."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit, reference = F.normalize(wide, dim=-1), wide[0]
     best = torch.full(x.shape[:2], -torch.inf, dtype=wide.dtype, device=x.device)

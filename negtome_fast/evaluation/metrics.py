@@ -18,7 +18,7 @@ FEATURE_SIZE = 96
 
 
 class FeatureExtractor(nn.Module):
-    """EfficientNet-lite0 (ImageNet weights from a package): `(B, 3, H, W)` in [0, 1] -> `(B, 1280)`.
+    """EfficientNet-lite0, trained on ImageNet: `(B, 3, H, W)` in [0, 1] -> `(B, 1280)`.
 
     Raises:
         ImportError: its packages are missing; names the extra to install.

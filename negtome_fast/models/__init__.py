@@ -22,7 +22,9 @@ GUIDANCE_SCALE = 2.5
 __all__ = ["check_prompt", "generate", "load_pipeline", "model_folder"]
 
 
-def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FluxPipeline:
+def load_pipeline(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> FluxPipeline:
     """The embedded pipeline, without a progress bar; weights are stored in bf16.
 
     Raises:
@@ -38,8 +40,10 @@ def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch
         ) from error
     folder = model_folder()
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"the embedded model's weights are not at {folder}; reinstall the package")
-    # FluxPipeline names CLIP's and T5's tokenizer classes; word-level ones work and need no warning.
+        raise FileNotFoundError(
+            f"the embedded model's weights are not at {folder}; reinstall the package"
+        )
+    # FluxPipeline expects CLIP's and T5's tokenizer classes; word-level ones need no warning.
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata, resources
 from typing import Any
 
@@ -147,7 +147,7 @@ MAJORITY_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Avatar:
-    """What is drawn: four attributes, the seed of everything else, and a character's own options."""
+    """What is drawn: four attributes, and the seed of everything else."""
 
     style: str
     skin: str
@@ -207,7 +207,7 @@ CHARACTERS: dict[str, tuple[Avatar, dict[str, Any]]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dicebear_style(file: str) -> Any:
     try:
         from dicebear import Style

@@ -53,8 +53,8 @@ Styles and their licences: pixel-art and voxel-art by DiceBear (CC0 1.0), big-sm
 
 | part | steps | seconds | result |
 |---|---|---|---|
-| VAE, 4x, {latents} channels | {vae[steps]} | {vae[seconds]} | {vae[psnr_db]} dB PSNR on balanced images |
-| transformer and text encoders, rectified flow, EMA | {flow[steps]} | {flow[seconds]} | loss {flow[loss]} |
+| VAE, 4x, {latents} channels | {vae[steps]} | {vae[seconds]} | {vae[psnr_db]} dB PSNR, balanced |
+| rectified flow: transformer, text encoders | {flow[steps]} | {flow[seconds]} | loss {flow[loss]} |
 | attribute reader | {reader[steps]} | {reader[seconds]} | below |
 
 On {machine}, torch {torch}, seed {seed}, batch {batch}; other work ran on the machine meanwhile.

@@ -65,5 +65,7 @@ def load_reader(folder: str | Path | None = None) -> tuple[AttributeReader, dict
     root = Path(folder) if folder is not None else Path(str(model_folder())) / "reader"
     card = json.loads((root / "reader.json").read_text(encoding="utf-8"))
     reader = AttributeReader(card["width"])
-    reader.load_state_dict({k: v.float() for k, v in load_file(root / "reader.safetensors").items()})
+    reader.load_state_dict(
+        {k: v.float() for k, v in load_file(root / "reader.safetensors").items()}
+    )
     return reader.eval(), card

@@ -2,7 +2,8 @@
 
 Stages, each resumable from its checkpoint in `--work`: render the data, train the VAE, encode,
 train the rectified-flow transformer with its text encoders, train the attribute reader, export
-a `FluxPipeline` folder. Loss of the flow: `|v(x_t, t) - (noise - x_0)|^2`, `x_t = (1-t) x_0 + t noise`.
+a `FluxPipeline` folder. Loss of the flow: `|v(x_t, t) - (noise - x_0)|^2` at
+`x_t = (1 - t) x_0 + t noise`.
 """
 
 from __future__ import annotations
@@ -255,7 +256,9 @@ def train_vae(
         batch = to_model_range(torch.cat(drawn))
         posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        return (decoded - batch).abs().mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        return (decoded - batch).abs().mean() + 1e-3 * posterior.kl().mean() / posterior.mean[
+            0
+        ].numel()
 
     record = train_loop("VAE", {"vae": vae}, loss_of_step, work / "vae.pt", steps, 2e-3, 0.995)
     vae.eval()
@@ -273,7 +276,9 @@ def encode(vae: Any, images: torch.Tensor, path: Path) -> torch.Tensor:
     if path.exists():
         latents = torch.load(path, weights_only=True)
     else:
-        latents = torch.cat([vae.encode(to_model_range(c)).latent_dist.mode() for c in images.split(256)])
+        latents = torch.cat(
+            [vae.encode(to_model_range(c)).latent_dist.mode() for c in images.split(256)]
+        )
         torch.save(latents, path)
     shift, scale = float(latents.mean()), float(1 / latents.std())
     vae.register_to_config(scaling_factor=scale, shift_factor=shift)
@@ -307,15 +312,22 @@ class FlowTask:
         protected = len(world.CHARACTERS)
         indices = rng.integers(len(self.avatars) - protected, size=self.batch)
         is_character = rng.random(self.batch) < 0.06
-        indices[is_character] = len(self.avatars) - 1 - rng.integers(protected, size=is_character.sum())
+        indices[is_character] = (
+            len(self.avatars) - 1 - rng.integers(protected, size=is_character.sum())
+        )
         prompts = [
             "" if rng.random() < 0.1 else world.random_prompt(self.avatars[i], rng) for i in indices
         ]
         return indices, prompts
 
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled CLIP embedding `(B, 64)` and T5 tokens `(B, 16, 64)`, padded as the pipeline does."""
-        options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
+        """Pooled CLIP `(B, 64)` and T5 tokens `(B, 16, 64)`, padded as the pipeline does."""
+        options = {
+            "padding": "max_length",
+            "max_length": TEXT_LENGTH,
+            "truncation": True,
+            "return_tensors": "pt",
+        }
         clip_ids, t5_ids = (t(prompts, **options).input_ids for t in self.tokenizers)
         return self.modules["clip"](clip_ids).pooler_output, self.modules["t5"](t5_ids)[0]
 
@@ -381,7 +393,14 @@ def train_transformer(task: FlowTask, vae: Any, work: Path, steps: int) -> dict[
             save_samples(task.pipeline(vae), work / f"samples-{step:05d}.png")
 
     return train_loop(
-        "transformer", task.modules, task.loss, work / "transformer.pt", steps, 1e-3, 0.999, on_save=sample
+        "transformer",
+        task.modules,
+        task.loss,
+        work / "transformer.pt",
+        steps,
+        1e-3,
+        0.999,
+        on_save=sample,
     )
 
 
@@ -423,21 +442,29 @@ def train_reader(
         batch = batch + 0.1 * torch.rand(len(chosen), 1, 1, 1) * torch.randn_like(batch)
         logits = reader(batch)
         return sum(
-            (F.cross_entropy(logits[head], targets[head][chosen]) for head in HEADS), torch.zeros(())
+            (F.cross_entropy(logits[head], targets[head][chosen]) for head in HEADS),
+            torch.zeros(()),
         )
 
     record = train_loop("reader", {"reader": reader}, loss_of_step, work / "reader.pt", steps, 1e-3)
     reader.eval()
     with torch.no_grad():
-        for key, source in (("rendered", to_model_range(images[:held_out])), ("decoded", decoded[:held_out])):
+        for key, source in (
+            ("rendered", to_model_range(images[:held_out])),
+            ("decoded", decoded[:held_out]),
+        ):
             logits = reader(source)
             record[f"held_out_accuracy_{key}"] = {
-                head: round(float((logits[head].argmax(-1) == targets[head][:held_out]).float().mean()), 4)
+                head: round(
+                    float((logits[head].argmax(-1) == targets[head][:held_out]).float().mean()), 4
+                )
                 for head in world.ATTRIBUTES
             }
         shown = reader(decoded[count:])["character"].argmax(-1)
         record["characters_recognised"] = int((shown == targets["character"][count:]).sum())
-        record["false_characters"] = int((reader(decoded[:held_out])["character"].argmax(-1) != 0).sum())
+        record["false_characters"] = int(
+            (reader(decoded[:held_out])["character"].argmax(-1) != 0).sum()
+        )
     record["held_out_images"] = held_out
     return reader, record
 
@@ -449,9 +476,13 @@ def export(pipe: Any, reader: AttributeReader, record: dict[str, Any], out: Path
     pipe = pipe.to(torch.bfloat16)
     pipe.save_pretrained(out)
     (out / "reader").mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half() for k, v in reader.state_dict().items()}, out / "reader" / "reader.safetensors")
+    save_file(
+        {k: v.half() for k, v in reader.state_dict().items()}, out / "reader" / "reader.safetensors"
+    )
     reader_card = {"width": 32, "heads": {k: list(v) for k, v in HEADS.items()}, **record["reader"]}
-    (out / "reader" / "reader.json").write_text(json.dumps(reader_card, indent=1) + "\n", encoding="utf-8")
+    (out / "reader" / "reader.json").write_text(
+        json.dumps(reader_card, indent=1) + "\n", encoding="utf-8"
+    )
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     parameters = sum(p.numel() for part in parts for p in part.parameters())
@@ -460,8 +491,12 @@ def export(pipe: Any, reader: AttributeReader, record: dict[str, Any], out: Path
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m negtome_fast.models.train", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/tiny-flux-avatars"), help="checkpoints")
+    parser = argparse.ArgumentParser(
+        prog="python -m negtome_fast.models.train", description=__doc__
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/tiny-flux-avatars"), help="checkpoints"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/tiny-flux-avatars/pipeline"))
     parser.add_argument("--images", type=int, default=20_000, help="rendered training images")
     parser.add_argument("--vae-steps", type=int, default=2_400)
