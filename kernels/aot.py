@@ -77,7 +77,8 @@ def _constants(kernel: str, config: tuning.Config) -> list[dict[str, Any]]:
         return [{**tile, "MODE": "others", "OFFICIAL": official} for official in (False, True)]
     if kernel == "fused":
         return [{**tile, "MODE": "others", "INPLACE": False}]
-    return [{**blocks, "MODE": "others", "SUM": total, "INPLACE": False} for total in (False, True)]
+    push = {**blocks, "MODE": "others", "INPLACE": False, "INTERPRETED": False}
+    return [{**push, "SUM": total} for total in (False, True)]
 
 
 def _function(kernel: str) -> Any:

@@ -115,6 +115,22 @@ def scale_kernel(
 
 
 # ---------------------------------------------------------------------------------------------
+# The one rounding
+# ---------------------------------------------------------------------------------------------
+@triton.jit
+def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Finite fp32 `value` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates to bf16, and carries wrongly where asked to round.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
 # The walk over one reference item, shared by all kernels that match
 # ---------------------------------------------------------------------------------------------
 @triton.jit
@@ -406,9 +422,9 @@ def fused_kernel(
             other=0.0,
         ).to(tl.float32)
         exact = source.to(tl.float32)
-        result = (exact + alpha[:, None] * (exact - matched)).to(source.dtype)
+        result = exact + alpha[:, None] * (exact - matched)
         tl.store(
             out_pointers[:, None] + (offsets * stride_od)[None, :],
-            tl.where(moved[:, None], result, source),
+            tl.where(moved[:, None], round_to(result, source.dtype, INTERPRETED), source),
             mask=written[:, None] & channel_inside,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .match import RUNTIME_SIZES, reference_item, source_item
+from .match import RUNTIME_SIZES, reference_item, round_to, source_item
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -48,6 +48,7 @@ def push_kernel(
     MODE: tl.constexpr,
     SUM: tl.constexpr,
     INPLACE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -149,6 +150,6 @@ def push_kernel(
             result = exact + alpha[:, None] * (exact - matched)
         tl.store(
             out_pointers[:, None] + (offsets * stride_od)[None, :],
-            tl.where(moved[:, None], result.to(source.dtype), source),
+            tl.where(moved[:, None], round_to(result, source.dtype, INTERPRETED), source),
             mask=written[:, None] & channel_inside,
         )

@@ -22,7 +22,11 @@ def reports() -> Rows:
 
 @pytest.fixture(params=aot.TARGETS)
 def rows(request: pytest.FixtureRequest, reports: Rows) -> Rows:
-    return [row for row in reports if row["target"] == request.param]
+    rows = [row for row in reports if row["target"] == request.param]
+    # Triton's older wheels leave the last step for AMD to a linker of the machine.
+    if all("ld.lld not found" in (row["error"] or "") for row in rows):
+        pytest.skip(f"no linker for {request.param} on this machine")
+    return rows
 
 
 def summary(rows: Rows) -> str:

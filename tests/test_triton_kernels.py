@@ -352,13 +352,13 @@ def test_every_architecture_and_size_has_a_configuration() -> None:
                     assert tuning.configuration(kernel, arch, dtype, size, size, 640) in shipped
 
 
-def test_importing_the_backend_does_not_import_triton() -> None:
+def test_importing_the_backend_does_not_import_the_kernels() -> None:
     program = (
         "import sys, negtome_fast.backends.triton_backend as b;"
-        "before = set(sys.modules); print('triton' in before, b.available('cpu'))"
+        "print(b.available('cpu'), 'negtome_fast.kernels.match' in sys.modules)"
     )
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     output = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert output.startswith("False (False, ")
+    assert output.startswith("(False, ") and output.endswith(" False\n")

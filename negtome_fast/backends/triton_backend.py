@@ -400,6 +400,7 @@ def _guide(
         MODE=pairing.mode,
         SUM=total,
         INPLACE=inplace,
+        INTERPRETED=_interpreting(),
         **config.meta("BLOCK_M", "BLOCK_K"),
     )
     return similarity, pushed
