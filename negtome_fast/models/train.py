@@ -272,23 +272,41 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: Any, images: torch.Tensor, path: Path) -> torch.Tensor:
-    """Latent means, `(count, 8, 16, 16)` fp32; also sets the VAE's scaling and shift factors."""
+    """Latent means, `(count, 8, 16, 16)` fp32, cached in `path`."""
     if path.exists():
-        latents = torch.load(path, weights_only=True)
-    else:
-        latents = torch.cat(
-            [vae.encode(to_model_range(c)).latent_dist.mode() for c in images.split(256)]
-        )
-        torch.save(latents, path)
+        return torch.load(path, weights_only=True)
+    latents = torch.cat(
+        [vae.encode(to_model_range(chunk)).latent_dist.mode() for chunk in images.split(256)]
+    )
+    torch.save(latents, path)
+    return latents
+
+
+def scale_latents(vae: Any, latents: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+    """All latents, with zero mean and unit variance over `latents`; the VAE's config says how."""
     shift, scale = float(latents.mean()), float(1 / latents.std())
     vae.register_to_config(scaling_factor=scale, shift_factor=shift)
-    return (latents - shift) * scale
+    return (torch.cat([latents, *more]) - shift) * scale
 
 
 class FlowTask:
-    """Batches, text encoding and the rectified-flow loss of the transformer's training."""
+    """Batches, text encoding and the rectified-flow loss of the transformer's training.
 
-    def __init__(self, latents: torch.Tensor, avatars: list[world.Avatar], batch: int) -> None:
+    Args:
+        latents: `(count, 8, 16, 16)`, first of the skewed world, then of the balanced one.
+        avatars: the skewed world, ending with the protected characters.
+        balanced: the balanced world, in which every caption names every attribute: the words are
+            learned from it, while what a prompt leaves open stays as skewed as `avatars`.
+        batch: images a step.
+    """
+
+    def __init__(
+        self,
+        latents: torch.Tensor,
+        avatars: list[world.Avatar],
+        balanced: list[world.Avatar],
+        batch: int,
+    ) -> None:
         from diffusers import FluxPipeline
 
         height, width = latents.shape[-2:]
@@ -299,7 +317,8 @@ class FlowTask:
             1, height // 2, width // 2, torch.device("cpu"), torch.float32
         )
         self.text_ids = torch.zeros(TEXT_LENGTH, 3)
-        self.avatars = avatars
+        self.skewed = len(avatars)
+        self.avatars = avatars + balanced
         self.batch = batch
         self.tokenizers = build_tokenizers()
         self.modules = dict(
@@ -308,17 +327,23 @@ class FlowTask:
         self.modules["transformer"] = build_transformer()
 
     def choose(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Indices and prompts: 6% protected characters, 10% without a prompt (for guidance)."""
+        """Indices and prompts: 25% balanced, 6% protected, 10% without a prompt (for guidance)."""
         protected = len(world.CHARACTERS)
-        indices = rng.integers(len(self.avatars) - protected, size=self.batch)
-        is_character = rng.random(self.batch) < 0.06
-        indices[is_character] = (
-            len(self.avatars) - 1 - rng.integers(protected, size=is_character.sum())
-        )
-        prompts = [
-            "" if rng.random() < 0.1 else world.random_prompt(self.avatars[i], rng) for i in indices
-        ]
-        return indices, prompts
+        indices = rng.integers(self.skewed - protected, size=self.batch)
+        kind = rng.random(self.batch)
+        is_character, is_balanced = kind < 0.06, kind > 0.75
+        indices[is_character] = self.skewed - 1 - rng.integers(protected, size=is_character.sum())
+        balanced = len(self.avatars) - self.skewed - protected
+        indices[is_balanced] = self.skewed + rng.integers(balanced, size=is_balanced.sum())
+        return indices, [self.caption(index, rng) for index in indices]
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        avatar = self.avatars[index]
+        if rng.random() < 0.1:
+            return ""
+        if index >= self.skewed:
+            return world.prompt_for(**avatar.attributes())
+        return world.random_prompt(avatar, rng)
 
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled CLIP `(B, 64)` and T5 tokens `(B, 16, 64)`, padded as the pipeline does."""
@@ -526,9 +551,13 @@ def main(argv: list[str] | None = None) -> None:
     }
     vae, record["vae"] = train_vae(images, balanced, options.work, options.vae_steps)
     vae.requires_grad_(False)
-    latents = encode(vae, images, options.work / "latents.pt")
+    latents = scale_latents(
+        vae,
+        encode(vae, images, options.work / "latents.pt"),
+        encode(vae, balanced, options.work / "balanced-latents.pt"),
+    )
     torch.manual_seed(options.seed + 3)
-    task = FlowTask(latents, avatars, options.batch)
+    task = FlowTask(latents, avatars, everybody, options.batch)
     record["transformer"] = train_transformer(task, vae, options.work, options.steps)
     reader, record["reader"] = train_reader(
         vae, balanced, everybody, options.work, options.reader_steps
