@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import models
+from . import models, ops
 from .config import NegToMeConfig
 from .evaluation.metrics import (
     FeatureExtractor,
@@ -112,8 +112,8 @@ def run(
     """Generate, measure, write `output` (PNG) and a JSON file beside it; return the measures.
 
     Raises:
-        ValueError: an unknown word in a prompt, fewer than two images, or settings that
-            `NegToMeConfig` refuses.
+        ValueError: an unknown word in a prompt, or fewer than two images.
+        RuntimeError: the backend was chosen by name and cannot run here.
     """
     from tqdm import tqdm
 
@@ -125,6 +125,7 @@ def run(
         check_prompt(prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops.resolve_backend(config.backend, torch.device(device), torch.float32)
     studio = Studio(device)
     call = {"guidance_scale": guidance_scale, "steps": steps}
     seeds = range(seed, seed + count)

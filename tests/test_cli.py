@@ -80,6 +80,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "\n" not in error
 
 
+def test_triton_by_name_without_a_gpu_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from negtome_fast.backends import triton_backend
+
+    monkeypatch.setattr(triton_backend, "available", lambda device: (False, "no GPU was found"))
+    output = tmp_path / "demo.png"
+    assert main(["demo", "--backend", "triton", "--output", str(output)]) == 2
+    assert "backend='triton' cannot run here: no GPU was found" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_unwritable_output_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

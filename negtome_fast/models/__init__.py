@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,33 @@ GUIDANCE_SCALE = 2.5
 __all__ = ["check_prompt", "generate", "load_pipeline", "model_folder"]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No messages and bars of diffusers and transformers while the small pipeline loads.
+
+    FluxPipeline expects CLIP's and T5's tokenizer classes; word-level ones need no warning.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        from diffusers.utils import logging as diffusers_logging
+
+        own_level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            diffusers_logging.set_verbosity(own_level)
+            diffusers_logging.enable_progress_bar()
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
 def load_pipeline(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> FluxPipeline:
@@ -31,27 +59,23 @@ def load_pipeline(
         ImportError: diffusers or transformers are missing; names the extra to install.
         FileNotFoundError: the package was built without the weights.
     """
-    try:
-        from diffusers import FluxPipeline
-        from diffusers.utils import logging
-    except ImportError as error:
-        raise ImportError(
-            "the embedded model needs the extra 'demo': pip install 'negtome-fast[demo]'"
-        ) from error
     folder = model_folder()
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"the embedded model's weights are not at {folder}; reinstall the package"
         )
-    # FluxPipeline expects CLIP's and T5's tokenizer classes; word-level ones need no warning.
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-    finally:
-        logging.set_verbosity(level)
+        with _quiet():
+            from diffusers import FluxPipeline
+
+            pipe = FluxPipeline.from_pretrained(str(folder), local_files_only=True)
+            pipe = pipe.to(device, dtype)
+    except ImportError as error:
+        raise ImportError(
+            "the embedded model needs the extra 'demo': pip install 'negtome-fast[demo]'"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def generate(
