@@ -125,7 +125,7 @@ def guide_tokens(
     strength = _parameter("alpha", alpha, x, problem.slots)
     limit = _parameter("threshold", threshold, x, problem.slots)
     movable = _movable(x, source_mask, dropout, generator)
-    backend = ops.resolve_backend(backend, x.device, x.dtype)
+    ops.check_backend_name(backend)
     slots = problem.slots if combine == "sum" else 1
     if problem.mode == "first" and x.shape[0] == groups:
         _warn_nothing_to_push(x.shape, groups)
@@ -174,7 +174,7 @@ def match_tokens(
             several references `reference * M + token`; for `"others"` `item * N + token`.
     """
     problem = _checked(x, reference, reference_mask, "paper", groups)
-    backend = ops.resolve_backend(backend, x.device, x.dtype)
+    ops.check_backend_name(backend)
     items, tokens = x.shape[:2]
     if (
         problem.slots == 0

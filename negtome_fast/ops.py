@@ -22,7 +22,12 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
 
 
-@torch.compiler.assume_constant_result
+def check_backend_name(name: str) -> None:
+    """Raise `ValueError` where `name` is no backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves `device` and `dtype`: "triton", "torch" or "reference".
 
@@ -34,8 +39,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
     if name == "auto":
         name = os.environ.get(BACKEND_VARIABLE, "auto") or "auto"
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    check_backend_name(name)
     if name == "auto":
         usable = device.type == "cuda" and dtype != torch.float64
         return "triton" if usable and triton_backend.available(device)[0] else "torch"
@@ -48,7 +52,9 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def _backend(name: str) -> ModuleType:
+def _backend(name: str, x: Tensor) -> ModuleType:
+    """The module that serves `x`; chosen as the operator runs, so that no compiler traces it."""
+    name = resolve_backend(name, x.device, x.dtype)
     if name == "triton":
         from .backends import triton_backend
 
@@ -86,7 +92,7 @@ def match(
 ) -> tuple[Tensor, Tensor]:
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     target = x if reference is None else reference
-    return _backend(backend).match(x, target, pairing, reference_mask, matching)
+    return _backend(backend, x).match(x, target, pairing, reference_mask, matching)
 
 
 @match.register_fake
@@ -124,7 +130,7 @@ def guide(
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     target = x if reference is None else reference
     out = x.new_empty(x.shape)
-    similarity, pushed = _backend(backend).guide(
+    similarity, pushed = _backend(backend, x).guide(
         x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, out
     )
     return out, similarity, pushed
@@ -171,7 +177,7 @@ def guide_(
 ) -> tuple[Tensor, Tensor]:
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     target = x if reference is None else reference
-    return _backend(backend).guide(
+    return _backend(backend, x).guide(
         x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, x
     )
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return False, f"Triton kernels do not run on {device.type} tensors"
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     requested = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if device.type == "cpu" and not requested:
