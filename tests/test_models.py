@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,15 @@ def test_prompts_say_what_they_say() -> None:
     assert prompt == "a voxel art person with a green bun and tan skin"
     assert avatars.attributes_in(prompt) == {"style": "voxel art", **wanted}
     assert avatars.attributes_in("captain red")["skin"] == "tan"
+
+
+def test_unusual_attributes_are_always_named() -> None:
+    rng = np.random.default_rng(0)
+    for avatar in avatars.sample_avatars(200, seed=3, balanced=True):
+        named = avatars.attributes_in(avatars.unusual_prompt(avatar, rng))
+        majority = avatars.STYLES[avatar.style].majority
+        for name, value in avatar.attributes().items():
+            assert named.get(name, majority.get(name)) == value
 
 
 def test_sampled_world_is_skewed_as_stated() -> None:

@@ -289,6 +289,17 @@ def random_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
     return prompt_for(avatar.style, **named)
 
 
+def unusual_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
+    """A true prompt that names what is not the majority's in its style, and half of the rest."""
+    majority = STYLES[avatar.style].majority
+    named = {
+        name: getattr(avatar, name)
+        for name in OPEN_ATTRIBUTES
+        if getattr(avatar, name) != majority[name] or rng.random() < 0.5
+    }
+    return prompt_for(avatar.style, **named)
+
+
 def _words(prompt: str) -> list[str]:
     return re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
 

@@ -41,8 +41,8 @@ and the others share the rest; this stands for the bias of real training sets.
 {majorities}
 
 Prompts name the style and, at random, some attributes; 10% are empty, for classifier-free guidance.
-A quarter of each batch comes from a balanced world in which every prompt names every attribute: the
-model learns the words from it, while what a prompt leaves open stays skewed.
+A quarter of each batch comes from a balanced world in which prompts name whatever is not the
+majority's: the model learns the words from it, and what a prompt leaves open stays skewed.
 Four **protected characters** ({characters}) are fixed images, each repeated in 1.5% of
 the training batches until the model draws them from their name; they stand for copyrighted
 characters and memorised images. Vocabulary: {vocabulary}.

@@ -295,8 +295,8 @@ class FlowTask:
     Args:
         latents: `(count, 8, 16, 16)`, first of the skewed world, then of the balanced one.
         avatars: the skewed world, ending with the protected characters.
-        balanced: the balanced world, in which every caption names every attribute: the words are
-            learned from it, while what a prompt leaves open stays as skewed as `avatars`.
+        balanced: the balanced world, in which captions name whatever is not the majority's: the
+            words are learned from it, and what a prompt leaves open stays skewed.
         batch: images a step.
     """
 
@@ -342,7 +342,7 @@ class FlowTask:
         if rng.random() < 0.1:
             return ""
         if index >= self.skewed:
-            return world.prompt_for(**avatar.attributes())
+            return world.unusual_prompt(avatar, rng)
         return world.random_prompt(avatar, rng)
 
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
