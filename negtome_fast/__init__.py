@@ -1,4 +1,4 @@
-"""NegToMe and embedding nudging for diffusion models: steer away from images, fast and exactly.
+"""NegToMe (negative token merging) for diffusion models: steer away from images, exactly.
 
 Importing this package needs torch only; whatever needs more is imported when it is first used.
 """

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def demo_command(options: argparse.Namespace) -> None:
+def demo_command(options: argparse.Namespace) -> int:
     from . import demo
     from .models import GUIDANCE_SCALE
 
@@ -69,9 +69,10 @@ def demo_command(options: argparse.Namespace) -> None:
     )
     print(demo.table(results))
     print(f"picture: {options.output}, figures: {options.output.with_suffix('.json')}")
+    return 0
 
 
-def info_command(options: argparse.Namespace) -> None:
+def info_command(options: argparse.Namespace) -> int:
     from . import info
 
     if options.kernels:
@@ -79,15 +80,16 @@ def info_command(options: argparse.Namespace) -> None:
 
         rows = aot.report()
         print(json.dumps(rows, indent=1) if options.json else aot.table(rows))
-    else:
-        print(json.dumps(info.collect(), indent=1) if options.json else info.text())
+        return int(any(aot.problems(row) for row in rows))
+    print(json.dumps(info.collect(), indent=1) if options.json else info.text())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code: 0, 1 for a bad report, 2 for bad input."""
     options = build_parser().parse_args(argv)
     try:
-        {"demo": demo_command, "info": info_command}[options.command](options)
+        return {"demo": demo_command, "info": info_command}[options.command](options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -96,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("negtome-fast: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ class Studio:
         """Images `(B, 3, 64, 64)` in [0, 1] and the seconds they took."""
         started = time.perf_counter()
         images = models.generate(self.pipe, prompt, seeds, **call)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
         return images, time.perf_counter() - started
 
 
@@ -115,10 +117,6 @@ def run(
         ValueError: an unknown word in a prompt, or fewer than two images.
         RuntimeError: the backend was chosen by name and cannot run here.
     """
-    from tqdm import tqdm
-
-    from .pipelines import negtome_guidance
-
     if count < 2:
         raise ValueError(f"a batch needs at least 2 images to differ from each other, got {count}")
     for prompt in prompts:
@@ -127,34 +125,37 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.resolve_backend(config.backend, torch.device(device), torch.float32)
     studio = Studio(device)
+    from tqdm import tqdm
+
+    from .pipelines import negtome_guidance
+
     call = {"guidance_scale": guidance_scale, "steps": steps}
     seeds = range(seed, seed + count)
     # The first call of a process is slow; it must not be charged to the unguided column.
     studio.draw(prompts[0], seeds, **{**call, "steps": 1})
 
     results, rows = [], []
-    bar = tqdm(total=2 * len(prompts) * steps, desc="generating", unit="step")
+    with tqdm(total=2 * len(prompts) * steps, desc="generating", unit="step") as bar:
 
-    def tick(_: Any, __: int, ___: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        bar.update()
-        return kept
+        def tick(_: Any, __: int, ___: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            bar.update()
+            return kept
 
-    for prompt in prompts:
-        plain, plain_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
-        with negtome_guidance(studio.pipe, config) as handle:
-            moved, moved_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
-            total = handle.summary().total
-        results.append(
-            PromptResult(
-                prompt=prompt,
-                without=studio.measure(plain, prompt, plain_seconds),
-                guided=studio.measure(moved, prompt, moved_seconds),
-                pushed=total.pushed,
-                similarity=total.similarity,
+        for prompt in prompts:
+            plain, plain_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
+            with negtome_guidance(studio.pipe, config) as handle:
+                moved, moved_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
+                total = handle.summary().total
+            results.append(
+                PromptResult(
+                    prompt=prompt,
+                    without=studio.measure(plain, prompt, plain_seconds),
+                    guided=studio.measure(moved, prompt, moved_seconds),
+                    pushed=total.pushed,
+                    similarity=total.similarity,
+                )
             )
-        )
-        rows.append((plain, moved))
-    bar.close()
+            rows.append((plain, moved))
     picture(results, rows, caption(config, guidance_scale, steps, seed)).save(output)
     record = {
         "config": config.to_dict(),

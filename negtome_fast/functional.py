@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -49,7 +50,8 @@ def negtome(
             `(B, R, M, D)`, a set for each item.
         alpha: push strength, a number or a tensor, 0-dim or one for each reference `(R,)`.
             Positive pushes away, negative pulls toward, 0 is the identity. 0.9 as the authors.
-            A tensor never recompiles a `torch.compile`d caller; a number may, once.
+            A tensor never recompiles a `torch.compile`d caller; a number may, once. No gradient
+            flows to it. Values on an accelerator are not checked: that would wait for the device.
         threshold: cosine similarity a match must exceed, strictly; like `alpha`. 0.65 as the
             authors use for FLUX.
         reference_mask: bool, True where a reference token may be matched: `(M,)` or `(R, M)`, for
@@ -63,7 +65,8 @@ def negtome(
         combine: with several references, `"nearest"` (default) takes the best match over all of
             them and that reference's alpha and threshold; `"sum"` adds the pushes of each.
         source_mask: bool `(N,)` or `(B, N)`, True where a token may move.
-        dropout: probability in [0, 1] that a token is spared, drawn with `generator`.
+        dropout: probability in [0, 1] that a token is spared.
+        generator: draws the dropout, on its own device; None uses torch's global one.
         inplace: write into `x` (not differentiable); `x` is also returned.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"`, `"reference"`;
             the environment variable NEGTOME_FAST_BACKEND decides what "auto" means.
@@ -116,8 +119,9 @@ def guide_tokens(
         y: as `negtome`.
         similarity: `(B, S, N)` fp32, cosine of the match, -inf where there is none; `S` is 1 for
             `combine="nearest"`, else the number of references an item sees.
-        pushed: `(B, S, N)` int64, the reference token (`reference * M + token`) a token was pushed
-            away from, -1 where it was left alone.
+        pushed: `(B, S, N)` int64, `slot * M + token` of the reference token that a token was pushed
+            away from, -1 where it was left alone. The slot numbers the references an item sees:
+            the external ones in order, for `"others"` the other items of the group in order.
     """
     problem = _checked(x, reference, reference_mask, matching, groups)
     if combine not in ("nearest", "sum"):
@@ -140,7 +144,7 @@ def guide_tokens(
         problem.mask,
         movable,
         problem.mode,
-        groups,
+        int(groups),
         problem.per_item,
         matching,
         combine,
@@ -148,6 +152,11 @@ def guide_tokens(
     )
     if not inplace:
         return ops.guide(x, *arguments)
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"inplace=True needs tokens of their own memory; x {tuple(x.shape)} is expanded "
+            f"(strides {x.stride()}); use inplace=False or x.clone()"
+        )
     if torch.is_grad_enabled() and (
         x.requires_grad or (isinstance(reference, Tensor) and reference.requires_grad)
     ):
@@ -184,7 +193,14 @@ def match_tokens(
         _, similarity, index = _untouched(x, 1, True)
         return similarity[:, 0], index[:, 0]
     similarity, index = ops.match(
-        x, problem.reference, problem.mask, problem.mode, groups, problem.per_item, "paper", backend
+        x,
+        problem.reference,
+        problem.mask,
+        problem.mode,
+        int(groups),
+        problem.per_item,
+        "paper",
+        backend,
     )
     similarity, slot = similarity.max(dim=1)
     index = index.gather(1, slot[:, None])[:, 0]
@@ -208,9 +224,8 @@ class _Problem:
     slots: int
 
 
-def _checked(
-    x: Tensor, reference: Reference, mask: Tensor | None, matching: str, groups: int
-) -> _Problem:
+def check_tokens(x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` where `x` is not tokens `(B, N, D)` of a known dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor (B, N, D), got {type(x).__name__}")
     if x.dim() != 3:
@@ -218,12 +233,18 @@ def _checked(
     if x.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"x must be one of {names}, got {x.dtype}")
-    items, tokens, channels = x.shape
-    if channels == 0:
+    if x.shape[2] == 0:
         raise ValueError(f"x has no channels: {tuple(x.shape)}")
+
+
+def _checked(
+    x: Tensor, reference: Reference, mask: Tensor | None, matching: str, groups: int
+) -> _Problem:
+    check_tokens(x)
+    items, tokens, _ = x.shape
     if matching not in ("paper", "official"):
         raise ValueError(f'matching must be "paper" or "official", got {matching!r}')
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
     if items % groups:
         raise ValueError(
@@ -232,6 +253,10 @@ def _checked(
         )
     if isinstance(reference, Tensor):
         return _external(x, reference, mask, matching)
+    if not isinstance(reference, str):
+        raise TypeError(
+            f'reference must be "first", "others" or a tensor, got {type(reference).__name__}'
+        )
     if reference not in ("first", "others"):
         raise ValueError(f'reference must be "first", "others" or a tensor, got {reference!r}')
     size = items // groups
@@ -266,6 +291,9 @@ def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) 
             f"a reference (B, R, M, D) needs one set for each of the {items} items, "
             f"got {tuple(reference.shape)}"
         )
+    if per_item and reference.stride(0) == 0 and (mask is None or mask.dim() < 3):
+        # One set expanded to the batch: shared, and not worth B copies.
+        reference, per_item = reference[0], False
     number, length = (1, *reference.shape)[-3], reference.shape[-2]
     if number == 0:
         raise ValueError(f"reference holds no references: {tuple(reference.shape)}")
@@ -311,10 +339,13 @@ def _mask(
 def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:
     """`alpha` or `threshold` as an fp32 tensor on x's device, `()` or `(slots,)`."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        if not torch.compiler.is_compiling() and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if not torch.compiler.is_compiling():
+            limit = torch.finfo(_parameter_dtype(x)).max
+            if not -limit <= value <= limit:
+                raise ValueError(f"{name} must be finite in fp32, got {value}")
+            value = float(value)
         if torch.compiler.is_compiling():
             # A product keeps the number symbolic in the graph; `full` would specialise on it.
             return torch.ones((), dtype=_parameter_dtype(x), device=x.device) * value
@@ -328,10 +359,15 @@ def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tenso
             f"{name} must be a scalar or one value for each of the {slots} references, "
             f"got the shape {tuple(value.shape)}"
         )
+    given, value = value, value.detach().to(_parameter_dtype(x))
     # On an accelerator the values are not looked at: that would wait for the device.
-    if value.device.type == "cpu" and _is_real(value) and not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {value.tolist()}")
-    return value.detach().to(x.device, _parameter_dtype(x))
+    if value.device.type == "cpu" and _is_real(value):
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite in fp32, got {given.tolist()}")
+        if x.device.type != "cpu" and value.dim() == 0:
+            # Known on the host: the argument of a fill, where a copy would wait for the device.
+            return torch.full((), float(value), dtype=value.dtype, device=x.device)
+    return value.to(x.device)
 
 
 def _parameter_dtype(x: Tensor) -> torch.dtype:
@@ -350,10 +386,15 @@ def _movable(
 ) -> Tensor | None:
     items, tokens = x.shape[:2]
     movable = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout}")
+    if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if dropout > 0.0:
-        kept = torch.rand(items, tokens, generator=generator, device=x.device) > dropout
+        # As diffusers does: a generator on the CPU draws there, whatever the device of x.
+        device = x.device if generator is None else generator.device
+        drawn = torch.rand(items, tokens, generator=generator, dtype=torch.float32, device=device)
+        kept = (drawn > dropout).to(x.device)
         movable = kept if movable is None else movable & kept
     return movable
 

@@ -37,6 +37,10 @@ def collect() -> dict[str, Any]:
     rows = []
     for device in devices():
         ready, reason = triton_backend.available(device)
+        try:
+            auto = ops.resolve_backend("auto", device, torch.bfloat16)
+        except (RuntimeError, ValueError) as error:
+            auto = f"nothing: {error}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         rows.append(
             {
@@ -44,7 +48,7 @@ def collect() -> dict[str, Any]:
                 "name": name or platform.machine(),
                 "triton": ready,
                 "triton_reason": reason,
-                "auto": ops.resolve_backend("auto", device, torch.bfloat16),
+                "auto": auto,
             }
         )
     return {

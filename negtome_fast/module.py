@@ -39,8 +39,8 @@ class NegToMe(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)
-        self.register_buffer("threshold", torch.zeros(()), persistent=False)
+        for name in ("alpha", "threshold"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
         self.alpha, self.threshold = alpha, threshold  # type: ignore[assignment]
         self.reference = reference
         self.matching = matching

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,47 @@ def _backend(name: str, x: Tensor) -> ModuleType:
     return reference_backend if name == "reference" else torch_backend
 
 
+class _Call(NamedTuple):
+    """The arguments of `guide` and `guide_`, in the order of their schema."""
+
+    x: Tensor
+    reference: Tensor | None
+    alpha: Tensor
+    threshold: Tensor
+    reference_mask: Tensor | None
+    movable: Tensor | None
+    pairing_mode: str
+    groups: int
+    per_item: bool
+    matching: str
+    combine: str
+    backend: str
+
+    @property
+    def pairing(self) -> Pairing:
+        return _pairing(self.x, self.reference, self.pairing_mode, self.groups, self.per_item)
+
+    def run(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        return _run(
+            self.backend,
+            self.x,
+            "guide",
+            self.x if self.reference is None else self.reference,
+            self.pairing,
+            self.alpha,
+            self.threshold,
+            self.reference_mask,
+            self.movable,
+            self.matching,
+            self.combine,
+            out,
+        )
+
+    def empty_results(self) -> tuple[Tensor, Tensor]:
+        slots = self.pairing.slots if self.combine == "sum" else 1
+        return _empty_pair(self.x, slots)
+
+
 def _pairing(
     x: Tensor, reference: Tensor | None, pairing_mode: str, groups: int, per_item: bool
 ) -> Pairing:
@@ -72,14 +113,33 @@ def _pairing(
     return Pairing("external", items, groups, count, per_item)
 
 
-def _result_shapes(
-    x: Tensor, pairing: Pairing, combine: str
-) -> tuple[tuple[int, int, int], torch.dtype]:
-    slots = pairing.slots if combine == "sum" else 1
-    return (x.shape[0], slots, x.shape[1]), reference_backend.compute_dtype(x.dtype)
+def _run(backend: str, x: Tensor, function: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call a backend; autocast, which would round what must be exact, is off meanwhile."""
+    with torch.autocast(x.device.type, enabled=False):
+        result: tuple[Tensor, Tensor] = getattr(_backend(backend, x), function)(x, *arguments)
+    return result
 
 
-@torch.library.custom_op("negtome_fast::match", mutates_args=())
+def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Similarity and index as a backend would return them, uninitialised."""
+    shape = (x.shape[0], slots, x.shape[1])
+    dtype = reference_backend.compute_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
+
+
+_PAIRING = "str pairing_mode, int groups, bool per_item, str matching"
+_ARGUMENTS = (
+    "Tensor? reference, Tensor alpha, Tensor threshold, Tensor? reference_mask, Tensor? movable, "
+    f"{_PAIRING}, str combine, str backend"
+)
+
+
+@torch.library.custom_op(
+    "negtome_fast::match",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? reference, Tensor? reference_mask, {_PAIRING}, str backend) "
+    "-> (Tensor, Tensor)",
+)
 def match(
     x: Tensor,
     reference: Tensor | None,
@@ -90,125 +150,58 @@ def match(
     matching: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """Similarity and token index `(B, slots, N)` of the best reference token in every slot."""
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     target = x if reference is None else reference
-    return _backend(backend, x).match(x, target, pairing, reference_mask, matching)
+    return _run(backend, x, "match", target, pairing, reference_mask, matching)
 
 
 @match.register_fake
-def _(
-    x: Tensor,
-    reference: Tensor | None,
-    reference_mask: Tensor | None,
-    pairing_mode: str,
-    groups: int,
-    per_item: bool,
-    matching: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    shape = (x.shape[0], pairing.slots, x.shape[1])
-    dtype = reference_backend.compute_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
+def _(x: Tensor, reference: Tensor | None, _mask: Tensor | None, *rest: Any) -> Any:
+    return _empty_pair(x, _pairing(x, reference, *rest[:3]).slots)
 
 
-@torch.library.custom_op("negtome_fast::guide", mutates_args=())
-def guide(
-    x: Tensor,
-    reference: Tensor | None,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    movable: Tensor | None,
-    pairing_mode: str,
-    groups: int,
-    per_item: bool,
-    matching: str,
-    combine: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    target = x if reference is None else reference
-    out = x.new_empty(x.shape)
-    similarity, pushed = _backend(backend, x).guide(
-        x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, out
-    )
-    return out, similarity, pushed
+@torch.library.custom_op(
+    "negtome_fast::guide",
+    mutates_args=(),
+    schema=f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Pushed tokens `(B, N, D)`, similarity and what was pushed, as `guide_tokens` returns."""
+    call = _Call(*arguments)
+    out = call.x.new_empty(call.x.shape)
+    return out, *call.run(out)
 
 
 @guide.register_fake
-def _(
-    x: Tensor,
-    reference: Tensor | None,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    movable: Tensor | None,
-    pairing_mode: str,
-    groups: int,
-    per_item: bool,
-    matching: str,
-    combine: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    shape, dtype = _result_shapes(x, pairing, combine)
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(shape, dtype=dtype),
-        x.new_empty(shape, dtype=torch.int64),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    return call.x.new_empty(call.x.shape), *call.empty_results()
 
 
-@torch.library.custom_op("negtome_fast::guide_", mutates_args=("x",))
-def guide_(
-    x: Tensor,
-    reference: Tensor | None,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    movable: Tensor | None,
-    pairing_mode: str,
-    groups: int,
-    per_item: bool,
-    matching: str,
-    combine: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    target = x if reference is None else reference
-    return _backend(backend, x).guide(
-        x, target, pairing, alpha, threshold, reference_mask, movable, matching, combine, x
-    )
+@torch.library.custom_op(
+    "negtome_fast::guide_",
+    mutates_args=("x",),
+    schema=f"(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`guide` in place; returns similarity and what was pushed."""
+    call = _Call(*arguments)
+    return call.run(call.x)
 
 
 @guide_.register_fake
-def _(
-    x: Tensor,
-    reference: Tensor | None,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    movable: Tensor | None,
-    pairing_mode: str,
-    groups: int,
-    per_item: bool,
-    matching: str,
-    combine: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    shape, dtype = _result_shapes(x, pairing, combine)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _Call(*arguments).empty_results()
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, reference, alpha = inputs[:3]
+    call = _Call(*inputs)
     ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(output[2], alpha)
-    ctx.pairing = _pairing(x, reference, *inputs[6:9])
-    ctx.reference_shape = x.shape if reference is None else reference.shape
-    ctx.in_batch = reference is None
+    ctx.save_for_backward(output[2], call.alpha)
+    ctx.pairing = call.pairing
+    ctx.in_batch = call.reference is None
+    ctx.reference_shape = (call.x if call.reference is None else call.reference).shape
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -227,8 +220,12 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         row = pairing.reference_item(item, slot) * tokens + token
         grad_reference = wide.new_zeros(items * tokens, channels)
         for number in range(pushed.shape[1]):
-            pull = (-strength[:, number, :, None] * wide).flatten(0, 1)
-            grad_reference = grad_reference.index_add(0, row[:, number].flatten(), pull)
+            # Not a product with zero: the gradient of a token left alone may be infinite.
+            moved = (pushed[:, number] >= 0)[..., None]
+            pull = torch.where(moved, -strength[:, number, :, None] * wide, 0.0)
+            grad_reference = grad_reference.index_add(
+                0, row[:, number].flatten(), pull.flatten(0, 1)
+            )
         grad_reference = grad_reference.view(items, tokens, channels)
         if ctx.in_batch:
             grad_x, grad_reference = grad_x + grad_reference, None

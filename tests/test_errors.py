@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,9 +44,9 @@ def refused(kind: type[Exception], match: str, x: Any = X, **arguments: Any) -> 
         refused(TypeError, "must be a bool tensor", reference_mask=torch.ones(10)),
         refused(ValueError, r"\(10,\) .* got \(9,\)", reference_mask=torch.ones(9).bool()),
         refused(ValueError, "source_mask must have", source_mask=torch.ones(3, 10).bool()),
-        refused(ValueError, "alpha must be finite, got nan", alpha=math.nan),
-        refused(ValueError, "threshold must be finite, got inf", threshold=math.inf),
-        refused(ValueError, r"finite, got nan", alpha=torch.tensor(math.nan)),
+        refused(ValueError, "alpha must be finite in fp32, got nan", alpha=math.nan),
+        refused(ValueError, "threshold must be finite in fp32, got inf", threshold=math.inf),
+        refused(ValueError, r"in fp32, got nan$", alpha=torch.tensor(math.nan)),
         refused(TypeError, "alpha must be a number", alpha="0.9"),
         refused(TypeError, "floating-point", alpha=torch.tensor(1)),
         refused(
@@ -54,7 +55,13 @@ def refused(kind: type[Exception], match: str, x: Any = X, **arguments: Any) -> 
             reference=torch.randn(3, 5, 8),
             alpha=torch.ones(2),
         ),
+        refused(ValueError, r"fp32, got 1e\+300", alpha=1e300),
+        refused(ValueError, r"fp32, got 1e\+300$", alpha=torch.tensor(1e300, dtype=torch.float64)),
+        refused(TypeError, "got ndarray", reference=np.zeros((5, 8))),
         refused(ValueError, "probability", dropout=1.5),
+        refused(ValueError, "probability .* '0.5'", dropout="0.5"),
+        refused(TypeError, "torch.Generator, got int", generator=5),
+        refused(ValueError, "expanded", X[:1].expand(3, 10, 8), inplace=True),
         refused(ValueError, "backend must be one of", backend="cuda"),
         refused(
             ValueError, "not differentiable", torch.randn(2, 3, 4, requires_grad=True), inplace=True
@@ -69,6 +76,11 @@ def test_bad_argument_is_refused(
         nf.negtome(x, **arguments)
     if before is not None:
         assert torch.equal(x, before)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    y = nf.negtome(X, alpha=np.float32(0.5), threshold=np.float64(0.1), groups=np.int64(2))
+    assert torch.equal(y, nf.negtome(X, alpha=0.5, threshold=0.1, groups=2))
 
 
 def test_reference_on_another_device_is_refused() -> None:

@@ -90,6 +90,16 @@ def test_gradient_is_deterministic() -> None:
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
+def test_infinite_gradient_of_a_token_left_alone_stays_its_own() -> None:
+    x = torch.eye(8, dtype=torch.float64)[None, :4].to(DEVICE).requires_grad_()
+    r = torch.eye(8, dtype=torch.float64)[2:].to(DEVICE).requires_grad_()
+    seed = torch.ones(1, 4, 8, dtype=torch.float64, device=DEVICE)
+    seed[0, 0] = torch.inf  # token 0 matches nothing
+    gradient_x, gradient_r = torch.autograd.grad(nf.negtome(x, r), (x, r), seed)
+    assert bool(gradient_r.isfinite().all())
+    assert bool(gradient_x[0, 1:].isfinite().all()) and bool(gradient_x[0, 0].isinf().all())
+
+
 def test_half_precision_gradient_keeps_its_dtype() -> None:
     x = tokens(torch.Generator().manual_seed(0), (2, 9, 8), torch.bfloat16).to(DEVICE)
     x.requires_grad_()

@@ -35,6 +35,18 @@ def test_half_does_not_round_alpha() -> None:
     assert layer(X.half()).dtype == torch.float16
 
 
+def test_buffers_do_not_follow_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = nf.NegToMe(alpha=0.9)
+        y = nf.negtome(X, dropout=0.5, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.alpha.dtype == torch.float32 and float(layer.alpha) == float(torch.tensor(0.9))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(y, nf.negtome(X, dropout=0.5, generator=generator))
+
+
 def test_assigning_numbers_changes_the_result_and_is_checked() -> None:
     layer = nf.NegToMe()
     layer.alpha = 0.0

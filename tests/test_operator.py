@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from cases import CASES, Case, tokens
@@ -13,10 +11,6 @@ from oracle import Problem, bits
 import negtome_fast as nf
 from negtome_fast import ops
 from negtome_fast.functional import _checked, guide_tokens
-
-
-def without_dropout(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in arguments.items() if k not in ("dropout", "generator")}
 
 
 def runs_on(case: Case, backend: str) -> bool:
@@ -115,6 +109,30 @@ def test_backends_drop_the_same_tokens() -> None:
         spared.append((pushed < 0)[1:])
     assert all(torch.equal(spared[0], other) for other in spared[1:])
     assert 0.3 < spared[0].float().mean() < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_round(backend: str) -> None:
+    x = tokens(torch.Generator().manual_seed(0), (3, 60, 96)).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        result = guide_tokens(x, backend=backend)
+    Problem(x, {}).check_guide(*result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_set_of_references_expanded_to_the_batch_equals_a_shared_one(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = tokens(generator, (3, 30, 16)).to(DEVICE)
+    shared = tokens(generator, (2, 30, 16)).to(DEVICE)
+    mask = (torch.rand(2, 30, generator=generator) < 0.5).to(DEVICE)
+    expanded = shared.expand(3, -1, -1, -1)
+    for own in (None, mask):
+        expected = nf.negtome(x, shared, reference_mask=own, backend=backend)
+        assert torch.equal(nf.negtome(x, expanded, reference_mask=own, backend=backend), expected)
+    per_item = mask.expand(3, -1, -1)
+    expected = nf.negtome(x, shared, reference_mask=mask, backend=backend)
+    y = nf.negtome(x, expanded, reference_mask=per_item, backend=backend)
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

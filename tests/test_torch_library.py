@@ -85,12 +85,16 @@ def test_compiles_whole_and_agrees(dtype: torch.dtype, inplace: bool, backend: s
     torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=0)
 
 
-def test_compiles_with_inductor() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_with_inductor_and_takes_a_new_alpha(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    layer = nf.NegToMe(threshold=0.3)
-    x = sample()
+    layer = nf.NegToMe(threshold=0.3).to(DEVICE)
+    x = sample(dtype)
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        layer.alpha = 0.2
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_new_alpha_and_threshold_do_not_recompile() -> None:

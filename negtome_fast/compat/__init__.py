@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import check_tokens
 from ..functional import negtome as _negtome
 
 __all__ = ["negtome"]
@@ -30,29 +31,31 @@ def negtome(
         alpha: push strength; their default is 0.5 here, 0.9 in their pipelines.
         threshold: cosine similarity; their default is 0.7.
         dropout: probability that a token is spared, drawn with torch's global generator.
-        mask: `(frames * N, N)`, non-zero where source token `i` (row) may be matched with
-            reference token `j` (column). Where all rows of a frame are equal, as their pipelines
-            make them, it says which positions `j` may move and costs nothing; any other mask is
-            served in chunks.
+        mask: `(frames * N, N)`, or `(N, N)` for all frames, non-zero where source token `i` (row)
+            may be matched with reference token `j` (column). Where all rows of a frame are equal,
+            as their pipelines make them, it says which positions `j` may move; that is checked
+            (which waits for the device), and any other mask is served in chunks.
 
     Returns:
         `(frames, N, D)`, dtype of the input.
 
     Raises:
-        ValueError: a mask of another shape; else as `negtome_fast.negtome`.
+        ValueError, TypeError: a mask of another shape; else as `negtome_fast.negtome`.
     """
+    check_tokens(hidden_states_orig)
     frames, tokens, _ = hidden_states_orig.shape
     gate = None
     if mask is not None:
-        if mask.shape != (frames * tokens, tokens):
+        if mask.numel() not in (frames * tokens**2, tokens**2) or mask.shape[-1] != tokens:
             raise ValueError(
-                f"mask must be (frames * N, N) = {(frames * tokens, tokens)}, "
+                f"mask must be (frames * N, N) = {(frames * tokens, tokens)} or {(tokens,) * 2}, "
                 f"got {tuple(mask.shape)}"
             )
-        pairs = mask.reshape(frames, tokens, tokens).to(torch.bool)
+        pairs = mask.reshape(-1, tokens, tokens).to(torch.bool)
         gate = pairs[:, 0]
         if not torch.equal(pairs, gate[:, None].expand_as(pairs)):
-            return _with_pair_mask(hidden_states_orig, alpha, threshold, dropout, pairs)
+            allowed = pairs.expand(frames, -1, -1)
+            return _with_pair_mask(hidden_states_orig, alpha, threshold, dropout, allowed)
     return _negtome(
         hidden_states_orig,
         hidden_states_orig[0],
@@ -68,6 +71,8 @@ def _with_pair_mask(
     x: Tensor, alpha: float, threshold: float, dropout: float, pairs: Tensor, chunk: int = 512
 ) -> Tensor:
     """A mask of single pairs `(frames, N, N)`: the definition, in chunks of tokens."""
+    # The operator checks the numbers, and draws the dropout as it does everywhere.
+    _negtome(x[:0], alpha=alpha, threshold=threshold, dropout=dropout)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit, reference = F.normalize(wide, dim=-1), wide[0]
     best = torch.full(x.shape[:2], -torch.inf, dtype=wide.dtype, device=x.device)

@@ -32,22 +32,26 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         from diffusers.utils import logging as diffusers_logging
 
         own_level = diffusers_logging.get_verbosity()
+        own_bars = diffusers_logging.is_progress_bar_enabled()
         diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_progress_bar()
         try:
             yield
         finally:
             diffusers_logging.set_verbosity(own_level)
-            diffusers_logging.enable_progress_bar()
+            if own_bars:
+                diffusers_logging.enable_progress_bar()
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def load_pipeline(
