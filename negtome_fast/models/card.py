@@ -60,6 +60,7 @@ Styles and their licences: pixel-art and voxel-art by DiceBear (CC0 1.0), big-sm
 | attribute reader | {reader[steps]} | {reader[seconds]} | below |
 
 On {machine}, torch {torch}, seed {seed}, batch {batch}; other work ran on the machine meanwhile.
+{note}
 
 ## The attribute reader
 
@@ -102,6 +103,7 @@ def model_card(record: dict[str, Any], parameters: int, latents: int) -> str:
         vae=record["vae"],
         flow=record["transformer"],
         reader=reader,
+        note=record.get("note", ""),
         rendered=row("held_out_accuracy_rendered"),
         decoded=row("held_out_accuracy_decoded"),
         **{key: record[key] for key in ("machine", "torch", "seed", "batch")},

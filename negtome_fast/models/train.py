@@ -530,6 +530,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--balanced-images", type=int, default=6_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="a sentence for the model card")
     parser.add_argument("--processes", type=int, default=2, help="for rendering")
     return parser.parse_args(argv)
 
@@ -544,6 +545,7 @@ def main(argv: list[str] | None = None) -> None:
     record: dict[str, Any] = {
         "images": len(images),
         "seed": options.seed,
+        "note": options.note,
         "batch": options.batch,
         "majority_share": world.MAJORITY_SHARE,
         "torch": torch.__version__,
