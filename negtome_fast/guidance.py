@@ -115,8 +115,9 @@ class _BlockStatistics:
     def __init__(self, device: torch.device) -> None:
         self.calls = 0
         self.grid: Grid | None = None
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.similarity = torch.zeros((), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # else no later run outside of that mode could add to it
+            self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+            self.similarity = torch.zeros((), dtype=torch.float32, device=device)
 
     def add(
         self,
@@ -127,6 +128,10 @@ class _BlockStatistics:
     ) -> None:
         self.calls += 1
         self.grid = grid
+        if self.counts.device != similarity.device:  # the model was moved; what it counted stays
+            with torch.inference_mode(False):
+                self.counts = self.counts.to(similarity.device)
+                self.similarity = self.similarity.to(similarity.device)
         best = similarity.detach().amax(dim=1)
         compared = best > -torch.inf
         counts = [compared.sum(), (best > threshold).sum(), (pushed >= 0).any(dim=1).sum()]
@@ -192,8 +197,12 @@ class Guidance:
         self._groups: int | None = None
 
     def begin_run(self) -> None:
-        """Starts the dropout's random numbers anew, so that an equal run gives equal results."""
+        """Starts the dropout's random numbers anew, so that an equal run gives equal results.
+
+        Each warning is given once per run.
+        """
         self._generators.clear()
+        self._warned.clear()
 
     def begin_step(
         self,
@@ -233,11 +242,19 @@ class Guidance:
     def end_step(self, *, completed: bool = True) -> None:
         """Closes the forward; may be called at any time, with completed=False after an error."""
         step, self._step = self._step, None
-        if completed and step is not None and step.skipped_blocks and not step.guided_blocks:
+        if not completed or step is None or not step.active or step.guided_blocks:
+            return
+        if step.skipped_blocks:
             self._warn(
                 "no block was guided in a step inside the window: every block was left out by "
                 f"blocks={self.config.blocks}, exclude_blocks={self.config.exclude_blocks} or "
                 f"min_grid={self.config.min_grid}"
+            )
+        else:
+            self._warn(
+                "no block handed its tokens over in a step inside the window, so nothing was "
+                "guided; if the model was compiled and called before it was guided, call "
+                "torch.compiler.reset() once now"
             )
 
     @property
@@ -298,7 +315,7 @@ class Guidance:
             backend=config.backend,
         )
         statistics = self._statistics.get(block)
-        if statistics is None or statistics.counts.device != image_tokens.device:
+        if statistics is None:
             statistics = self._statistics[block] = _BlockStatistics(image_tokens.device)
         statistics.add(similarity, pushed, threshold, grid)
         return image_tokens if measure_only else guided
@@ -320,7 +337,8 @@ class Guidance:
     def _scalars_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._scalars:
             values = (self.config.alpha, self.config.threshold)
-            alpha, threshold = torch.tensor(values, dtype=torch.float32).to(device).unbind()
+            with torch.inference_mode(False):
+                alpha, threshold = torch.tensor(values, dtype=torch.float32).to(device).unbind()
             self._scalars[device] = (alpha, threshold)
         return self._scalars[device]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from negtome_fast import config
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import match_tokens, negtome
-from negtome_fast.guidance import Guidance
+from negtome_fast.guidance import Guidance, _BlockStatistics
 
 
 class TinyDiT(nn.Module):
@@ -189,12 +189,51 @@ def test_only_reference_items_are_reported_once_and_returned(groups: int) -> Non
         guidance.end_step()
 
 
+@pytest.mark.parametrize("inference_first", [True, False])
+def test_inference_mode_may_change_between_runs(inference_first: bool) -> None:
+    guidance = Guidance(NegToMeConfig(threshold=0.1, dropout=0.5))
+    for inference in (inference_first, not inference_first):
+        with torch.inference_mode(inference), torch.set_grad_enabled(False):
+            guidance.begin_step(1000)
+            guidance.apply(tokens())
+            guidance.end_step()
+    assert guidance.summary().total.tokens == 2 * 72
+
+
+def test_counts_survive_a_move_to_another_device() -> None:
+    statistics = _BlockStatistics(torch.device("meta"))
+    similarity = torch.ones(1, 1, 5)
+    statistics.counts = torch.zeros(3, dtype=torch.int64)
+    statistics.similarity = torch.zeros((), dtype=torch.float32)
+    statistics.add(similarity, torch.zeros(1, 1, 5), torch.tensor(0.5), None)
+    elsewhere = [tensor.to("meta") for tensor in (similarity, similarity, torch.tensor(0.5))]
+    statistics.add(*elsewhere, None)
+    assert statistics.calls == 2 and statistics.counts.device.type == "meta"
+
+
+def test_a_guided_step_that_no_block_took_part_in_is_reported_once_per_run() -> None:
+    guidance = Guidance()
+    for _ in range(2):
+        guidance.begin_run()
+        with pytest.warns(UserWarning, match=r"no block handed.*torch\.compiler\.reset"):
+            guidance.begin_step(1000)
+            guidance.end_step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            guidance.begin_step(1000)
+            guidance.end_step()
+            guidance.begin_step(100)
+            guidance.end_step()
+            guidance.begin_step(1000)
+            guidance.end_step(completed=False)
+
+
 def test_apply_outside_of_a_step_says_what_to_call() -> None:
     guidance = Guidance()
     with pytest.raises(RuntimeError, match="begin_step"):
         guidance.apply(tokens())
     guidance.begin_step(1000)
-    guidance.end_step()
+    guidance.end_step(completed=False)
     with pytest.raises(RuntimeError, match="begin_step"):
         guidance.apply(tokens())
 

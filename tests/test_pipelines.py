@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
@@ -212,18 +213,46 @@ def test_up_to_three_guidance_parts_are_found(parts: int) -> None:
     assert handle.summary().groups == parts
 
 
-def test_image_to_image_counts_its_own_steps() -> None:
+@pytest.mark.parametrize("begin", [2, None], ids=["begin_index", "no begin_index"])
+def test_image_to_image_counts_its_own_steps(begin: int | None) -> None:
     """It leaves out the first timesteps of the schedule: here two of five."""
 
     class Pipe:
         _num_timesteps = 3
-        scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 700.0, 500.0, 300.0, 100.0]))
 
-    pipe = Pipe()
-    clock = PipelineClock(pipe)
-    assert clock.locate(500.2, 1.0) == (500.0, 0, 3)
-    assert clock.locate(100.0, 0.0) == (100.0, 2, 3)
-    assert clock.locate(400.0, 1.0) is None
+        def __init__(self) -> None:
+            timesteps = torch.tensor([900.0, 700.0, 500.0, 300.0, 100.0])
+            self.scheduler = SimpleNamespace(timesteps=timesteps, begin_index=begin)
+
+        def __call__(self) -> None:
+            clock = PipelineClock(self)
+            assert clock.locate(500.2, 1.0) == (500.0, 0, 3)
+            assert clock.locate(100.0, 0.0) == (100.0, 2, 3)
+            assert clock.locate(400.0, 1.0) is None
+
+    Pipe()()
+
+
+@pytest.mark.parametrize("begin_index", [True, False])
+def test_a_run_that_ends_early_counts_from_its_first_step(sdxl: Any, begin_index: bool) -> None:
+    """SDXL with a refiner: 12 of 20 timesteps, of which the first quarter is guided."""
+    if not begin_index:
+        sdxl.scheduler.set_begin_index = lambda index=0: None
+    with negtome_guidance(sdxl, ALWAYS, steps=(0.0, 0.25), blocks="up_blocks.0") as handle:
+        generate(sdxl, 2, size=(32, 32), steps=20, denoising_end=0.6)
+    vars(sdxl.scheduler).pop("set_begin_index", None)
+    assert (handle.summary().guided, handle.summary().forwards) == (3, 12)
+
+
+def test_another_pipeline_that_shares_the_model_finds_its_own_groups(sdxl: Any) -> None:
+    other = type(sdxl).from_pipe(sdxl)
+    other.set_progress_bar_config(disable=True)
+    generate(sdxl, 2, steps=1)
+    with negtome_guidance(sdxl, ALWAYS, steps=(0.0, 0.5)) as handle:
+        generate(other, 2, steps=4, cfg=True)
+        assert (handle.summary().groups, handle.summary().guided) == (2, 2)
+        generate(sdxl, 2, steps=2, equal_latents=True)
+        assert handle.summary().groups == 1
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 96), (96, 48)], ids=str)
@@ -478,6 +507,22 @@ def test_the_output_that_another_hook_keeps_is_not_written_into(flux: Any) -> No
     assert torch.equal(*kept)
 
 
+@pytest.mark.parametrize("inside", ["to_out.0", "to_out.1"])
+def test_what_a_hook_inside_the_attention_keeps_is_not_written_into(flux: Any, inside: str) -> None:
+    """The dropout after the projection hands it on as it is."""
+    kept: list[Tensor] = []
+    module = flux.transformer.transformer_blocks[0].attn.get_submodule(inside)
+    if inside == "to_out.0":
+        hook = module.register_forward_hook(lambda m, args, output: kept.append(output))
+    else:
+        hook = module.register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+    with negtome_guidance(flux, ALWAYS, blocks="transformer_blocks.0"):
+        generate(flux, steps=1)
+    generate(flux, steps=1)
+    hook.remove()
+    assert torch.equal(*kept)
+
+
 def test_a_deep_copy_is_guided_and_removed_by_itself() -> None:
     pipe = flux_pipeline()
     apply_negtome(pipe, ALWAYS, steps=(0.0, 1.0), dropout=0.5)
@@ -500,6 +545,80 @@ def test_a_guided_model_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(generate(pipe), plain("flux"))
 
 
+@pytest.mark.parametrize("placement", ["output", "pre_projection"])
+def test_a_model_is_pickled_without_its_guidance(tmp_path: Path, placement: Any) -> None:
+    pipe = flux_pipeline()
+    apply_negtome(pipe, ALWAYS, placement=placement)
+    guided = generate(pipe)
+    torch.save(pipe.transformer, tmp_path / "model.pt")
+    assert torch.equal(generate(pipe), guided)
+    pipe.transformer = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(generate(pipe), plain("flux"))
+    with negtome_guidance(pipe, ALWAYS, placement=placement):
+        assert torch.equal(generate(pipe), guided)
+
+
+def test_removing_finds_the_model_that_the_pipeline_held_before() -> None:
+    pipe = flux_pipeline()
+    guided = pipe.transformer
+    handle = apply_negtome(pipe, ALWAYS)
+    pipe.transformer = flux_pipeline().transformer
+    remove_negtome(pipe)
+    pipe.transformer = guided
+    assert not handle.applied and hook_count(pipe) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "regional", "compiled_first", "placement"),
+    [
+        ("flux", True, False, "output"),
+        ("flux", True, True, "pre_projection"),
+        ("flux", False, True, "output"),
+        ("sdxl", False, False, "output"),
+    ],
+)
+def test_a_compiled_model_is_guided_like_another(
+    family: str, regional: bool, compiled_first: bool, placement: Any
+) -> None:
+    """Without graph breaks, which `fullgraph` refuses, and with code that all blocks share.
+
+    Where it is regional, the last of the steps are outside of the window.
+    """
+    settings = {"t_end": 500 if regional else 0, "placement": placement}
+    arguments = {"images": 2, "size": (32, 32), "cfg": family == "sdxl", "steps": 5}
+    with negtome_guidance(built(family), ALWAYS, **settings) as handle:
+        expected = generate(built(family), **arguments)
+    expected_rows = handle.summary().rows
+    pipe = FAMILIES[family]()
+    name = "transformer" if family == "flux" else "unet"
+
+    def compile_model() -> None:
+        if regional:
+            denoiser(pipe).compile_repeated_blocks(fullgraph=True, backend="eager")
+        else:
+            setattr(pipe, name, torch.compile(denoiser(pipe), fullgraph=True, backend="eager"))
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = 4
+    try:
+        if compiled_first:
+            compile_model()
+            torch.testing.assert_close(generate(pipe, **arguments), plain(family, **arguments))
+        handle = apply_negtome(pipe, ALWAYS, **settings)
+        if not compiled_first:
+            compile_model()
+        torch.testing.assert_close(generate(pipe, **arguments), expected)
+        assert [(row.block, row.grid, row.calls, row.tokens) for row in handle.summary().rows] == [
+            (row.block, row.grid, row.calls, row.tokens) for row in expected_rows
+        ]
+        if compiled_first:
+            remove_negtome(pipe)
+            torch.testing.assert_close(generate(pipe, **arguments), plain(family, **arguments))
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch.compiler.reset()
+
+
 class Attention(nn.Module):
     def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -517,7 +636,7 @@ class UnheardOf(nn.Module):
         self.attn = Attention(answer)
 
     def forward(self, hidden_states: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
-        output = self.attn(hidden_states * 1, text)
+        output = self.attn(hidden_states, text)
         return output[0] if isinstance(output, tuple) else output[:, -hidden_states.shape[1] :]
 
 

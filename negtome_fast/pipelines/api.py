@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import NegToMeConfig
 from ..guidance import Guidance, GuidanceSummary
-from .hooks import ModelHooks, PipelineClock, find_hooks, refuse_cache
+from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
 
 
@@ -68,6 +68,11 @@ def apply_negtome(
     remove_negtome(pipe)
     ```
 
+    The model is guided in whatever pipeline calls it, and may be compiled before or after. The
+    number of steps and the kind of guidance are asked of the pipeline given here; while another one
+    that shares the model runs, they are taken from the scheduler and the latents instead. For a
+    scheduler of its own, apply to that pipeline.
+
     Args:
         pipe: a pipeline with a `transformer` or a `unet`, or that model itself. The pipeline is
             better: it knows the exact timesteps, the number of steps, and whether its batch holds
@@ -86,7 +91,7 @@ def apply_negtome(
             model's class is unknown and cannot be served; an override has an unknown name. The
             pipeline is left as it was.
     """
-    model, is_pipeline = _denoiser(pipe)
+    model, is_pipeline, compiled = _denoiser(pipe)
     name = type(model).__name__
     if find_hooks(model) is not None:
         raise ValueError(f"NegToMe is already applied to this {name}; call remove_negtome first")
@@ -108,15 +113,16 @@ def apply_negtome(
             "not know; pass the pipeline, or use t_start and t_end"
         )
     hooks = ModelHooks(model, layout, config, PipelineClock(pipe) if is_pipeline else None)
-    hooks.install(model)
+    hooks.install(compiled)
     return NegToMeHandle(hooks)
 
 
 def remove_negtome(pipe: Any) -> None:
     """Takes the guidance away from a pipeline or model; nothing happens if there is none."""
     hooks = find_hooks(_denoiser(pipe)[0])
-    if hooks is not None:
-        hooks.remove()
+    # Also where the pipeline was guided with another model than it holds now.
+    for found in [*hooks_by_pipeline(pipe), *([] if hooks is None else [hooks])]:
+        found.remove()
 
 
 @contextmanager
@@ -131,18 +137,18 @@ def negtome_guidance(
         handle.remove()
 
 
-def _denoiser(pipe: Any) -> tuple[nn.Module, bool]:
-    """The model that makes the noise prediction, and whether a pipeline was given."""
+def _denoiser(pipe: Any) -> tuple[nn.Module, bool, bool]:
+    """The model that predicts the noise, whether a pipeline was given, whether it is compiled."""
     is_pipeline = not isinstance(pipe, nn.Module)
     model = pipe
     if is_pipeline:
         parts = [getattr(pipe, name, None) for name in ("transformer", "unet")]
         model = next((part for part in parts if isinstance(part, nn.Module)), None)
     # torch.compile(model) is a shell whose hooks the compiled code does not see.
-    model = getattr(model, "_orig_mod", model)
+    shell, model = model, getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise TypeError(
             "expected a diffusers pipeline with a transformer or a unet, or such a model, "
             f"not {type(pipe).__name__}"
         )
-    return model, is_pipeline
+    return model, is_pipeline, shell is not model

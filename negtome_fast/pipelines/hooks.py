@@ -2,19 +2,24 @@
 
 The model's pre-hook reads the timestep once per forward and decides whether it is guided; the
 attention hook hands the image tokens to `Guidance`; the model's post-hook, which also runs when
-the forward raised, forgets the forward.
+the forward raised, forgets the forward. In compiled code the attention hook is one opaque operator.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..config import NegToMeConfig
@@ -23,6 +28,11 @@ from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
 
 MOST_GROUPS = 3
 """Perturbed-attention guidance and InstructPix2Pix concatenate three parts, the others two."""
+
+# torch.compiler.disable would import the whole compiler here; this does so when it is called.
+_outside_of_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+_open = threading.local()  # .hooks: those of the forward that this thread is in
+_installed: weakref.WeakSet[ModelHooks] = weakref.WeakSet()
 
 
 class PipelineClock:
@@ -36,6 +46,27 @@ class PipelineClock:
         self._pipe = weakref.ref(pipe)
         self._source: torch.Tensor | None = None
         self._timesteps: list[float] = []
+        self._first = 0  # index of the earliest timestep that this run has asked for
+
+    def belongs_to(self, pipe: Any) -> bool:
+        return self._pipe() is pipe
+
+    @property
+    def running(self) -> bool:
+        """Whether the pipeline is being called, and not another one that shares its model.
+
+        A pipeline keeps what it knew of its last run, and does not tell when that was over.
+        """
+        pipe = self._pipe()
+        frame: FrameType | None = sys._getframe()
+        while pipe is not None and frame is not None:
+            # Looking at the locals of a frame keeps them alive, so no frames but the pipeline's.
+            method: Any = getattr(type(pipe), frame.f_code.co_name, None)
+            own = getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
+            if own and frame.f_locals.get("self") is pipe:
+                return True
+            frame = frame.f_back
+        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineClock | None:
         """The clock of the copied pipeline, or none where the model was copied alone."""
@@ -49,7 +80,7 @@ class PipelineClock:
 
     def guides_classifier_free(self) -> bool | None:
         """Whether the pipeline says that its batch has guidance parts; None if it does not say."""
-        pipe, answers = self._pipe(), []
+        pipe, answers = self._pipe() if self.running else None, []
         for name in ("do_classifier_free_guidance", "do_perturbed_attention_guidance"):
             try:
                 answer = getattr(pipe, name, None)
@@ -62,7 +93,7 @@ class PipelineClock:
     def current(self) -> float | None:
         """The timestep that the pipeline or its scheduler says is being computed."""
         pipe = self._pipe()
-        timestep = getattr(pipe, "_current_timestep", None)
+        timestep = getattr(pipe, "_current_timestep", None) if self.running else None
         if timestep is not None:
             return read_timestep(timestep)[0]
         step = getattr(getattr(pipe, "scheduler", None), "step_index", None)
@@ -82,9 +113,13 @@ class PipelineClock:
         index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
         if abs(timesteps[index] - timestep) > rounding + 1e-3:
             return None
-        steps = getattr(self._pipe(), "_num_timesteps", None) or len(timesteps)
-        skipped = max(len(timesteps) - steps, 0)  # image-to-image starts later in the schedule
-        return timesteps[index], max(index - skipped, 0), min(steps, len(timesteps))
+        # Image-to-image starts later in the schedule; a base model with a refiner ends earlier.
+        begin = getattr(getattr(self._pipe(), "scheduler", None), "begin_index", None)
+        if not isinstance(begin, int):
+            self._first = begin = min(self._first, index)
+        steps = getattr(self._pipe(), "_num_timesteps", None) if self.running else None
+        remaining = len(timesteps) - begin
+        return timesteps[index], max(index - begin, 0), min(steps or remaining, remaining)
 
     def _read_timesteps(self) -> list[float]:
         source = self.run
@@ -92,6 +127,7 @@ class PipelineClock:
             return []
         if source is not self._source:
             self._source, self._timesteps = source, source.tolist()
+            self._first = len(self._timesteps)
         return self._timesteps
 
 
@@ -105,11 +141,15 @@ class ModelHooks:
         self.guidance = Guidance(config)
         self.model_name = type(model).__name__
         self.blocks = _guided_blocks(model, layout, config)
+        self._model = model
         self._clock = clock
         self._signature = inspect.signature(type(model).forward)
         self._handles: list[RemovableHandle] = []
-        self._projection_handles: list[RemovableHandle] = []
-        self._projections: dict[nn.Module, str] = {}
+        with torch.inference_mode(False):
+            self._numbers = {block: torch.tensor(i) for i, block in enumerate(self.blocks)}
+        self._places = tuple(self.blocks.items())
+        self._projections: dict[nn.Module, nn.Module] = {}
+        self._projection_handles: dict[nn.Module, RemovableHandle] = {}
         # Of the run: looked at again when another one begins or the latents change their shape.
         self._run: Any = None
         self._last_timestep = -1.0
@@ -118,9 +158,24 @@ class ModelHooks:
         self._run_tokens: ImageTokens | None = None
         # Of the forward that is going on, or of the grid module inside it.
         self._tokens: ImageTokens | None = None
+        self._exclusive: frozenset[nn.Module] = frozenset()
+        self._compiled = False
 
-    def install(self, model: nn.Module) -> None:
-        """Registers all hooks, or, where one cannot be registered, none."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unguided, ()
+
+    def install(self, compiled: bool = False) -> None:
+        """Registers all hooks, or, where one cannot be registered, none.
+
+        Args:
+            compiled: the model is called through `torch.compile(model)`, which does not show in it.
+        """
+        model = self._model
         try:
             hook = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
             self._handles.append(hook)
@@ -129,24 +184,45 @@ class ModelHooks:
                 if type(module).__name__ in self.layout.grid_modules:
                     hook = module.register_forward_pre_hook(self._before_grid, with_kwargs=True)
                     self._handles.append(hook)
-            for block in self.blocks:
+            for block, number in self._numbers.items():
                 if self._projection_of(block) is None:
-                    self._handles.append(block.register_forward_hook(self._after_attention))
+                    hook = block.register_forward_hook(BlockHook(self, number))
+                    self._handles.append(hook)
+            self._hook_projections()
         except BaseException:
             self.remove()
             raise
+        _installed.add(self)
+        self._compiled = compiled
+        self._forget_compiled_code()
 
     def remove(self) -> None:
         """Takes every hook away; what `guidance` has counted stays readable."""
         self._forget_forward(completed=False)
-        for handle in self._handles:
+        if not self._handles:
+            return
+        for handle in (*self._handles, *self._projection_handles.values()):
             handle.remove()
         self._handles.clear()
+        self._projection_handles.clear()
+        _installed.discard(self)
+        self._forget_compiled_code()
+
+    def _forget_compiled_code(self) -> None:
+        """Has compiled code made anew: it does not look whether hooks came or went."""
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is not None and (self._compiled or _is_compiled(self._model)):
+            dynamo.reset()
 
     @property
     def installed(self) -> bool:
         return bool(self._handles)
 
+    def belongs_to(self, pipe: Any) -> bool:
+        """Whether this pipeline was guided by these hooks."""
+        return self._clock is not None and self._clock.belongs_to(pipe)
+
+    @_outside_of_graphs
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -172,52 +248,81 @@ class ModelHooks:
         if active:
             self._tokens = self._run_tokens
             self._hook_projections()
+            self._exclusive = self._find_exclusive()
+            _open.hooks = self
 
+    @_outside_of_graphs
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._forget_forward(completed=output is not None)
 
     def _forget_forward(self, completed: bool) -> None:
-        self._tokens = None
-        for handle in self._projection_handles:
-            handle.remove()
-        self._projection_handles.clear()
-        self._projections.clear()
+        self._tokens = _open.hooks = None
         self.guidance.end_step(completed=completed)
 
     def _before_grid(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if not self.guidance.active:
-            return
-        images = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-        if images is not None and images.ndim == 4:
-            height, width = images.shape[-2:]
-            self._tokens = ImageTokens(height * width, height * width, (height, width))
-
-    def _after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.guidance.active:
             return None
-        # A hook of somebody else may have kept the output; then it is not ours to write into.
-        ours = len(module._forward_hooks) == 1
-        block = self.blocks[module]
+        name = next((k for k, v in kwargs.items() if isinstance(v, torch.Tensor)), "")
+        images = args[0] if args else kwargs.get(name)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            return None
+        if torch.compiler.is_compiling() and not _differentiable(images):
+            # Handed through, so that what is computed from it comes after.
+            images = torch.ops.negtome_fast.enter_grid(images)
+            return ((images, *args[1:]), kwargs) if args else (args, {**kwargs, name: images})
+        self.enter_grid(images)
+        return None
+
+    @_outside_of_graphs
+    def enter_grid(self, images: torch.Tensor) -> None:
+        """The attention modules from here on see the pixels (B, C, H, W) as tokens."""
+        height, width = images.shape[-2:]
+        self._tokens = ImageTokens(height * width, height * width, (height, width))
+
+    def _after_attention(self, output: Any, number: torch.Tensor) -> Any:
+        if not self.guidance.active:
+            return None
         if isinstance(output, tuple):
-            return (self._guide(output[0], block, ours, all_image=True), *output[1:])
-        return self._guide(output, block, ours)
+            return (self._guide(output[0], number, True), *output[1:])
+        return self._guide(output, number, False)
 
-    def _before_projection(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _before_projection(self, args: tuple[Any, ...], number: torch.Tensor) -> Any:
         if not self.guidance.active:
             return None
-        ours = len(module._forward_pre_hooks) == 1
-        return (self._guide(args[0], self._projections[module], ours), *args[1:])
+        return (self._guide(args[0], number, False), *args[1:])
 
     def _hook_projections(self) -> None:
-        """Found anew in every forward: loading a LoRA replaces the projections."""
-        for block, name in self.blocks.items():
+        """Looked at in every guided forward: loading a LoRA replaces the projections."""
+        for block, number in self._numbers.items():
             projection = self._projection_of(block)
-            if projection is not None:
-                self._projections[projection] = name
-                hook = projection.register_forward_pre_hook(self._before_projection)
-                self._projection_handles.append(hook)
+            if projection is None or projection is self._projections.get(block):
+                continue
+            if block in self._projections:
+                self._projection_handles[block].remove()
+            hook = projection.register_forward_pre_hook(BlockHook(self, number))
+            self._projection_handles[block] = hook
+            self._projections[block] = projection
+
+    def _find_exclusive(self) -> frozenset[nn.Module]:
+        """The attention modules whose outputs nobody else can hold.
+
+        A hook of somebody else may have kept what is now the output, even one further inside:
+        a projection's output goes through a dropout of 0 as it is.
+        """
+        if not self.layout.fresh_outputs or _has_any_global_hook():
+            return frozenset()
+        return frozenset(
+            block
+            for block in self.blocks
+            if all(
+                isinstance(hook, BlockHook) and hook.owner is self
+                for module in block.modules()
+                for hooks in (module._forward_hooks, module._forward_pre_hooks)
+                for hook in hooks.values()
+            )
+        )
 
     def _projection_of(self, block: nn.Module) -> nn.Module | None:
         """The output projection to hook; None where the attention output itself is the place."""
@@ -228,16 +333,24 @@ class ModelHooks:
             return projection[0]
         return projection if isinstance(projection, nn.Module) else None
 
-    def _guide(
-        self, tokens: torch.Tensor, block: str, ours: bool, all_image: bool = False
+    def _guide(self, tokens: torch.Tensor, number: torch.Tensor, all_image: bool) -> torch.Tensor:
+        differentiable = _differentiable(tokens)
+        if torch.compiler.is_compiling() and not differentiable:
+            return torch.ops.negtome_fast.guide_block(tokens, number, all_image)
+        return self.guide_block(tokens, number, all_image, inplace=not differentiable)
+
+    @_outside_of_graphs
+    def guide_block(
+        self, tokens: torch.Tensor, number: torch.Tensor, all_image: bool, inplace: bool
     ) -> torch.Tensor:
-        """The attention tokens (B, S, D) with their image part guided."""
+        """The attention tokens (B, S, D) of a block with their image part guided."""
+        module, block = self._places[int(number)]
+        inplace = inplace and module in self._exclusive
         grid = self._tokens.grid if self._tokens else None
         start, stop = self._image_range(tokens, block, all_image)
         whole = (start, stop) == (0, tokens.shape[1])
         image = tokens if whole else tokens[:, start:stop]
-        ours = ours and not (torch.is_grad_enabled() and tokens.requires_grad)
-        guided = self.guidance.apply(image, block=block, grid=grid, inplace=ours)
+        guided = self.guidance.apply(image, block=block, grid=grid, inplace=inplace)
         if guided is image:
             return tokens
         if whole:
@@ -328,6 +441,88 @@ class ModelHooks:
                 if all(torch.equal(first, other) for other in others):
                     return groups
         return 1
+
+
+class BlockHook:
+    """The hook after an attention module, or before its output projection.
+
+    One object per block, which differs from the others by a tensor only: compiled code that looks
+    at its hooks then serves all blocks.
+    """
+
+    def __init__(self, owner: ModelHooks, number: torch.Tensor) -> None:
+        self.owner = owner
+        self.number = number
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        if output:
+            return self.owner._after_attention(output[0], self.number)
+        return self.owner._before_projection(args, self.number)
+
+
+class _Unguided:
+    """Stands for the hooks in a pickled model and does nothing: guidance is not saved with it."""
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    _before_model = _after_model = _before_grid = _nothing
+    _after_attention = _before_projection = _nothing
+
+
+# Compiled code cannot hold the state of a run, so it calls back. The state and the count of calls
+# change as it runs, which a recorded CUDA graph would not repeat.
+_OPAQUE_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+torch.library.define(
+    "negtome_fast::guide_block",
+    "(Tensor tokens, Tensor number, bool all_image) -> Tensor",
+    tags=_OPAQUE_TAGS,
+)
+
+
+@torch.library.impl("negtome_fast::guide_block", "CompositeExplicitAutograd")
+def _guide_block(tokens: torch.Tensor, number: torch.Tensor, all_image: bool) -> torch.Tensor:
+    hooks = _open.hooks
+    hooks._compiled = True
+    guided = hooks.guide_block(tokens, number, all_image, inplace=False)
+    return (tokens.clone() if guided is tokens else guided).contiguous()
+
+
+@torch.library.register_fake("negtome_fast::guide_block")
+def _fake_guide_block(tokens: torch.Tensor, number: torch.Tensor, all_image: bool) -> torch.Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+torch.library.define("negtome_fast::enter_grid", "(Tensor images) -> Tensor", tags=_OPAQUE_TAGS)
+
+
+@torch.library.impl("negtome_fast::enter_grid", "CompositeExplicitAutograd")
+def _enter_grid(images: torch.Tensor) -> torch.Tensor:
+    _open.hooks.enter_grid(images)
+    return images.clone()
+
+
+@torch.library.register_fake("negtome_fast::enter_grid")
+def _fake_enter_grid(images: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(images)
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def hooks_by_pipeline(pipe: Any) -> list[ModelHooks]:
+    """The hooks that were installed through this pipeline, whatever model it holds now."""
+    return [hooks for hooks in _installed if hooks.belongs_to(pipe)]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it is: `module.compile()`, or a `forward` that is replaced."""
+    return any(
+        module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def refuse_cache(model: nn.Module) -> None:

@@ -66,6 +66,8 @@ class Layout:
         blocks: patterns (fnmatch) of the attention modules' names that can be guided.
         exclude: patterns of names that never are.
         attention: class names, with bases, that make a module an attention module.
+        fresh_outputs: every attention output is a new tensor, never the module's input or a view
+            of it, so it may be written into.
         preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
     """
 
@@ -79,6 +81,7 @@ class Layout:
     blocks: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("*refiner*", "*temporal*", "*motion_modules*", "*audio*")
     attention: tuple[str, ...] = ("Attention", "MochiAttention", "AttentionModuleMixin")
+    fresh_outputs: bool = False
     preset: str | None = None
 
 
@@ -124,12 +127,14 @@ _LAYOUTS: dict[str, Layout] = {
         image_tokens=flux_image_tokens,
         joint="text_first",
         blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+        fresh_outputs=True,
         preset="flux",
     ),
     "UNet2DConditionModel": Layout(
         latents="sample",
         grid_modules=("Transformer2DModel",),
         blocks=("*.attn1", "*.attn2"),
+        fresh_outputs=True,
         preset="sdxl",
     ),
 }
