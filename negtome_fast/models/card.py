@@ -43,8 +43,8 @@ and the others share the rest; this stands for the bias of real training sets.
 Prompts name the style and, at random, some attributes; 10% are empty, for classifier-free guidance.
 A quarter of each batch comes from a balanced world in which prompts name whatever is not the
 majority's: the model learns the words from it, and what a prompt leaves open stays skewed.
-Four **protected characters** ({characters}) are fixed images, each repeated in 1.5% of
-the training batches until the model draws them from their name; they stand for copyrighted
+Four **protected characters** ({characters}) are fixed images, each
+1.5% of the images that training saw; they stand for copyrighted
 characters and memorised images. Vocabulary: {vocabulary}.
 
 Styles and their licences: pixel-art and voxel-art by DiceBear (CC0 1.0), big-smile, a remix of

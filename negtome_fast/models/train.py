@@ -499,6 +499,10 @@ def export(pipe: Any, reader: AttributeReader, record: dict[str, Any], out: Path
     from safetensors.torch import save_file
 
     pipe = pipe.to(torch.bfloat16)
+    # Stored in fp32, because transformers loads what it finds and diffusers loads fp32: a plain
+    # `from_pretrained` would otherwise mix dtypes.
+    pipe.text_encoder.float()
+    pipe.text_encoder_2.float()
     pipe.save_pretrained(out)
     (out / "reader").mkdir(parents=True, exist_ok=True)
     save_file(
