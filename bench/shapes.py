@@ -49,7 +49,7 @@ SDXL_64_ONE_GROUP = Shape("SDXL 64x64, one group", 4, 4096, 640)
 LONG = Shape("16384 tokens", 2, 16384, 640, memory_only=True)
 
 GPU_SHAPES = (FLUX_1024, SDXL_64, SDXL_32, FLUX_768, WAN_720)
-CPU_SHAPES = (SDXL_64_ONE_GROUP, SDXL_32, FLUX_768, SDXL_64, LONG)
+CPU_SHAPES = (SDXL_64_ONE_GROUP, LONG, SDXL_32, FLUX_768, SDXL_64)
 QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640, groups=2))
 
 
