@@ -9,6 +9,7 @@ fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest"
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.pairing import Pairing
@@ -17,8 +18,15 @@ from ..reference import NOTHING, compute_dtype, is_finite
 EPSILON = 1e-12
 #: Size of a block of normalised reference tokens: 16 MB in fp32.
 BLOCK_ELEMENTS = 4 * 2**20
+#: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
+#: columns at the ragged end of a product otherwise, which would decide between equal tokens.
+RUN = 64
 #: Tokens that are pushed at a time.
 PUSH_ROWS = 1024
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // RUN) * RUN
 
 
 class _Tiles:
@@ -32,7 +40,8 @@ class _Tiles:
         dtype = compute_dtype(x.dtype)
         longest = max(x.shape[1], reference.shape[1])
         self.rows = min(longest, 1024 if x.device.type == "cpu" else 4096)
-        self.columns = min(longest, 4096, max(256, BLOCK_ELEMENTS // x.shape[2]))
+        fitting = BLOCK_ELEMENTS // x.shape[2] // RUN * RUN
+        self.columns = min(_padded(longest), 4096, max(256, fitting))
         self.scores = torch.empty(self.rows * self.columns, dtype=dtype, device=x.device)
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -57,15 +66,15 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row and its lowest index.
 
     On a CPU a maximum without index is vectorised and one with index is not, so the index is
-    looked for only in the run of 64 columns that holds the maximum.
+    looked for only in the run of columns that holds the maximum.
     """
     rows, columns = scores.shape
-    if scores.device.type != "cpu" or columns % 64:
+    if scores.device.type != "cpu":
         return scores.max(dim=1)
-    runs = scores.view(rows, columns // 64, 64)
+    runs = scores.view(rows, columns // RUN, RUN)
     run = runs.amax(dim=2).max(dim=1).indices
     value, offset = runs[torch.arange(rows, device=scores.device), run].max(dim=1)
-    return value, run * 64 + offset
+    return value, run * RUN + offset
 
 
 def _search(
@@ -80,12 +89,18 @@ def _search(
         block = columns[start : start + tiles.columns].to(dtype)
         part = None if allowed is None else allowed[start : start + tiles.columns]
         block, excluded = _normalized_block(block, part)
+        count, ragged = len(block), _padded(len(block)) - len(block)
+        if ragged:
+            block = F.pad(block, (0, 0, 0, ragged))
+            excluded = None if excluded is None else F.pad(excluded, (0, ragged), value=True)
         for rows, best, index in searches:
             for first in range(0, rows.shape[0], tiles.rows):
                 chunk = slice(first, first + tiles.rows)
                 scores = tiles.product(rows[chunk].to(dtype), block)
                 if excluded is not None:
                     scores.masked_fill_(excluded, NOTHING)
+                elif ragged:
+                    scores[:, count:] = NOTHING
                 value, at = _row_maximum(scores)
                 better = value > best[chunk]
                 index[chunk] = torch.where(better, at + start, index[chunk])
@@ -221,8 +236,8 @@ def _push_item(
                 continue
         else:
             selected = torch.arange(first, min(first + PUSH_ROWS, x.shape[0]), device=x.device)
-        original = x[selected].to(dtype)
-        moved = original.clone()
+        original = x.index_select(0, selected).to(dtype)
+        moved = original
         for number in flat[:, selected]:
             token = number.clamp_min(0)
             if pairing.slots == 1:
@@ -232,9 +247,9 @@ def _push_item(
                 slot = token // tokens
                 strength = alpha[slot][:, None]
                 chosen = reference[pairing.reference_item(item, slot), token % tokens]
-            step = strength * (original - chosen.to(dtype))
-            moved += torch.where((number >= 0)[:, None], step, 0.0)
+            step = (original - chosen.to(dtype)).mul_(strength)
+            moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)
         if x.device.type == "cpu":
-            out[selected] = moved.to(x.dtype)
+            out.index_copy_(0, selected, moved.to(x.dtype))
         else:
             out[chunk] = torch.where(moves[:, None], moved.to(x.dtype), x[chunk])
