@@ -23,6 +23,9 @@ BLOCK_ELEMENTS = 4 * 2**20
 RUN = 64
 #: Tokens that are pushed at a time.
 PUSH_ROWS = 1024
+#: Elements up to which all pairs of items are matched, or all items pushed, at once: for small
+#: problems the calls cost more than the arithmetic.
+SMALL = 4 * 2**20
 
 
 def _padded(columns: int) -> int:
@@ -119,13 +122,20 @@ def match(
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
-    tiles = _Tiles(x, reference)
     pairs = [
         (item, slot, pairing.reference_item(item, slot))
         for item in pairing.sources
         for slot in range(pairing.slots)
     ]
+    (tokens, channels), width = x.shape[1:], _padded(max(reference.shape[1], x.shape[1]))
+    elements = tokens * channels + width * channels + tokens * width
+    if x.device.type == "cpu" and pairs and len(pairs) * elements <= SMALL:
+        items, slots, others = torch.tensor(pairs).unbind(1)
+        found = _match_at_once(x, reference, items, others, reference_mask, matching)
+        similarity[items, slots], index[items, slots] = found
+        return similarity, index
 
+    tiles = _Tiles(x, reference)
     by_columns: dict[int, list[tuple[int, int, int]]] = {}
     for pair in pairs:
         by_columns.setdefault(pair[2] if matching == "paper" else pair[0], []).append(pair)
@@ -156,6 +166,39 @@ def match(
             best[chunk] = scaled.where(found, NOTHING)
             chosen[chunk] = chosen[chunk].where(found, -1)
     return similarity, index
+
+
+def _match_at_once(
+    x: Tensor,
+    reference: Tensor,
+    items: Tensor,
+    others: Tensor,
+    reference_mask: Tensor | None,
+    matching: str,
+) -> tuple[Tensor, Tensor]:
+    """Similarity and index `(P, N)` of P pairs of items, as one batched product."""
+    dtype = compute_dtype(x.dtype)
+    rows, columns = x[items].to(dtype), reference[others].to(dtype)
+    gate = None if reference_mask is None else reference_mask[others]
+    if matching == "official":
+        rows, columns = columns, rows
+    row_norm = torch.linalg.vector_norm(rows, dim=-1)
+    column_norm = torch.linalg.vector_norm(columns, dim=-1)
+    usable = column_norm.isfinite()
+    if gate is not None and matching == "paper":
+        usable = usable & gate
+    columns = torch.where(usable[..., None], columns / column_norm.clamp_min(EPSILON)[..., None], 0)
+    ragged = _padded(columns.shape[1]) - columns.shape[1]
+    columns, allowed = F.pad(columns, (0, 0, 0, ragged)), F.pad(usable, (0, ragged))
+    scores = torch.bmm(rows, columns.mT).masked_fill_(~allowed[:, None], NOTHING)
+    value, index = scores.max(dim=2)
+    found = row_norm.isfinite() & (value > NOTHING)
+    if matching == "official":
+        found &= column_norm.isfinite() & row_norm.isfinite().gather(1, index)
+        if gate is not None:
+            found &= gate
+    similarity = value / row_norm.clamp_min(EPSILON)
+    return similarity.where(found, NOTHING), index.where(found, -1)
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
@@ -209,11 +252,31 @@ def guide(
     if combine == "nearest" and pairing.slots > 1:
         flat = flat.amax(dim=1, keepdim=True)
 
+    if x.device.type == "cpu" and x.numel() <= SMALL:
+        _push_at_once(x, reference, pairing, alpha, flat, out)
+        return similarity, flat
     if out is not x:
         out.copy_(x)
     for item in pairing.sources:
         _push_item(x[item], reference, pairing, item, alpha, flat[item], out[item])
     return similarity, flat
+
+
+def _push_at_once(
+    x: Tensor, reference: Tensor, pairing: Pairing, alpha: Tensor, flat: Tensor, out: Tensor
+) -> None:
+    """Move the tokens of all items whose entries of `flat` `(B, S, N)` are not negative."""
+    tokens = reference.shape[1]
+    item = torch.arange(x.shape[0])[:, None]
+    original = x.to(alpha.dtype)
+    moved = original
+    for number in flat.unbind(1):
+        slot, token = number.clamp_min(0) // tokens, number.clamp_min(0) % tokens
+        chosen = reference[pairing.reference_item(item, slot), token]
+        step = (original - chosen.to(alpha.dtype)).mul_(alpha[slot][..., None])
+        moved = torch.where((number >= 0)[..., None], step.add_(moved), moved)
+    moves = (flat >= 0).any(dim=1)
+    out.copy_(torch.where(moves[..., None], moved.to(x.dtype), x))
 
 
 def _push_item(
