@@ -11,6 +11,7 @@ TRITON_INTERPRET=1 cannot be compiled any more.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -48,7 +49,7 @@ _MATRIX_INSTRUCTION = {
 }
 _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
-# Argument types that do not follow the inputs' dtype. Masks are compiled in, being the harder case.
+# Argument types that do not follow the inputs' dtype.
 _FIXED = {
     "mask_ptr": "*u8",
     "movable_ptr": "*u8",
@@ -64,21 +65,43 @@ _FIXED = {
     "pushed_ptr": "*i64",
 }
 # What a launch specialises on: contiguous channels, everything else a multiple of 16.
-_UNIT_STRIDES = ("stride_td", "stride_xd", "stride_rd", "stride_od", "stride_mm", "stride_vn")
+_UNIT_STRIDES = ("stride_td", "stride_xd", "stride_rd", "stride_od")
 
 
-def _constants(kernel: str, config: tuning.Config) -> list[dict[str, Any]]:
-    """The sets of compile-time constants that `kernel` is launched with, one dict each."""
+# What the rows of the report say about the constants of a kernel.
+_OPTIONS = ("MODE", "OFFICIAL", "SUM", "INPLACE")
+
+
+def _constants(kernel: str, dtype: str, config: tuning.Config) -> list[dict[str, Any]]:
+    """The sets of compile-time constants to compile `kernel` with, one dict each.
+
+    The hardest case of every kernel (mode "others", with masks), what the pipelines launch (mode
+    "first", in place, without masks), and in bf16 the modes that are left. The mode only changes
+    which item is read, so it is not compiled in every combination.
+    """
     blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_K": config.BLOCK_K}
     tile = {**blocks, "BLOCK_N": config.BLOCK_N, "INTERPRETED": False}
+    others = {"MODE": "others", "INPLACE": False}
+    pipelines = {"MODE": "first", "INPLACE": True, "movable_ptr": None}
     if kernel == "scale":
         return [blocks]
     if kernel == "match":
-        return [{**tile, "MODE": "others", "OFFICIAL": official} for official in (False, True)]
+        chosen = [{"MODE": "others", "OFFICIAL": False}, {"MODE": "others", "OFFICIAL": True}]
+        if dtype == "bfloat16":
+            chosen.append({"MODE": "first", "OFFICIAL": True})
+            chosen.append({"MODE": "external", "OFFICIAL": False})
+        return [{**tile, **constants} for constants in chosen]
     if kernel == "fused":
-        return [{**tile, "MODE": "others", "INPLACE": False}]
-    push = {**blocks, "MODE": "others", "INPLACE": False, "INTERPRETED": False}
-    return [{**push, "SUM": total} for total in (False, True)]
+        chosen = [others, pipelines]
+        if dtype == "bfloat16":
+            chosen.append({"MODE": "external", "INPLACE": False})
+        return [{**tile, **constants} for constants in chosen]
+    push = {**blocks, "INTERPRETED": False}
+    return [
+        {**push, **others, "SUM": False},
+        {**push, **others, "SUM": True},
+        {**push, **pipelines, "SUM": False},
+    ]
 
 
 def _function(kernel: str) -> Any:
@@ -90,6 +113,11 @@ def _function(kernel: str) -> Any:
         "fused": match.fused_kernel,
         "push": push.push_kernel,
     }[kernel]
+
+
+def _require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed; the kernels cannot be compiled without it")
 
 
 def compile_kernel(
@@ -160,7 +188,9 @@ def compile_all(
 
     A row: target, kernel, dtype, config (list of five), constants, registers, spills, shared,
     shared_limit, matrix_instructions, seconds, error (None, or the compiler's first line).
+    Raises RuntimeError without Triton.
     """
+    _require_triton()
     rows = []
     kernels = set(kernels)
     for name in targets:
@@ -168,18 +198,14 @@ def compile_all(
         for kernel, dtype, config in tuning.shipped_configurations(name):
             if kernel not in kernels:
                 continue
-            for constants in _constants(kernel, config):
+            for constants in _constants(kernel, dtype, config):
                 started = time.perf_counter()
                 row: dict[str, Any] = {
                     "target": name,
                     "kernel": kernel,
                     "dtype": dtype,
                     "config": list(config),
-                    "constants": {
-                        key: value
-                        for key, value in constants.items()
-                        if key in ("OFFICIAL", "SUM", "INPLACE")
-                    },
+                    "constants": {k: v for k, v in constants.items() if k in _OPTIONS},
                     "registers": None,
                     "spills": None,
                     "shared": None,
@@ -209,8 +235,10 @@ def report(
 ) -> list[dict[str, Any]]:
     """`compile_all`, a process for each target; so it also works where kernels are interpreted.
 
-    Raises ValueError for an unknown target or kernel, RuntimeError if a process fails.
+    Raises ValueError for an unknown target or kernel, RuntimeError without Triton or if a process
+    fails.
     """
+    _require_triton()
     targets = list(TARGETS) if targets is None else list(targets)
     kernels = list(tuning.KERNELS) if kernels is None else list(kernels)
     for names, known in ((targets, tuple(TARGETS)), (kernels, tuning.KERNELS)):
@@ -255,7 +283,11 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     lines: list[tuple[str, ...]] = [(*header, "shared", "matrix", "verdict")]
     for row in rows:
         block_m, block_n, block_k, warps, stages = row["config"]
-        options = [key.lower() for key, value in row["constants"].items() if value]
+        options = [
+            value if isinstance(value, str) else key.lower()
+            for key, value in row["constants"].items()
+            if value
+        ]
         cells = (
             row["target"],
             "+".join([row["kernel"], *options]),
@@ -278,13 +310,17 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; exit code 1 where a configuration may not ship."""
+    """Print the report; exit code 1 where a configuration may not ship, 2 without Triton."""
     parser = argparse.ArgumentParser(prog="negtome_fast.kernels.aot", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=tuning.KERNELS, default=tuning.KERNELS)
     parser.add_argument("--json", action="store_true", help="rows as JSON, always exit code 0")
     options = parser.parse_args(arguments)
-    rows = compile_all(options.targets, options.kernels)
+    try:
+        rows = compile_all(options.targets, options.kernels)
+    except RuntimeError as error:
+        print(f"negtome_fast.kernels.aot: error: {error}", file=sys.stderr)
+        return 2
     if options.json:
         print(json.dumps(rows))
         return 0

@@ -16,7 +16,8 @@ import triton.language as tl
 MASKED = tl.constexpr(-1.0)
 NON_FINITE = tl.constexpr(-2.0)
 
-# Sizes that change from call to call: not even their value 1 or a factor 16 is compiled in.
+# Sizes that change from call to call, and strides of what is read once: not even their value 1 or a
+# factor 16 is compiled in.
 RUNTIME_SIZES = [
     "N",
     "M",
@@ -25,6 +26,8 @@ RUNTIME_SIZES = [
     "reference_step",
     "stride_alpha",
     "stride_threshold",
+    "stride_vb",
+    "stride_vn",
 ]
 
 
@@ -80,7 +83,7 @@ def inverse_norm(
     return tl.where(norm < float("inf"), 1.0 / tl.maximum(norm, 1e-12), NON_FINITE)
 
 
-@triton.jit(do_not_specialize=["M", "item_step"])
+@triton.jit(do_not_specialize=["M", "item_step", "stride_mb", "stride_mm"])
 def scale_kernel(
     tokens_ptr,
     mask_ptr,

@@ -50,7 +50,7 @@ _MATCH: dict[str, dict[int, tuple[Config, Config]]] = {
     },
     "sm_100": {
         2: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 32, 32, 4, 2)),
+        4: (Config(64, 64, 16, 8, 2), Config(32, 64, 32, 8, 2)),
     },
     "gfx942": {
         2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)),
