@@ -26,6 +26,16 @@ def tokens(
     return (pattern * strength + torch.randn(shape, generator=generator)).to(dtype)
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """A copy on `device` with the strides of `tensor`, inside a copy of all of its memory.
+
+    `to(device)` would make a slice contiguous and leave behind what lies between its tokens.
+    """
+    length = tensor.untyped_storage().nbytes() // tensor.element_size()
+    whole = tensor.as_strided((length,), (1,), 0).to(device, copy=True)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -36,8 +46,10 @@ class Case:
         """`(x, keyword arguments)`, the same numbers on every call."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         x, arguments = self.build(generator)
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        return x.to(device), moved
+        return moved(x, device), {
+            name: moved(value, device) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
 
     def __str__(self) -> str:
         return self.name

@@ -18,9 +18,15 @@ print(json.dumps({{"seconds": seconds, "new": new}}))
 
 
 def test_import_needs_torch_only_and_is_quick() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
-    )
-    result = json.loads(done.stdout)
-    assert result["new"] == []
-    assert result["seconds"] < 0.2
+    seconds = []
+    # The best of three: a machine that is busy with other things makes single runs slow.
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+        )
+        result = json.loads(done.stdout)
+        assert result["new"] == []
+        seconds.append(result["seconds"])
+        if seconds[-1] < 0.2:
+            break
+    assert min(seconds) < 0.2, seconds

@@ -5,11 +5,14 @@ The table of cases that every backend runs through is in test_operator.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -18,7 +21,7 @@ from negtome_fast.backends import triton_backend
 from negtome_fast.kernels import tuning
 from negtome_fast.kernels.pairing import Pairing
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).parents[1]
 INFINITY = float("inf")
 
 MODES = {
@@ -353,12 +356,22 @@ def test_every_architecture_and_size_has_a_configuration() -> None:
 
 
 def test_importing_the_backend_does_not_import_the_kernels() -> None:
+    # bench._path makes the kernels importable where the project is not installed.
     program = (
-        "import sys, negtome_fast.backends.triton_backend as b;"
+        "import sys, bench._path, negtome_fast.backends.triton_backend as b;"
         "print(b.available('cpu'), 'negtome_fast.kernels.match' in sys.modules)"
     )
-    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
-    output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert output.startswith("(False, ") and output.endswith(" False\n")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(False, ") and done.stdout.endswith(" False\n")
+
+
+def test_whether_it_can_run_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tokens(1, 1, 1).device
+    # The first answer imports the kernels, which settles it.
+    answer = triton_backend.available(device)
+    monkeypatch.setattr(triton_backend, "_examine", lambda _: pytest.fail("examined again"))
+    assert triton_backend.available(device) == answer and answer[0]

@@ -45,12 +45,27 @@ def _arch(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+# Answers of `available` that cannot change any more, as every call of the operator asks twice.
+_settled: dict[torch.device, tuple[bool, str]] = {}
+
+
 def available(device: torch.device | str) -> tuple[bool, str]:
     """Whether this backend can run on `device`, and the reason in words either way.
 
-    Imports Triton only where the device leaves the question open.
+    Imports Triton only where the device leaves the question open. What TRITON_INTERPRET says counts
+    until Triton has decorated the kernels.
     """
     device = torch.device(device)
+    answer = _settled.get(device)
+    if answer is None:
+        answer = _examine(device)
+        decorated = _interpreting.cache_info().currsize > 0
+        if device.index is not None or (device.type == "cpu" and decorated):
+            _settled[device] = answer
+    return answer
+
+
+def _examine(device: torch.device) -> tuple[bool, str]:
     if device.type not in ("cpu", "cuda"):
         return False, f"Triton kernels do not run on {device.type} tensors"
     if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
