@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -266,6 +267,58 @@ def test_a_test_run_cut_short_leaves_its_outcomes(tmp_path: Path) -> None:
     assert (counted["passed"], counted["failed"], counted["skipped"]) == (1, 1, 0)
     assert counted["failures"] == {"b": "AssertionError"}
     assert gpu_suite.read_outcomes(tmp_path / "none")["passed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tests", "failed"),
+    [
+        ({"exit_codes": {"all": 0}, "passed": 3, "failed": 0}, False),
+        ({"exit_codes": {"triton": 0, "rest": 5}, "passed": 3, "failed": 0}, False),
+        ({"exit_codes": {"all": None}, "passed": 3, "failed": 0, "cut_short": True}, False),
+        ({"exit_codes": {"all": None}, "passed": 3, "failed": 1, "cut_short": True}, True),
+        ({"exit_codes": {"all": None}, "passed": 0, "failed": 0, "cut_short": True}, True),
+        ({"exit_codes": {"all": 4}, "passed": 0, "failed": 0}, True),
+        ({"skipped": "there are no tests in this checkout"}, True),
+    ],
+    ids=str,
+)
+def test_tests_cut_short_are_no_failure(tests: dict[str, object], failed: bool) -> None:
+    assert gpu_suite.tests_failed(tests) is failed
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "failed"),
+    [
+        ({"exit_code": 0, "result": {"cases": [{}]}}, False),
+        ({"exit_code": None, "cut_short": True}, False),
+        ({"exit_code": None, "result": {"cases": [{"wrong": "why"}]}}, True),
+        ({"exit_code": 1}, True),
+    ],
+    ids=str,
+)
+def test_benchmarks_cut_short_are_no_failure(benchmark: dict[str, object], failed: bool) -> None:
+    assert gpu_suite.benchmark_failed(benchmark) is failed
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_gpu_suite_runs_every_test_once(
+    parallel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    program = "import pytest\n@pytest.mark.parametrize('b', ['torch', 'triton'])\n"
+    (tmp_path / "tests" / "test_operator.py").write_text(program + "def test_a(b): pass\n")
+    if parallel:
+        pytest.importorskip("xdist")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_suite, "MOST_WORKERS", 1)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tests = gpu_suite.run_tests(tmp_path, 250.0)
+    assert (tests["passed"], tests["failed"], tests["cut_short"]) == (2, 0, False)
+    assert set(tests["exit_codes"].values()) == {0}
+    assert tests["exit_codes"].keys() == ({"all"} if parallel else {"triton", "rest"})
+    assert not gpu_suite.tests_failed(tests)
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
