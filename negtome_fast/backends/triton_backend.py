@@ -60,7 +60,7 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     if answer is None:
         answer = _examine(device)
         decorated = _interpreting.cache_info().currsize > 0
-        if device.index is not None or (device.type == "cpu" and decorated):
+        if decorated if device.type == "cpu" else device.index is not None:
             _settled[device] = answer
     return answer
 
