@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         ready, reason = triton_backend.available(device)
         try:
             auto = ops.resolve_backend("auto", device, torch.bfloat16)
-        except (RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             auto = f"nothing: {error}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         rows.append(

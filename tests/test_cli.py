@@ -124,3 +124,14 @@ def test_info_shows_the_override(
     assert 'backend "auto" uses reference' in capsys.readouterr().out
     monkeypatch.setenv("NEGTOME_FAST_BACKEND", "abacus")
     assert main(["info"]) == 2
+
+
+def test_info_says_why_an_override_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from negtome_fast.backends import triton_backend
+
+    monkeypatch.setattr(triton_backend, "available", lambda device: (False, "no GPU was found"))
+    monkeypatch.setenv("NEGTOME_FAST_BACKEND", "triton")
+    assert main(["info"]) == 0
+    assert "no GPU was found" in capsys.readouterr().out
