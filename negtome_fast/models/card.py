@@ -15,9 +15,17 @@ studies. It was trained by this project from nothing but packages:
 
 ```python
 from diffusers import FluxPipeline
+
 pipe = FluxPipeline.from_pretrained("negtome_fast/models/tiny_flux_avatars")
-images = pipe("a pixel art person with red hair", negative_prompt="", true_cfg_scale=2.5,
-              height=64, width=64, num_inference_steps=20, max_sequence_length=16).images
+images = pipe(
+    "a pixel art person with red hair",
+    negative_prompt="",
+    true_cfg_scale=2.5,
+    height=64,
+    width=64,
+    num_inference_steps=20,
+    max_sequence_length=16,
+).images
 ```
 
 `max_sequence_length=16` matters: the model never saw longer padding. `negtome_fast.models.generate`
