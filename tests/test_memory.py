@@ -60,4 +60,4 @@ def test_slice_of_image_tokens_is_never_copied_whole(inplace: bool) -> None:
     )
     extra, size = map(int, done.stdout.split())
     assert size == 2 * 8192 * 1280 * 4
-    assert extra < size * 0.75
+    assert extra < size  # a copy alone would be `size`, beside the tiles

@@ -16,8 +16,8 @@ from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
 
 EPSILON = 1e-12
-#: Size of a block of normalised reference tokens: 16 MB in fp32.
-BLOCK_ELEMENTS = 4 * 2**20
+#: Size of a block of normalised reference tokens: 8 MB in fp32.
+BLOCK_ELEMENTS = 2 * 2**20
 #: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
 #: columns at the ragged end of a product otherwise, which would decide between equal tokens.
 RUN = 64
