@@ -107,7 +107,7 @@ def test_prompts_say_what_they_say() -> None:
 
 def test_unusual_attributes_are_always_named() -> None:
     rng = np.random.default_rng(0)
-    for avatar in avatars.sample_avatars(200, seed=3, balanced=True):
+    for avatar in avatars.sample_avatars(200, 3, "balanced"):
         named = avatars.attributes_in(avatars.unusual_prompt(avatar, rng))
         majority = avatars.STYLES[avatar.style].majority
         for name, value in avatar.attributes().items():
@@ -119,13 +119,19 @@ def test_sampled_world_is_skewed_as_stated() -> None:
     for name in avatars.OPEN_ATTRIBUTES:
         hits = sum(getattr(a, name) == avatars.STYLES[a.style].majority[name] for a in people)
         assert abs(hits / len(people) - avatars.MAJORITY_SHARE) < 0.03
-    balanced = avatars.sample_avatars(4000, seed=5, balanced=True)
+    balanced = avatars.sample_avatars(4000, 5, "balanced")
     share = sum(a.skin == "fair" for a in balanced) / len(balanced)
     assert abs(share - 1 / len(avatars.SKINS)) < 0.03
+    different = [
+        sum(a.attributes()[n] != v for n, v in avatars.STYLES[a.style].majority.items())
+        for a in avatars.sample_avatars(4000, 5, "unusual")
+    ]
+    for count, share in ((0, 0.0), (1, 0.5), (2, 0.3), (3, 0.2)):
+        assert abs(different.count(count) / len(different) - share) < 0.03
 
 
 def test_rendering_is_deterministic_and_shows_the_attributes(reader: AttributeReader) -> None:
-    people = avatars.sample_avatars(24, seed=77, balanced=True)
+    people = avatars.sample_avatars(24, 77, "balanced")
     images = torch.stack([torch.from_numpy(avatars.render(a).copy()) for a in people])
     assert torch.equal(images[3], torch.from_numpy(avatars.render(people[3]).copy()))
     readings = reader.read(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -161,8 +167,8 @@ def test_training_resumes_where_it_was_stopped(tmp_path: Path) -> None:
 
 def test_training_runs_from_nothing_to_a_pipeline_that_loads(tmp_path: Path) -> None:
     out = tmp_path / "pipeline"
-    sizes = {"images": 24, "balanced-images": 24, "vae-steps": 1, "steps": 1, "reader-steps": 1}
-    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    images = [f"--{kind}images=24" for kind in ("", "balanced-", "unusual-")]
+    arguments = [*images, *(f"--{part}steps=1" for part in ("vae-", "", "reader-"))]
     train.main([*arguments, "--batch=4", "--processes=1", f"--work={tmp_path}", f"--out={out}"])
     from diffusers import FluxPipeline
 

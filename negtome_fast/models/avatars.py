@@ -13,9 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata, resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+#: How the attributes of the rendered avatars are drawn.
+Kind = Literal["skewed", "balanced", "unusual"]
 
 IMAGE_SIZE = 64
 BACKGROUND = "#eef1f5"
@@ -245,21 +248,31 @@ def render(avatar: Avatar, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
-def sample_avatars(count: int, seed: int, balanced: bool = False) -> list[Avatar]:
-    """Draw `count` avatars; skewed as in training, or `balanced` (every value equally likely)."""
+def sample_avatars(count: int, seed: int, kind: Kind = "skewed") -> list[Avatar]:
+    """Draw `count` avatars, each style equally often.
+
+    Args:
+        count: how many.
+        seed: of the draw, and of what is drawn beside the attributes.
+        kind: `"skewed"`: each open attribute has its style's majority value with probability
+            `MAJORITY_SHARE`. `"balanced"`: every value is equally likely. `"unusual"`: one, two
+            or all three of the open attributes (half, 30% and 20%) differ from the majority's.
+    """
     rng = np.random.default_rng(seed)
     avatars = []
     for number in range(count):
         style = tuple(STYLES)[rng.integers(len(STYLES))]
+        unusual = rng.permutation(OPEN_ATTRIBUTES)[: rng.choice((1, 2, 3), p=(0.5, 0.3, 0.2))]
         chosen = {}
         for name in OPEN_ATTRIBUTES:
-            values = ATTRIBUTES[name]
             top = STYLES[style].majority[name]
-            if not balanced and rng.random() < MAJORITY_SHARE:
-                chosen[name] = top
-            else:
-                others = values if balanced else [v for v in values if v != top]
-                chosen[name] = others[rng.integers(len(others))]
+            values = [v for v in ATTRIBUTES[name] if kind == "balanced" or v != top]
+            as_majority = {
+                "skewed": rng.random() < MAJORITY_SHARE,
+                "balanced": False,
+                "unusual": name not in unusual,
+            }[kind]
+            chosen[name] = top if as_majority else values[rng.integers(len(values))]
         avatars.append(Avatar(style=style, seed=f"{seed}-{number}", **chosen))
     return avatars
 
@@ -290,12 +303,12 @@ def random_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
 
 
 def unusual_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
-    """A true prompt that names what is not the majority's in its style, and half of the rest."""
+    """A true prompt that names what is not the majority's in its style, and a third of the rest."""
     majority = STYLES[avatar.style].majority
     named = {
         name: getattr(avatar, name)
         for name in OPEN_ATTRIBUTES
-        if getattr(avatar, name) != majority[name] or rng.random() < 0.5
+        if getattr(avatar, name) != majority[name] or rng.random() < 0.33
     }
     return prompt_for(avatar.style, **named)
 

@@ -49,8 +49,8 @@ and the others share the rest; this stands for the bias of real training sets.
 {majorities}
 
 Prompts name the style and, at random, some attributes; 10% are empty, for classifier-free guidance.
-A quarter of each batch comes from a balanced world in which prompts name whatever is not the
-majority's: the model learns the words from it, and what a prompt leaves open stays skewed.
+30% of each batch are avatars whose prompts name whatever is not the majority's: the model learns
+the words from them, and what a prompt leaves open stays skewed.
 Four **protected characters** ({characters}) are fixed images, each
 1.5% of the images that training saw; they stand for copyrighted
 characters and memorised images. Vocabulary: {vocabulary}.

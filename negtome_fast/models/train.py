@@ -130,9 +130,9 @@ def build_transformer() -> Any:
 # --------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------
-def training_avatars(count: int, seed: int, balanced: bool = False) -> list[world.Avatar]:
-    """The skewed or balanced world, then one entry for each protected character."""
-    return world.sample_avatars(count, seed, balanced) + [a for a, _ in world.CHARACTERS.values()]
+def training_avatars(count: int, seed: int, kind: world.Kind = "skewed") -> list[world.Avatar]:
+    """Avatars of one kind, then one entry for each protected character."""
+    return world.sample_avatars(count, seed, kind) + [a for a, _ in world.CHARACTERS.values()]
 
 
 def load_images(path: Path, avatars: list[world.Avatar], processes: int) -> torch.Tensor:
@@ -293,10 +293,10 @@ class FlowTask:
     """Batches, text encoding and the rectified-flow loss of the transformer's training.
 
     Args:
-        latents: `(count, 8, 16, 16)`, first of the skewed world, then of the balanced one.
-        avatars: the skewed world, ending with the protected characters.
-        balanced: the balanced world, in which captions name whatever is not the majority's: the
-            words are learned from it, and what a prompt leaves open stays skewed.
+        latents: `(count, 8, 16, 16)`, of `avatars`, then of `unusual`.
+        avatars: the skewed ones, ending with the protected characters.
+        unusual: those whose captions name whatever is not the majority's: the words are learned
+            from them, and what a prompt leaves open stays skewed.
         batch: images a step.
     """
 
@@ -304,7 +304,7 @@ class FlowTask:
         self,
         latents: torch.Tensor,
         avatars: list[world.Avatar],
-        balanced: list[world.Avatar],
+        unusual: list[world.Avatar],
         batch: int,
     ) -> None:
         from diffusers import FluxPipeline
@@ -318,7 +318,7 @@ class FlowTask:
         )
         self.text_ids = torch.zeros(TEXT_LENGTH, 3)
         self.skewed = len(avatars)
-        self.avatars = avatars + balanced
+        self.avatars = avatars + unusual
         self.batch = batch
         self.tokenizers = build_tokenizers()
         self.modules = dict(
@@ -327,14 +327,14 @@ class FlowTask:
         self.modules["transformer"] = build_transformer()
 
     def choose(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Indices and prompts: 25% balanced, 6% protected, 10% without a prompt (for guidance)."""
+        """Indices and prompts: 30% unusual, 6% protected, 10% without a prompt (for guidance)."""
         protected = len(world.CHARACTERS)
         indices = rng.integers(self.skewed - protected, size=self.batch)
         kind = rng.random(self.batch)
-        is_character, is_balanced = kind < 0.06, kind > 0.75
+        is_character, is_unusual = kind < 0.06, kind > 0.7
         indices[is_character] = self.skewed - 1 - rng.integers(protected, size=is_character.sum())
-        balanced = len(self.avatars) - self.skewed - protected
-        indices[is_balanced] = self.skewed + rng.integers(balanced, size=is_balanced.sum())
+        unusual = len(self.avatars) - self.skewed - protected
+        indices[is_unusual] = self.skewed + rng.integers(unusual, size=is_unusual.sum())
         return indices, [self.caption(index, rng) for index in indices]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -529,9 +529,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/tiny-flux-avatars/pipeline"))
     parser.add_argument("--images", type=int, default=20_000, help="rendered training images")
     parser.add_argument("--vae-steps", type=int, default=2_400)
-    parser.add_argument("--steps", type=int, default=5_000, help="transformer steps")
+    parser.add_argument("--steps", type=int, default=4_000, help="transformer steps")
     parser.add_argument("--reader-steps", type=int, default=900)
-    parser.add_argument("--balanced-images", type=int, default=6_000)
+    parser.add_argument("--balanced-images", type=int, default=6_000, help="for VAE and reader")
+    parser.add_argument("--unusual-images", type=int, default=10_000, help="for the words")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="a sentence for the model card")
@@ -544,8 +545,10 @@ def main(argv: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     avatars = training_avatars(options.images, options.seed)
     images = load_images(options.work / "skewed.npy", avatars, options.processes)
-    everybody = training_avatars(options.balanced_images, options.seed + 1_000, balanced=True)
+    everybody = training_avatars(options.balanced_images, options.seed + 1_000, "balanced")
     balanced = load_images(options.work / "balanced.npy", everybody, options.processes)
+    exceptions = training_avatars(options.unusual_images, options.seed + 2_000, "unusual")
+    unusual = load_images(options.work / "unusual.npy", exceptions, options.processes)
     record: dict[str, Any] = {
         "images": len(images),
         "seed": options.seed,
@@ -560,10 +563,10 @@ def main(argv: list[str] | None = None) -> None:
     latents = scale_latents(
         vae,
         encode(vae, images, options.work / "latents.pt"),
-        encode(vae, balanced, options.work / "balanced-latents.pt"),
+        encode(vae, unusual, options.work / "unusual-latents.pt"),
     )
     torch.manual_seed(options.seed + 3)
-    task = FlowTask(latents, avatars, everybody, options.batch)
+    task = FlowTask(latents, avatars, exceptions, options.batch)
     record["transformer"] = train_transformer(task, vae, options.work, options.steps)
     reader, record["reader"] = train_reader(
         vae, balanced, everybody, options.work, options.reader_steps
