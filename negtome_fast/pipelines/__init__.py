@@ -1,8 +1,11 @@
 """Guidance of diffusers pipelines by hooks, and the table of model classes that it knows."""
 
 from ..guidance import BlockRow, GuidanceSummary
+from . import families as _families
 from .api import NegToMeHandle, apply_negtome, negtome_guidance, remove_negtome
 from .layouts import ImageTokens, Layout, known_layouts, register_layout
+
+del _families  # importing it fills the table
 
 __all__ = [
     "BlockRow",

@@ -347,7 +347,10 @@ class ModelHooks:
         module, block = self._places[int(number)]
         inplace = inplace and module in self._exclusive
         grid = self._tokens.grid if self._tokens else None
-        start, stop = self._image_range(tokens, block, all_image)
+        starts, count = self._image_places(tokens, block, all_image)
+        if min(starts) != max(starts):
+            return self._guide_scattered(tokens, block, starts, count)
+        start, stop = starts[0], starts[0] + count
         whole = (start, stop) == (0, tokens.shape[1])
         image = tokens if whole else tokens[:, start:stop]
         guided = self.guidance.apply(image, block=block, grid=grid, inplace=inplace)
@@ -357,15 +360,33 @@ class ModelHooks:
             return guided
         return torch.cat([tokens[:, :start], guided, tokens[:, stop:]], dim=1)
 
-    def _image_range(self, tokens: torch.Tensor, block: str, all_image: bool) -> tuple[int, int]:
+    def _guide_scattered(
+        self, tokens: torch.Tensor, block: str, starts: tuple[int, ...], count: int
+    ) -> torch.Tensor:
+        """As `guide_block`, where captions of several lengths come before the images."""
+        grid = self._tokens.grid if self._tokens else None
+        places = torch.tensor(starts, device=tokens.device)[:, None, None]
+        places = places + torch.arange(count, device=tokens.device)[:, None]
+        places = places.expand(-1, -1, tokens.shape[2])
+        image = tokens.gather(1, places)
+        guided = self.guidance.apply(image, block=block, grid=grid)
+        return tokens if guided is image else tokens.scatter(1, places, guided)
+
+    def _image_places(
+        self, tokens: torch.Tensor, block: str, all_image: bool
+    ) -> tuple[tuple[int, ...], int]:
+        """Where the image begins in each item (one number if it is the same), and its length."""
         image, length = self._tokens, tokens.shape[1] if tokens.ndim == 3 else -1
         if image is None and all_image and length >= 0:
-            return 0, length
+            return (0,), length
         if image is not None and length == image.stream:
-            return 0, image.generated
-        if image is not None and length > image.stream and not all_image and self.layout.joint:
-            start = length - image.stream if self.layout.joint == "text_first" else 0
-            return start, start + image.generated
+            return (0,), image.generated
+        if image is not None and length > image.stream and not all_image:
+            if image.starts is not None and len(image.starts) == tokens.shape[0]:
+                return image.starts, image.generated
+            if self.layout.joint:
+                start = length - image.stream if self.layout.joint == "text_first" else 0
+                return (start,), image.generated
         expected = "an unknown number of" if image is None else str(image.stream)
         raise ValueError(
             f"{self.model_name}: the attention output of {block} has the shape "
@@ -379,6 +400,13 @@ class ModelHooks:
             latents = next(candidates, None)
         else:
             latents = arguments.get(self.layout.latents)
+        if isinstance(latents, (list, tuple)) and latents:
+            if any(item.shape != latents[0].shape for item in latents):
+                raise ValueError(
+                    f"{self.model_name}: the images of a batch have different sizes, so they have "
+                    "no tokens to compare; generate one size at a time"
+                )
+            latents = torch.stack(list(latents))
         if not isinstance(latents, torch.Tensor):
             raise ValueError(
                 f"{self.model_name}: its forward was given no tensor "

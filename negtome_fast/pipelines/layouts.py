@@ -1,8 +1,8 @@
-"""Where the image tokens are: one table entry for each class of denoiser.
+"""Where the image tokens are: a `Layout` for each class of denoiser.
 
 A `Layout` says which arguments of the model's forward hold the latents and the time, how many
 image tokens follow from them, and where these lie in an attention output. Nothing here imports
-diffusers: models are recognised by the names of their classes.
+diffusers: models are recognised by the names of their classes. `families` holds the table.
 """
 
 from __future__ import annotations
@@ -25,19 +25,27 @@ class ImageTokens:
         stream: tokens N of the model's image stream; an attention output of N tokens is all image.
         generated: how many of them, from the first on, are the image that is generated; the rest
             are conditions that an edit pipeline appended.
-        grid: (height, width) with height * width = generated, where known.
+        grid: (height, width) with frames * height * width = generated, where known.
+        frames: of a video's latents; 1 for an image.
+        starts: first image token of each item of the batch in an attention output that holds more
+            than the image; None where `Layout.joint` settles it. For models that put captions of
+            several lengths before the image.
     """
 
     stream: int
     generated: int
     grid: Grid | None = None
+    frames: int = 1
+    starts: tuple[int, ...] | None = None
 
 
-def _as_it_is(value: float) -> float:
+def as_it_is(value: float) -> float:
+    """The time input is the scheduler's timestep."""
     return value
 
 
-def _times_1000(value: float) -> float:
+def times_1000(value: float) -> float:
+    """The time input is the scheduler's timestep / 1000."""
     return value * 1000
 
 
@@ -50,7 +58,9 @@ class Layout:
     """How a class of denoisers is guided.
 
     Attributes:
-        latents: name of the forward's argument that holds the noisy latents, items first.
+        family: what users call the models of this class, for the table of supported models.
+        latents: name of the forward's argument that holds the noisy latents, items first: a tensor
+            or a list of one tensor an item.
         timestep: name of the argument that holds the time.
         scheduler_timestep: from the value of that argument to the scheduler's timestep, 1000
             (noise) to 0. None asks the pipeline's scheduler instead.
@@ -71,9 +81,10 @@ class Layout:
         preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
     """
 
+    family: str = ""
     latents: str = "hidden_states"
     timestep: str = "timestep"
-    scheduler_timestep: Callable[[float], float] | None = _as_it_is
+    scheduler_timestep: Callable[[float], float] | None = as_it_is
     guidance: Literal["concatenated", "sequential"] = "concatenated"
     image_tokens: Callable[[nn.Module, Mapping[str, Any]], ImageTokens | None] = no_image_tokens
     grid_modules: tuple[str, ...] = ()
@@ -83,25 +94,6 @@ class Layout:
     attention: tuple[str, ...] = ("Attention", "MochiAttention", "AttentionModuleMixin")
     fresh_outputs: bool = False
     preset: str | None = None
-
-
-def flux_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """FLUX.1: `hidden_states` (B, N, C) and `img_ids` (N, 3) of (image, row, column).
-
-    Kontext appends the tokens of its input image with 1 in the first column.
-    """
-    stream = arguments["hidden_states"].shape[1]
-    ids = arguments.get("img_ids")
-    if ids is None:
-        return ImageTokens(stream, stream)
-    ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[ids[:, 0] == 0]
-    generated = own.shape[0]
-    if generated == 0 or not bool((ids[:generated, 0] == 0).all()):
-        return ImageTokens(stream, stream)
-    extent = own[:, 1:].amax(0) - own[:, 1:].amin(0)
-    height, width = (int(length) + 1 for length in extent.tolist())
-    return ImageTokens(stream, generated, (height, width) if height * width == generated else None)
 
 
 def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:
@@ -120,24 +112,7 @@ def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Image
 UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=latent_image_tokens)
 """Serves classes that are not in the table, where tuples and lengths settle what is the image."""
 
-_LAYOUTS: dict[str, Layout] = {
-    "FluxTransformer2DModel": Layout(
-        scheduler_timestep=_times_1000,
-        guidance="sequential",
-        image_tokens=flux_image_tokens,
-        joint="text_first",
-        blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
-        fresh_outputs=True,
-        preset="flux",
-    ),
-    "UNet2DConditionModel": Layout(
-        latents="sample",
-        grid_modules=("Transformer2DModel",),
-        blocks=("*.attn1", "*.attn2"),
-        fresh_outputs=True,
-        preset="sdxl",
-    ),
-}
+_LAYOUTS: dict[str, Layout] = {}
 
 
 def register_layout(model_class: type | str, layout: Layout) -> None:

@@ -1,0 +1,10 @@
+"""The table of the model classes that are known: one entry each, by kind of architecture."""
+
+from ..layouts import Layout, register_layout
+from . import flux, unet
+
+FAMILIES: dict[str, Layout] = {**unet.LAYOUTS, **flux.LAYOUTS}
+"""Class name of the denoiser -> its layout."""
+
+for _name, _layout in FAMILIES.items():
+    register_layout(_name, _layout)

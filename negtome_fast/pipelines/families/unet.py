@@ -1,0 +1,14 @@
+"""UNets: every resolution has a grid of its own, told by the modules around the attention."""
+
+from ..layouts import Layout
+
+LAYOUTS = {
+    "UNet2DConditionModel": Layout(
+        family="Stable Diffusion 1.5, 2.1, XL, Kolors",
+        latents="sample",
+        grid_modules=("Transformer2DModel",),
+        blocks=("*.attn1", "*.attn2"),
+        fresh_outputs=True,
+        preset="sdxl",
+    ),
+}
