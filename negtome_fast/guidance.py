@@ -217,8 +217,9 @@ class Guidance:
         """Opens a forward of the model; returns whether it lies in the window.
 
         Args:
-            timestep: in the scheduler's unit, 1000 (noise) to 0; a tensor is read once, here, by
-                its first element. May be None where the configuration has `steps`.
+            timestep: in the scheduler's unit, 1000 (noise) to 0; a tensor is read once, here: by
+                its first element, or by its maximum where it has two or more dimensions (a time
+                for each token). May be None where the configuration has `steps`.
             step, num_steps: index of the step from 0 and number of steps of the run; needed where
                 the configuration has `steps`.
             groups: equal contiguous parts of the batch that never see each other; 2 where
@@ -356,12 +357,16 @@ class Guidance:
 
 
 def read_timestep(timestep: float | torch.Tensor) -> tuple[float, float]:
-    """The first element of a timestep as a float, and its rounding on a scale of 1000.
+    """A timestep as a float, and its rounding on a scale of 1000.
+
+    A tensor (B,) is read by its first element. One of two or more dimensions holds a time for each
+    token or frame, 0 for those that are given (image-to-video), and is read by its maximum.
 
     bf16 keeps 8 bits: the 0.9 that a FLUX model is given is 0.8984, a timestep of 898.4.
     """
     if not isinstance(timestep, torch.Tensor):
         return float(timestep), 0.0
-    value = float(timestep.detach().reshape(-1)[0].item())
+    given = timestep.detach()
+    value = float((given.amax() if given.ndim > 1 else given.reshape(-1)[0]).item())
     rounding = torch.finfo(timestep.dtype).eps * 1000 if timestep.is_floating_point() else 0.0
     return value, rounding

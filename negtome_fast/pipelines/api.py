@@ -1,11 +1,11 @@
 """`apply_negtome` and `remove_negtome`: guidance of an unmodified diffusers pipeline.
 
-Nothing of the pipeline is copied or replaced; hooks are put on its denoiser and taken away again.
+Nothing of the pipeline is copied or replaced; hooks are put on its denoisers and taken away again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,44 +16,51 @@ from ..guidance import Guidance, GuidanceSummary
 from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
 
+DENOISERS = ("transformer", "transformer_2", "unet")
+"""Attributes of a pipeline that hold the models to guide."""
+
 
 class NegToMeHandle:
     """A guided pipeline: what the guidance did, and how to take it away."""
 
-    def __init__(self, hooks: ModelHooks) -> None:
-        self._hooks = hooks
+    def __init__(self, hooks: Sequence[ModelHooks]) -> None:
+        self._hooks = tuple(hooks)
 
     @property
     def guidance(self) -> Guidance:
-        """The state that all blocks share."""
-        return self._hooks.guidance
+        """The state that all blocks share, also those of several denoisers."""
+        return self._hooks[0].guidance
 
     @property
     def config(self) -> NegToMeConfig:
         """The configuration in use."""
-        return self._hooks.guidance.config
+        return self.guidance.config
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the attention modules that are guided, before `min_grid`."""
-        return tuple(self._hooks.blocks.values())
+        """Names of the attention modules that are guided, before `min_grid`.
+
+        Where a pipeline has two denoisers, a name stands for the module of each.
+        """
+        return tuple(dict.fromkeys(name for hooks in self._hooks for name in hooks.blocks.values()))
 
     @property
     def applied(self) -> bool:
-        """Whether the hooks are on the model."""
-        return self._hooks.installed
+        """Whether the hooks are on a model."""
+        return any(hooks.installed for hooks in self._hooks)
 
     def summary(self) -> GuidanceSummary:
         """What the guidance did in all calls since it was applied or reset; `print` it."""
-        return self._hooks.guidance.summary()
+        return self.guidance.summary()
 
     def reset(self) -> None:
         """Forgets the statistics."""
-        self._hooks.guidance.reset()
+        self.guidance.reset()
 
     def remove(self) -> None:
         """Takes the guidance away; the summary stays. A second call does nothing."""
-        self._hooks.remove()
+        for hooks in self._hooks:
+            hooks.remove()
 
 
 def apply_negtome(
@@ -74,10 +81,11 @@ def apply_negtome(
     scheduler of its own, apply to that pipeline.
 
     Args:
-        pipe: a pipeline with a `transformer` or a `unet`, or that model itself. The pipeline is
-            better: it knows the exact timesteps, the number of steps, and whether its batch holds
-            the two halves of classifier-free guidance (from a bare model, images made from equal
-            seeds look like halves; `groups=1` settles it).
+        pipe: a pipeline with a `transformer`, a `transformer_2` or a `unet`, all of which are
+            guided as one, or one such model itself. The pipeline is better: it knows the exact
+            timesteps, the number of steps, and whether its batch holds the two halves of
+            classifier-free guidance (from a bare model, images made from equal seeds look like
+            halves; `groups=1` settles it).
         config: the settings; if None, the authors' for the model's family: `preset("flux")` or
             `preset("sdxl")`.
         **overrides: fields of `NegToMeConfig` that replace those of `config`.
@@ -91,18 +99,23 @@ def apply_negtome(
             model's class is unknown and cannot be served; an override has an unknown name. The
             pipeline is left as it was.
     """
-    model, is_pipeline, compiled = _denoiser(pipe)
-    name = type(model).__name__
-    if find_hooks(model) is not None:
-        raise ValueError(f"NegToMe is already applied to this {name}; call remove_negtome first")
-    refuse_cache(model)
-    layout = layout_of(model)
+    models, is_pipeline = _denoisers(pipe)
+    for model in models:
+        if find_hooks(model) is not None:
+            raise ValueError(
+                f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome "
+                "first"
+            )
+        refuse_cache(model)
+    layouts = [layout_of(model) for model in models]
     if config is None:
-        config = NegToMeConfig.preset(layout.preset) if layout.preset else NegToMeConfig()
+        preset = layouts[0].preset
+        config = NegToMeConfig.preset(preset) if preset else NegToMeConfig()
     if not isinstance(config, NegToMeConfig):
         raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
     config = config.with_overrides(**overrides)
-    if layout is UNKNOWN and not is_pipeline:
+    name = type(next(iter(models))).__name__
+    if UNKNOWN in layouts and not is_pipeline:
         raise ValueError(
             f"{name} is not a known class, so the unit of its time input is not known; pass its "
             "pipeline, or describe it with negtome_fast.pipelines.register_layout"
@@ -112,17 +125,27 @@ def apply_negtome(
             f"steps={config.steps} needs the number of steps of a run, which a bare {name} does "
             "not know; pass the pipeline, or use t_start and t_end"
         )
-    hooks = ModelHooks(model, layout, config, PipelineClock(pipe) if is_pipeline else None)
-    hooks.install(compiled)
-    return NegToMeHandle(hooks)
+    clock = PipelineClock(pipe) if is_pipeline else None
+    hooks: list[ModelHooks] = []
+    for model, layout in zip(models, layouts, strict=True):
+        hooks.append(ModelHooks(model, layout, config, clock, peer=hooks[0] if hooks else None))
+    handle = NegToMeHandle(hooks)
+    try:
+        for one, compiled in zip(hooks, models.values(), strict=True):
+            one.install(compiled)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
 
 
 def remove_negtome(pipe: Any) -> None:
     """Takes the guidance away from a pipeline or model; nothing happens if there is none."""
-    hooks = find_hooks(_denoiser(pipe)[0])
+    held = [find_hooks(model) for model in _denoisers(pipe)[0]]
     # Also where the pipeline was guided with another model than it holds now.
-    for found in [*hooks_by_pipeline(pipe), *([] if hooks is None else [hooks])]:
-        found.remove()
+    for hooks in [*hooks_by_pipeline(pipe), *held]:
+        if hooks is not None:
+            hooks.remove()
 
 
 @contextmanager
@@ -137,18 +160,19 @@ def negtome_guidance(
         handle.remove()
 
 
-def _denoiser(pipe: Any) -> tuple[nn.Module, bool, bool]:
-    """The model that predicts the noise, whether a pipeline was given, whether it is compiled."""
+def _denoisers(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
+    """The models that predict the noise, with whether each is compiled; whether pipe is a pipeline.
+
+    Wan 2.2 has two: `transformer` for the noisy part of the run, `transformer_2` for the rest.
+    """
     is_pipeline = not isinstance(pipe, nn.Module)
-    model = pipe
-    if is_pipeline:
-        parts = [getattr(pipe, name, None) for name in ("transformer", "unet")]
-        model = next((part for part in parts if isinstance(part, nn.Module)), None)
+    parts = [getattr(pipe, name, None) for name in DENOISERS] if is_pipeline else [pipe]
     # torch.compile(model) is a shell whose hooks the compiled code does not see.
-    shell, model = model, getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
+    shells = [(getattr(part, "_orig_mod", part), part) for part in parts]
+    models = {model: shell is not model for model, shell in shells if isinstance(model, nn.Module)}
+    if not models:
         raise TypeError(
             "expected a diffusers pipeline with a transformer or a unet, or such a model, "
             f"not {type(pipe).__name__}"
         )
-    return model, is_pipeline, shell is not model
+    return models, is_pipeline

@@ -131,14 +131,50 @@ class PipelineClock:
         return self._timesteps
 
 
+class RunWatch:
+    """Tells the runs apart. The denoisers of a pipeline share one: they take part in one run."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._schedule: Any = None
+        self._last_timestep = -1.0
+
+    def notice(self, timestep: float, schedule: Any) -> bool:
+        """Whether a run begins with this forward.
+
+        Args:
+            timestep: of the forward, 1000 (noise) to 0.
+            schedule: an object that is another one in every run; None where there is none.
+        """
+        # Also where the run is known: a pipeline that shares this model has another scheduler.
+        earlier, again = timestep > self._last_timestep, timestep == self._last_timestep
+        new = earlier or (again if schedule is None else schedule is not self._schedule)
+        self._schedule, self._last_timestep = schedule, timestep
+        self.number += new
+        return new
+
+
 class ModelHooks:
-    """The hooks on one denoiser, and what they know about the forward that is going on."""
+    """The hooks on one denoiser, and what they know about the forward that is going on.
+
+    Args:
+        model: the denoiser.
+        layout: where its image tokens are.
+        config: the settings.
+        clock: of the pipeline that was given; None for a bare model.
+        peer: hooks of another denoiser of the pipeline, whose state is shared.
+    """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, config: NegToMeConfig, clock: PipelineClock | None
+        self,
+        model: nn.Module,
+        layout: Layout,
+        config: NegToMeConfig,
+        clock: PipelineClock | None,
+        peer: ModelHooks | None = None,
     ) -> None:
         self.layout = layout
-        self.guidance = Guidance(config)
+        self.guidance: Guidance = peer.guidance if peer else Guidance(config)
         self.model_name = type(model).__name__
         self.blocks = _guided_blocks(model, layout, config)
         self._model = model
@@ -151,8 +187,8 @@ class ModelHooks:
         self._projections: dict[nn.Module, nn.Module] = {}
         self._projection_handles: dict[nn.Module, RemovableHandle] = {}
         # Of the run: looked at again when another one begins or the latents change their shape.
-        self._run: Any = None
-        self._last_timestep = -1.0
+        self._runs: RunWatch = peer._runs if peer else RunWatch()
+        self._run = 0
         self._shape: tuple[int, ...] | None = None
         self._groups: int | None = None
         self._run_tokens: ImageTokens | None = None
@@ -443,15 +479,10 @@ class ModelHooks:
         return timestep, None, None, rounding
 
     def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
-        run = self._clock.run if self._clock else None
-        # Also where the run is known: a pipeline that shares this model has another scheduler.
-        earlier = timestep > self._last_timestep
-        new = earlier or (timestep == self._last_timestep if run is None else run is not self._run)
-        self._run, self._last_timestep = run, timestep
-        if new:
+        if self._runs.notice(timestep, self._clock.run if self._clock else None):
             self.guidance.begin_run()
-        if new or shape != self._shape:
-            self._shape, self._groups = shape, None
+        if (self._runs.number, shape) != (self._run, self._shape):
+            self._run, self._shape, self._groups = self._runs.number, shape, None
 
     def _count_groups(self, model: nn.Module, latents: torch.Tensor) -> int:
         """Concatenated guidance repeats the latents; other images of a batch have other noise."""
