@@ -14,6 +14,7 @@ from .module import NegToMe
 if TYPE_CHECKING:
     from .config import NegToMeConfig
     from .guidance import Guidance
+    from .nudging import nudge
     from .pipelines import apply_negtome, negtome_guidance, remove_negtome
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _LAZY = {
     "remove_negtome": ".pipelines",
     "negtome_guidance": ".pipelines",
     "register_layout": ".pipelines",
+    "nudge": ".nudging",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "match_tokens",
     "negtome",
     "negtome_guidance",
+    "nudge",
     "register_layout",
     "remove_negtome",
 ]

@@ -1,0 +1,207 @@
+"""`nudge`: descend the objective of embedding nudging from the given latents.
+
+    minimise over L   -alpha * mean_D <D, L>  +  beta * mean_U <U, L>  +  |L - L0|
+
+D are the desired points, U the undesired ones and L0 the latents as they came. The inner products
+depend on the means alone, so hundreds of thousands of points cost one pass; and every iterate lies
+in the plane of L0 and g = -alpha * mean(D) + beta * mean(U), so all steps are taken on two numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..ops import check_backend_name
+from . import ops
+
+OBJECTIVES = ("paper", "squared", "cosine")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: What stopped an item, by the code in `NudgeResult.stopped`.
+REASONS = ("converged", "steps", "distance", "non-finite")
+
+
+@dataclass(frozen=True)
+class NudgeResult:
+    """What `nudge` did to each item of the batch.
+
+    Attributes:
+        latents: shape and dtype of the input; bit-identical to it in items that did not move.
+        distance: `(B,)`, L2 distance from the input before rounding to its dtype.
+        steps: `(B,)` int64, descent steps that moved the item.
+        stopped: `(B,)` int64, a code: an index of `REASONS`.
+        trace: `(B, steps + 1)`, the objective at the start and after each step (its last value is
+            repeated once an item has stopped); None without `return_trace`.
+    """
+
+    latents: Tensor
+    distance: Tensor
+    steps: Tensor
+    stopped: Tensor
+    trace: Tensor | None = None
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why each item stopped; waits for the device.
+
+        `"converged"`: a further step would not move it by `tolerance` of its norm (for "squared":
+        the minimum was reached). `"steps"`: they were used up. `"distance"`: it stands on the
+        sphere of radius `max_distance`. `"non-finite"`: the item or its points hold a NaN or an
+        infinity, and it was left as it came.
+        """
+        return tuple(REASONS[code] for code in self.stopped.tolist())
+
+
+@torch.no_grad()
+def nudge(
+    latents: Tensor,
+    desired: Tensor | None = None,
+    undesired: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 1.0,
+    objective: Literal["paper", "squared", "cosine"] = "paper",
+    steps: int = 20,
+    step_size: float = 0.05,
+    max_distance: float | Tensor | None = None,
+    tolerance: float = 1e-5,
+    return_trace: bool = False,
+    backend: str = "auto",
+) -> NudgeResult:
+    """Latents moved away from undesired points and toward desired ones (arXiv 2408.15450).
+
+    The objective is the paper's. Its optimiser, step count and weights are not published: plain
+    gradient descent, the projection onto a trust radius and the defaults here are this project's.
+
+    - `"paper"`: the objective as above. With g = -alpha mean(D) + beta mean(U) its minimum is L0
+      where |g| <= 1; elsewhere it has none, and `steps`, `step_size` and `max_distance` bound the
+      way along -g.
+    - `"squared"`: |L - L0|^2 in place of the norm, minimised in closed form: L0 - g / 2, drawn in
+      to `max_distance`. `steps`, `step_size` and `tolerance` are not used.
+    - `"cosine"`: cosine similarities in place of the inner products and |L - L0| / |L0| in place of
+      the norm, descended in units of |L0| (this project's choice: alpha, beta and `step_size`
+      mean the same at any scale).
+
+    Args:
+        latents: `(B, ...)`, fp32, bf16, fp16 or fp64; an item is one vector of all its numbers.
+        desired, undesired: points of the same space, `(K, ...)` for all items or `(B, K, ...)`
+            for each item its own; same dtype and device as `latents`. None: that term is absent.
+        alpha, beta: weights of the desired and the undesired points; a number or `(B,)`.
+        steps: most descent steps, at least 1.
+        step_size: factor of the gradient, positive. A step of "paper" is
+            `step_size * (|g| - 1)` long; one of "cosine" is that share of |L0|, where |g| is at
+            most `alpha + beta`.
+        max_distance: trust radius, the largest L2 distance from the input: a number or `(B,)`,
+            positive; None is none.
+        tolerance: an item has converged when a step moves it by at most this share of its norm.
+        return_trace: whether the objective is recorded after each step.
+        backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
+
+    Returns:
+        `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: arguments that cannot be right, with shapes in the message.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+    """
+    _check_latents(latents)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    for name, value in (("step_size", step_size), ("tolerance", tolerance)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        if not 0 <= value < float("inf") or (name == "step_size" and value == 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_backend_name(backend)
+    points = [
+        _points(name, value, latents)
+        for name, value in (("desired", desired), ("undesired", undesired))
+    ]
+    if points == [None, None]:
+        raise ValueError("nothing to steer by: hand over desired or undesired points, or both")
+    weights = [
+        _per_item(name, value, latents, positive=name == "max_distance")
+        for name, value in (
+            ("alpha", alpha),
+            ("beta", beta),
+            ("max_distance", float("inf") if max_distance is None else max_distance),
+        )
+    ]
+    moved, distance, taken, stopped, trace = ops.run(
+        latents.flatten(1),
+        *points,
+        *weights,
+        objective,
+        int(steps),
+        float(step_size),
+        float(tolerance),
+        return_trace,
+        backend,
+    )
+    return NudgeResult(
+        moved.view(latents.shape), distance, taken, stopped, trace if return_trace else None
+    )
+
+
+def _check_latents(latents: Tensor) -> None:
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor (B, ...), got {type(latents).__name__}")
+    if latents.dim() < 2:
+        raise ValueError(f"latents must have the shape (B, ...), got {tuple(latents.shape)}")
+    if latents.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"latents must be one of {names}, got {latents.dtype}")
+    if latents.numel() == 0:
+        raise ValueError(f"latents are empty: {tuple(latents.shape)}")
+
+
+def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
+    """Points as `(P, K, n)` with P = 1 (shared) or B."""
+    if points is None:
+        return None
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} must be a tensor of points, got {type(points).__name__}")
+    if points.dtype != latents.dtype or points.device != latents.device:
+        raise TypeError(
+            f"{name} and latents must share dtype and device; {name} is {points.dtype} on "
+            f"{points.device}, latents are {latents.dtype} on {latents.device}"
+        )
+    items, *shape = latents.shape
+    shared = list(points.shape[1:]) == shape
+    if not shared and (list(points.shape[2:]) != shape or points.shape[0] != items):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{name} must have the shape (K, {wanted}) or ({items}, K, {wanted}), "
+            f"got {tuple(points.shape)}"
+        )
+    points = points[None] if shared else points
+    if points.shape[1] == 0:
+        raise ValueError(f"{name} holds no points: {tuple(points.shape)}; None leaves them out")
+    return points.flatten(2)
+
+
+def _per_item(name: str, value: float | Tensor, latents: Tensor, positive: bool) -> Tensor:
+    """A weight as `(B,)` in the dtype of the arithmetic, on the device of the latents."""
+    items = latents.shape[0]
+    dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        right = value > 0 if positive else abs(value) < float("inf")
+        if not right:
+            wanted = "positive" if positive else "finite"
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+        return torch.full((items,), value, dtype=dtype, device=latents.device)
+    if value.shape not in ((), (1,), (items,)):
+        raise ValueError(
+            f"{name} must be a number or one for each of the {items} items, "
+            f"got the shape {tuple(value.shape)}"
+        )
+    return value.detach().to(latents.device, dtype).expand(items).contiguous()

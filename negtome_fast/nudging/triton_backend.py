@@ -1,0 +1,63 @@
+"""Embedding nudging on Triton: means of the points in torch, then all steps in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.triton_backend import _interpreting, _launch_device, _require
+from .torch_backend import mean_of_points
+
+BLOCK = 4096
+
+
+def nudge(
+    latents: Tensor,
+    desired: Tensor | None,
+    undesired: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    radius: Tensor,
+    objective: str,
+    steps: int,
+    step_size: float,
+    tolerance: float,
+    out: Tensor,
+    trace: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes `out` and `trace`, returns distance, steps and reason, each `(B,)`."""
+    _require(latents)
+    from ..kernels.nudge import nudge_kernel
+
+    items, width = latents.shape
+    latents = latents if latents.stride(1) == 1 else latents.contiguous()
+    means = [
+        None if p is None else mean_of_points(p, torch.float32, objective == "cosine").contiguous()
+        for p in (desired, undesired)
+    ]
+    distance = alpha.new_empty((items,))
+    taken, reason = (latents.new_empty((items,), dtype=torch.int64) for _ in range(2))
+    with _launch_device(latents):
+        nudge_kernel[(items,)](
+            latents,
+            *means,
+            alpha.contiguous(),
+            beta.contiguous(),
+            radius.contiguous(),
+            out,
+            distance,
+            taken,
+            reason,
+            trace,
+            width,
+            steps,
+            step_size,
+            tolerance,
+            latents.stride(0),
+            *(0 if m is None or m.shape[0] == 1 else m.stride(0) for m in means),
+            OBJECTIVE=objective,
+            INTERPRETED=_interpreting(),
+            BLOCK=min(BLOCK, 1 << max(width - 1, 1).bit_length()),
+            num_warps=8,
+        )
+    return distance, taken, reason
