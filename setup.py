@@ -38,6 +38,8 @@ EVAL = [
     "resvg-py>=0.3",
     "matplotlib>=3.8",
 ]
+NUDGE = ["imagehash>=4.3", "pillow>=10.0", "safetensors>=0.4.3"]
+FAISS = ["faiss-cpu>=1.8"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.11",
@@ -82,7 +84,9 @@ setup(
         "demo": DEMO,
         "eval": EVAL,
         "dev": DEV,
-        "all": sorted({*EVAL, *DEV}),
+        "nudge": NUDGE,
+        "faiss": FAISS,
+        "all": sorted({*EVAL, *NUDGE, *FAISS, *DEV}),
     },
     entry_points={"console_scripts": ["negtome-fast = negtome_fast.cli:main"]},
     classifiers=[

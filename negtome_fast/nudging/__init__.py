@@ -4,6 +4,33 @@ Source: Zand and Nasr, "Avoiding Generative Model Writer's Block With Embedding 
 arXiv 2408.15450. `objective.py` says what of it is the paper's and what is this project's choice.
 """
 
+from .bank import Encoder, ReferenceBank, default_encoder
+from .filters import (
+    CallableFilter,
+    EncoderSimilarity,
+    Filter,
+    LatentDistance,
+    PerceptualHash,
+    PixelDistance,
+    Verdict,
+    judge,
+)
 from .objective import NudgeResult, nudge
+from .selection import select_nearest
 
-__all__ = ["NudgeResult", "nudge"]
+__all__ = [
+    "CallableFilter",
+    "Encoder",
+    "EncoderSimilarity",
+    "Filter",
+    "LatentDistance",
+    "NudgeResult",
+    "PerceptualHash",
+    "PixelDistance",
+    "ReferenceBank",
+    "Verdict",
+    "default_encoder",
+    "judge",
+    "nudge",
+    "select_nearest",
+]
