@@ -7,7 +7,7 @@ Needs torch only. A sampling loop makes three calls: `begin_step` once per forwa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -174,6 +174,11 @@ class Guidance:
     Args:
         config: the settings; `NegToMeConfig()` if None. Its `placement` is where the caller
             calls `apply`, and its `groups`, if set, goes before that of `begin_step`.
+
+    Attributes:
+        reference_mask: None, or a function from a block's (height, width) to bool
+            (height * width,): the tokens of in-batch references that may be matched, or with
+            `matching="official"` the tokens that may move.
     """
 
     def __init__(self, config: NegToMeConfig | None = None) -> None:
@@ -187,6 +192,7 @@ class Guidance:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._included: dict[str, bool] = {}
         self._warned: set[str] = set()
+        self.reference_mask: Callable[[Grid], torch.Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -307,6 +313,7 @@ class Guidance:
             config.reference,
             alpha=alpha,
             threshold=threshold,
+            reference_mask=self._mask_on(grid, image_tokens.device),
             matching=config.matching,
             groups=step.groups,
             combine=config.combine,
@@ -342,6 +349,13 @@ class Guidance:
                 alpha, threshold = torch.tensor(values, dtype=torch.float32).to(device).unbind()
             self._scalars[device] = (alpha, threshold)
         return self._scalars[device]
+
+    def _mask_on(self, grid: Grid | None, device: torch.device) -> torch.Tensor | None:
+        if self.reference_mask is None:
+            return None
+        if grid is None:
+            raise ValueError("a reference mask needs the token grid of the block, (height, width)")
+        return self.reference_mask(grid).to(device)
 
     def _generator_on(self, device: torch.device) -> torch.Generator | None:
         if self.config.dropout == 0:

@@ -1,90 +1,42 @@
-"""The authors' function under their name and with their arguments (repository 1jsingh/negtome).
+"""The authors' names and arguments (repository 1jsingh/negtome): their scripts run with one import
+changed.
 
-Scripts written for it run with one import changed; the result is theirs to fp32 rounding, but
-without an N x N matrix for each frame.
+`negtome` needs torch only; the pipelines are subclasses of diffusers' own, imported when asked for.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ..functional import check_tokens
-from ..functional import negtome as _negtome
+from .arguments import NegtomeArgs, update_args
+from .function import negtome
 
-__all__ = ["negtome"]
+if TYPE_CHECKING:
+    from .pipelines import FluxNegToMePipeline, StableDiffusionXLNegToMePipeline
 
+__all__ = [
+    "FluxNegToMePipeline",
+    "NegtomeArgs",
+    "StableDiffusionXLNegToMePipeline",
+    "negtome",
+    "update_args",
+]
 
-def negtome(
-    hidden_states_orig: Tensor,
-    alpha: float = 0.5,
-    threshold: float = 0.7,
-    dropout: float = 0.0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """What the authors' `negtome` computes: `matching="official"` with frame 0 as the reference.
-
-    Args:
-        hidden_states_orig: `(frames, N, D)`; frame 0 is the reference of all frames, itself
-            included, as in their code (its tokens match themselves).
-        alpha: push strength; their default is 0.5 here, 0.9 in their pipelines.
-        threshold: cosine similarity; their default is 0.7.
-        dropout: probability that a token is spared, drawn with torch's global generator.
-        mask: `(frames * N, N)`, or `(N, N)` for all frames, non-zero where source token `i` (row)
-            may be matched with reference token `j` (column). Where all rows of a frame are equal,
-            as their pipelines make them, it says which positions `j` may move; that is checked
-            (which waits for the device), and any other mask is served in chunks.
-
-    Returns:
-        `(frames, N, D)`, dtype of the input.
-
-    Raises:
-        ValueError, TypeError: a mask of another shape; else as `negtome_fast.negtome`.
-    """
-    check_tokens(hidden_states_orig)
-    frames, tokens, _ = hidden_states_orig.shape
-    gate = None
-    if mask is not None:
-        if mask.numel() not in (frames * tokens**2, tokens**2) or mask.shape[-1] != tokens:
-            raise ValueError(
-                f"mask must be (frames * N, N) = {(frames * tokens, tokens)} or {(tokens,) * 2}, "
-                f"got {tuple(mask.shape)}"
-            )
-        pairs = mask.reshape(-1, tokens, tokens).to(torch.bool)
-        gate = pairs[:, 0]
-        if not torch.equal(pairs, gate[:, None].expand_as(pairs)):
-            allowed = pairs.expand(frames, -1, -1)
-            return _with_pair_mask(hidden_states_orig, alpha, threshold, dropout, allowed)
-    return _negtome(
-        hidden_states_orig,
-        hidden_states_orig[0],
-        alpha=alpha,
-        threshold=threshold,
-        matching="official",
-        source_mask=gate,
-        dropout=dropout,
-    )
+_PIPELINES = ("FluxNegToMePipeline", "StableDiffusionXLNegToMePipeline")
 
 
-def _with_pair_mask(
-    x: Tensor, alpha: float, threshold: float, dropout: float, pairs: Tensor, chunk: int = 512
-) -> Tensor:
-    """A mask of single pairs `(frames, N, N)`: the definition, in chunks of tokens."""
-    # The operator checks the numbers, and draws the dropout as it does everywhere.
-    _negtome(x[:0], alpha=alpha, threshold=threshold, dropout=dropout)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    unit, reference = F.normalize(wide, dim=-1), wide[0]
-    best = torch.full(x.shape[:2], -torch.inf, dtype=wide.dtype, device=x.device)
-    index = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-    for frame in range(x.shape[0]):
-        for start in range(0, x.shape[1], chunk):
-            part = slice(start, start + chunk)
-            similarity = unit[frame] @ unit[0, part].T
-            similarity.masked_fill_(~pairs[frame, :, part], -torch.inf)
-            best[frame, part], index[frame, part] = similarity.max(dim=0)
-    moves = best > threshold
-    if dropout > 0.0:
-        moves &= torch.rand(moves.shape, device=x.device) > dropout
-    moved = (wide + alpha * (wide - reference[index])).to(x.dtype)
-    return torch.where(moves[..., None], moved, x)
+def __getattr__(name: str) -> Any:
+    if name not in _PIPELINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(".pipelines", __name__)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs the extra 'diffusers': pip install 'negtome-fast[diffusers]'"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PIPELINES})
