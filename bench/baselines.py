@@ -2,6 +2,8 @@
 
 authors   the whole cosine matrix (F, N, N) against frame 0, the maximum over the *source*
           axis, a gather, and (1 + alpha) x - alpha r where the maximum exceeds the threshold
+split     the paper's matching, exact, by library calls: a product that fills a bounded matrix of
+          scores, a reduction over it, and the push
 matmul    the bare product of the source tokens with their reference: the same multiply-adds,
           its output stored, nothing else
 """
@@ -14,6 +16,7 @@ from torch import Tensor
 
 ALPHA = 0.9
 THRESHOLD = 0.65
+EPSILON = 1e-12
 
 
 def authors_frames(frames: Tensor, alpha: float = ALPHA, threshold: float = THRESHOLD) -> Tensor:
@@ -39,6 +42,47 @@ def authors(
     if groups == 1:
         return authors_frames(x, alpha, threshold)
     return torch.cat([authors_frames(part, alpha, threshold) for part in x.chunk(groups)])
+
+
+def split_frames(frames: Tensor, out: Tensor, alpha: float, threshold: float, rows: int) -> Tensor:
+    """The paper's matching of `frames` `(F, N, D)` with frame 0, the scores of `rows` at a time.
+
+    Scores are fp32, so that its choices are as exact as the operator's: half-precision tokens are
+    multiplied by the GPU's library into fp32, and on a CPU, whose library cannot, after a cast.
+    """
+    reference, sources = frames[0], frames[1:].flatten(0, 1)
+    wide = torch.promote_types(frames.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(reference, dim=-1, dtype=wide).clamp_min(EPSILON)
+    mixed = frames.is_cuda and frames.dtype != wide
+    columns = reference.T if mixed else (reference.to(wide) / norm[:, None]).T
+    targets = out[1:].view(-1, frames.shape[-1])
+    out[0].copy_(reference)
+    for start in range(0, len(sources), rows):
+        chunk = sources[start : start + rows]
+        if mixed:
+            scores = torch.mm(chunk, columns, out_dtype=wide) / norm
+        else:
+            scores = torch.mm(chunk.to(wide), columns)
+        best, index = scores.max(dim=1)
+        own = torch.linalg.vector_norm(chunk, dim=-1, dtype=wide).clamp_min(EPSILON)
+        source, matched = chunk.to(wide), reference[index].to(wide)
+        moved = (source + alpha * (source - matched)).to(frames.dtype)
+        targets[start : start + rows] = torch.where((best > threshold * own)[:, None], moved, chunk)
+    return out
+
+
+def split(
+    x: Tensor,
+    groups: int = 1,
+    alpha: float = ALPHA,
+    threshold: float = THRESHOLD,
+    rows: int = 2048,
+) -> Tensor:
+    """`split_frames` on each of the equal `groups` of `x` `(B, N, D)`, contiguous."""
+    y = torch.empty_like(x)
+    for part, out in zip(x.chunk(groups), y.chunk(groups), strict=True):
+        split_frames(part, out, alpha, threshold, rows)
+    return y
 
 
 def matmul_operands(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:

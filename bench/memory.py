@@ -23,6 +23,19 @@ from .shapes import Shape, parse_shape, random_tokens
 
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    if not MEMORY.exists():
+        return None
+    for line in MEMORY.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def cuda_extra_bytes(function: Callable[[Tensor], Tensor], x: Tensor, result: bool) -> int:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ._path import ROOT
-from .report import machine_line, memory_text, time_text
+from .results import FOLDER as RESULTS
+from .results import micro
+from .tables import ceilings_line, machine_line, memory_text, rate_cells, time_text
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,30 +63,51 @@ def demo_table(record: dict[str, Any]) -> str:
     return _markdown(header, rows) + "\n\n" + note
 
 
+def _over_ours(times: dict[str, Any], candidate: str) -> str:
+    taken = times.get(candidate)
+    if not taken:
+        return "-"
+    return f"{taken['times_ours']['median']:.2f}" if "times_ours" in taken else "failed"
+
+
+def _not_measured(cases: Sequence[dict[str, Any]]) -> str:
+    """What was left out and why, and what was wrong: a sentence, or nothing."""
+    reasons: dict[str, list[str]] = {}
+    for case in cases:
+        reason = f"wrong: {case['wrong']}" if "wrong" in case else case.get("skipped")
+        if reason:
+            reasons.setdefault(reason, []).append(f"{case['shape']} {case['dtype']}")
+    if not reasons:
+        return ""
+    told = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"\n\nNot measured: {'; '.join(told)}."
+
+
+def _origin(record: dict[str, Any]) -> str:
+    line = f"{machine_line(record)}; {record['date'][:10]}."
+    if record.get("ceilings"):
+        line += f" {ceilings_line(record['ceilings'])}."
+    return line
+
+
 def speed_table(record: dict[str, Any]) -> str:
     """The microbenchmark: a shape a row; ratios are medians of paired rounds."""
+    record = micro(record) or record
+    cases = [case for case in record["cases"] if case.get("series", "shapes") == "shapes"]
+    rivals = ("authors", "authors-compiled", "split", "split-compiled", "matmul", "matmul-into")
     rows = []
-    for case in record["cases"]:
-        name = f"{case['shape']} {case['dtype']}"
-        if "skipped" in case or "wrong" in case:
-            reason = case.get("skipped") or f"wrong: {case['wrong']}"
-            rows.append([name, reason, *["-"] * 6])
+    for case in cases:
+        times, extra = case.get("times", {}), case.get("extra_bytes", {})
+        if not times and not extra:
             continue
-
-        times = case.get("times", {})  # shapes that are there for their memory have none
-
-        def over_ours(candidate: str, times: dict[str, Any] = times) -> str:
-            if not times:
-                return "-"
-            ratio = times.get(candidate, {}).get("times_ours")
-            return f"{ratio['median']:.2f}" if ratio else "failed"
-
-        extra = case.get("extra_bytes", {})
+        ours = times.get("ours", {})
+        rate, of_matmul, _ = rate_cells(ours)
         rows.append(
             [
-                name,
-                time_text(times["ours"]["seconds"]["median"]) if times else "-",
-                *(over_ours(c) for c in ("authors", "authors-compiled", "matmul", "matmul-into")),
+                f"{case['shape']} {case['dtype']}",
+                time_text(ours["seconds"]["median"]) if ours else "-",
+                *(_over_ours(times, rival) for rival in rivals),
+                rate if rate == "-" else f"{rate}, {of_matmul}",
                 memory_text(extra.get("ours")),
                 memory_text(extra.get("authors")),
             ]
@@ -95,18 +117,48 @@ def speed_table(record: dict[str, Any]) -> str:
         "ours",
         "authors' / ours",
         "authors' compiled / ours",
+        "split / ours",
+        "split compiled / ours",
         "bare matmul / ours",
         "matmul, no allocation / ours",
+        "rate, of the ceiling",
         "extra memory, ours",
         "authors'",
     )
-    return _markdown(header, rows) + f"\n\n{machine_line(record)}; {record['date'][:10]}."
+    return _markdown(header, rows) + _not_measured(cases) + f"\n\n{_origin(record)}"
+
+
+def growth_table(record: dict[str, Any]) -> str:
+    """Time and memory from 256 to 65,536 tokens, ours and the authors'."""
+    record = micro(record) or record
+    cases = [case for case in record["cases"] if case.get("series") == "tokens"]
+    if not cases:
+        return "not measured"
+    rows = []
+    for case in cases:
+        times, extra = case.get("times", {}), case.get("extra_bytes", {})
+        seconds = [times.get(name, {}).get("seconds") for name in ("ours", "authors")]
+        if seconds[0] is None:
+            continue
+        rows.append(
+            [
+                case["shape"],
+                time_text(seconds[0]["median"]),
+                time_text(seconds[1]["median"]) if seconds[1] else "-",
+                memory_text(extra.get("ours")),
+                memory_text(extra.get("authors")),
+            ]
+        )
+    header = ("B x N x D", "ours", "authors'", "extra memory, ours", "authors'")
+    return _markdown(header, rows) + _not_measured(cases)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "cpu": ("cpu.json", speed_table),
+    "cpu-growth": ("cpu.json", growth_table),
     "gpu": ("gpu.json", speed_table),
+    "gpu-growth": ("gpu.json", growth_table),
 }
 
 
@@ -128,7 +180,7 @@ def render(text: str, results: Path = RESULTS) -> str:
             body = table(json.loads(path.read_text(encoding="utf-8")))
         return f"<!-- begin: {name} -->\n{body}\n<!-- end: {name} -->"
 
-    pattern = r"<!-- begin: (?P<name>\w+) -->\n.*?<!-- end: (?P=name) -->"
+    pattern = r"<!-- begin: (?P<name>[\w-]+) -->\n.*?<!-- end: (?P=name) -->"
     return re.sub(pattern, replace, text, flags=re.DOTALL)
 
 

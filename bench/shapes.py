@@ -14,22 +14,23 @@ SHARED = (0.3, 0.95)
 
 @dataclass(frozen=True)
 class Shape:
-    """Hidden states `(items, tokens, channels)` in equal `groups`; item 0 of each is the reference.
-
-    `memory_only` marks shapes whose naive similarity matrix is the point, not their time.
-    """
+    """Hidden states `(items, tokens, channels)` in equal `groups` whose item 0 is the reference."""
 
     name: str
     items: int
     tokens: int
     channels: int
     groups: int = 1
-    memory_only: bool = False
 
     @property
     def multiply_adds(self) -> int:
         """What matching costs: `(B - G) * N * N * D`, the reference items being skipped."""
         return (self.items - self.groups) * self.tokens**2 * self.channels
+
+    @property
+    def least_elements(self) -> int:
+        """What any method must move: every token is read once and every result written once."""
+        return 2 * self.elements
 
     @property
     def elements(self) -> int:
@@ -44,12 +45,15 @@ FLUX_1024 = Shape("FLUX 1024 px", 4, 4096, 3072)
 FLUX_768 = Shape("FLUX 768 px", 4, 2304, 3072)
 SDXL_64 = Shape("SDXL 1024 px, 64x64", 8, 4096, 640, groups=2)
 SDXL_32 = Shape("SDXL 1024 px, 32x32", 8, 1024, 1280, groups=2)
-WAN_720 = Shape("Wan 720p, 81 frames", 2, 75600, 5120)
+SD3_1024 = Shape("SD3.5-large 1024 px", 8, 4096, 2432, groups=2)
+SD3_512 = Shape("SD3-medium 512 px", 8, 1024, 1536, groups=2)
+QWEN_1328 = Shape("Qwen-Image 1328 px", 4, 6889, 3072)
+LTX_121 = Shape("LTX-Video 768x512, 121 frames", 4, 6144, 2048, groups=2)
+WAN_480 = Shape("Wan 1.3B 480p, 81 frames", 2, 32760, 1536)
+WAN_720 = Shape("Wan 14B 720p, 81 frames", 2, 75600, 5120)
 SDXL_64_ONE_GROUP = Shape("SDXL 64x64, one group", 4, 4096, 640)
-LONG = Shape("16384 tokens", 2, 16384, 640, memory_only=True)
-
-GPU_SHAPES = (FLUX_1024, SDXL_64, SDXL_32, FLUX_768, WAN_720)
-CPU_SHAPES = (SDXL_64_ONE_GROUP, LONG, SDXL_32, FLUX_768, SDXL_64)
+SDXL_32_ONE_GROUP = Shape("SDXL 32x32, one group", 4, 1024, 1280)
+LONG = Shape("16384 tokens", 2, 16384, 640)
 QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640, groups=2))
 
 

@@ -1,4 +1,4 @@
-"""The command `negtome-fast`: demo, info. Bad input is one line on stderr and exit code 2."""
+"""The command `negtome-fast`: demo, info, bench. Bad input is one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
     info.add_argument("--json", action="store_true", help="as JSON")
+
+    # Its words and options are those of `python -m bench`, which has its own parsers.
+    commands.add_parser(
+        "bench",
+        help="run benchmarks, compare and report results (needs a checkout of the repository)",
+        add_help=False,
+    )
     return parser
 
 
@@ -85,10 +92,30 @@ def info_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench_command(arguments: Sequence[str]) -> int:
+    """`python -m bench` of the checkout that this package is installed from (`pip install -e`)."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise RuntimeError(
+            "the benchmarks are not part of the installed package; in a checkout of the "
+            "repository: pip install -e . and this command, or python -m bench"
+        )
+    # First, so that no other module of that name is found.
+    sys.path.insert(0, str(root))
+    from bench.__main__ import main as bench_main
+
+    return bench_main(arguments, prog="negtome-fast bench")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a bad report, 2 for bad input."""
-    options = build_parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # What comes after "bench" is read by its own parsers.
+    is_bench = arguments[:1] == ["bench"]
+    options = build_parser().parse_args(arguments[:1] if is_bench else arguments)
     try:
+        if is_bench:
+            return bench_command(arguments[1:])
         return {"demo": demo_command, "info": info_command}[options.command](options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE):

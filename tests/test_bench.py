@@ -13,7 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import baselines, correctness, gpu_suite, memory, report, timing
+from bench import (
+    baselines,
+    candidates,
+    ceilings,
+    compare,
+    correctness,
+    gpu_suite,
+    measure,
+    memory,
+    plan,
+    results,
+    tables,
+    timing,
+)
 from bench.__main__ import main as bench_main
 from bench.shapes import Shape, parse_shape, random_tokens
 from negtome_fast.functional import negtome
@@ -85,6 +98,42 @@ def test_matmul_stores_every_product_of_source_and_reference(groups: int) -> Non
     torch.testing.assert_close(into, product)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [7, 60, 1000])
+def test_split_is_the_paper_matching(dtype: torch.dtype, groups: int, rows: int) -> None:
+    x = random_tokens(Shape("any", 4, 60, 24, groups), dtype, "cpu")
+    y = baselines.split(x, groups, rows=rows)
+    expected = negtome(x, alpha=0.9, threshold=0.65, groups=groups, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert not torch.equal(y, x)
+
+
+def test_split_stores_bounded_scores() -> None:
+    for shape in (TINY, parse_shape("2x75600x5120"), parse_shape("4x4096x640")):
+        choices = candidates.split_rows(shape)
+        total = (shape.items // shape.groups - 1) * shape.tokens
+        assert choices == sorted(set(choices)) and choices[0] >= 1 and choices[-1] <= total
+        for rows in choices:
+            assert 4 * rows * shape.tokens <= candidates.SPLIT_BYTES
+            assert -(-total // rows) <= candidates.MOST_CHUNKS
+
+
+def test_fastest_is_the_one_that_took_least() -> None:
+    now = 0.0
+
+    def call(seconds: float) -> candidates.Call:
+        def work(x: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            now += seconds
+            return x
+
+        return work
+
+    calls = [call(3.0), call(1.0), call(2.0)]
+    assert candidates.fastest(calls, torch.zeros(1), clock=lambda: now) is calls[1]
+
+
 # --- the check before the clock
 
 
@@ -119,9 +168,50 @@ def test_check_catches_wrong_results(
         correctness.check(TINY, x)
 
 
+def test_check_judges_another_function_by_its_output() -> None:
+    x = random_tokens(TINY, torch.float32, "cpu")
+    checked = correctness.check(TINY, x, lambda x: baselines.split(x, TINY.groups))
+    assert 0 < checked["pushed_share"] < 1
+    with pytest.raises(correctness.WrongResult, match="tokens are wrong"):
+        correctness.check(TINY, x, lambda x: baselines.split(x, TINY.groups, alpha=0.8))
+
+
+def test_no_time_of_a_rival_whose_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "split", lambda x, groups, rows: x.clone())
+    inputs = [random_tokens(TINY, torch.float32, "cpu")]
+    times = measure.measure_times(TINY, inputs, ["ours", "split"], 0.0)
+    assert times["split"].keys() == {"failed"} and "WrongResult" in times["split"]["failed"]
+    assert times["ours"]["seconds"]["median"] > 0
+
+
+def test_shares_of_the_ceilings() -> None:
+    shape = parse_shape("2x1000x100")  # 0.2 GFLOP; 0.4 million elements at the least
+    limits = {"matmul_tflops": 1.0, "copy_bytes_per_second": 1e9}
+    speed = measure.speeds(shape, torch.float32, seconds=1e-3, limits=limits)
+    assert speed == pytest.approx({"tflops": 0.2, "of_matmul": 0.2, "of_copy": 1.6})
+
+
+def test_ceilings_are_measured_in_the_dtype_of_the_products() -> None:
+    cpu = torch.device("cpu")
+    limits = ceilings.measure(torch.bfloat16, cpu, sizes=(64, 2**16))
+    assert limits["dtype"] == "float32"
+    assert limits["matmul_tflops"] > 0 and limits["copy_bytes_per_second"] > 0
+    assert "Ceilings" in tables.ceilings_line(limits)
+
+
+def test_a_matrix_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, cpu = parse_shape("2x65536x640"), torch.device("cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 20 * 2**30)
+    refused = measure.refusal(shape, torch.float32, cpu)
+    assert "needs 34 GiB" in str(refused("authors")) and refused("matmul") is None
+    assert refused("ours") is None and refused("split") is None
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert measure.refusal(shape, torch.float32, cpu)("authors") is None
+
+
 def test_a_wrong_case_is_reported_without_times() -> None:
     case = {"name": "n", "shape": "2x3x4", "dtype": "float32", "multiply_adds": 36, "wrong": "why"}
-    text = "\n".join(report.case_lines(case))
+    text = "\n".join(tables.case_lines(case))
     assert "WRONG, no times: why" in text and "ours" not in text
 
 
@@ -179,7 +269,7 @@ def test_interleave_keeps_to_the_least_and_most_rounds() -> None:
     ("seconds", "text"), [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us")]
 )
 def test_time_text(seconds: float, text: str) -> None:
-    assert report.time_text(seconds) == text
+    assert tables.time_text(seconds) == text
 
 
 # --- memory
@@ -202,13 +292,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_bench_writes_a_result_and_prints_a_table(tmp_path: Path) -> None:
+def test_bench_writes_a_result_and_prints_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "deep" / "result.json"
-    options = ["--quick", "--device", "cpu", "--shape", "4x96x32/2", "--seconds", "0.2"]
-    options += ["--against", "authors", "matmul", "matmul-into", "--no-memory"]
-    done = run("-m", "bench", *options, "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "time / ours" in done.stdout and "bare matmul" in done.stdout
+    options = ["--device", "cpu", "--shape", "4x96x32/2", "--seconds", "0.2"]
+    options += ["--against", "authors", "split", "matmul", "matmul-into", "--no-memory"]
+    assert bench_main([*options, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "time / ours" in printed and "bare matmul" in printed
     result = json.loads(out.read_text())
     assert result["versions"]["torch"] == torch.__version__
     assert {"commit", "cpu", "threads", "date", "gpu"} <= result.keys()
@@ -216,6 +308,106 @@ def test_bench_writes_a_result_and_prints_a_table(tmp_path: Path) -> None:
     assert case["correct"]["checked"] == 2 * 96
     assert case["times"]["authors"]["times_ours"]["median"] > 0
     assert case["times"]["ours"]["times_ours"]["median"] == 1
+    assert case["times"]["ours"]["of_matmul"] > 0 and result["complete"]
+    assert compare.main([str(out), str(out)]) == 0
+
+
+def test_what_is_too_large_for_the_time_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    options = ["--device", "cpu", "--shape", "2x65536x5120", "--out", str(out)]
+    assert bench_main(options) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert "would take" in case["skipped"] and "times" not in case
+
+
+def test_plans_cover_the_growth_to_65536_tokens() -> None:
+    for entries in (plan.GPU, plan.CPU):
+        tokens = [entry.shape.tokens for entry in entries if entry.series == "tokens"]
+        assert tokens[0] == 256 and tokens[-1] == 65536
+        assert {entry.series for entry in entries} == plan.SERIES.keys()
+        keys = [(str(entry.shape), entry.dtype) for entry in entries if entry.series == "shapes"]
+        assert len(keys) == len(set(keys))
+
+
+# --- comparison
+
+
+def outcome(median: float, spread: float = 0.01, **more: object) -> dict[str, object]:
+    """A result file of one case whose time is `median` seconds, +- `spread` of it."""
+    seconds = {"median": median, "p20": median * (1 - spread), "p80": median * (1 + spread)}
+    rival = {"median": 2 / median, "p20": 2 / median, "p80": 2 / median}
+    times = {"ours": {"seconds": seconds}, "matmul": {"seconds": seconds, "times_ours": rival}}
+    case = {"shape": "2x3x4", "dtype": "float32", "times": times, **more}
+    return {"versions": {}, "cpu": "c", "threads": 1, "gpu": None, "cases": [case]}
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict", "regressed"),
+    [
+        (outcome(1.0), "same to the noise", False),
+        (outcome(1.2), "SLOWER", True),
+        (outcome(0.8), "faster", False),
+        (outcome(1.2, spread=0.2), "same to the noise", False),
+        (outcome(1.02, spread=0.0), "same to the noise", False),
+        (outcome(1.0, wrong="why"), "WRONG: why", True),
+        (outcome(1.0, skipped="no time"), "skipped: no time", False),
+        (outcome(1.0, times={"ours": {}}), "FAILED: no time of ours", True),
+        (outcome(1.0, extra_bytes={"ours": 2**30}), "LARGER by 1023.0 MiB", True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_regression_is_what_lies_beyond_the_noise(
+    new: dict[str, object], verdict: str, regressed: bool
+) -> None:
+    (row,) = compare.compare(outcome(1.0, extra_bytes={"ours": 2**20}), new)
+    assert (row.verdict, row.regressed) == (verdict, regressed)
+    assert verdict in compare.text([row], "ours")
+
+
+def test_comparison_by_a_rival_of_the_same_run() -> None:
+    # Twice as slow, on a machine on which everything was twice as slow.
+    old, new = outcome(1.0), outcome(2.0)
+    new["cases"][0]["times"]["matmul"]["times_ours"] = {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    assert compare.compare(old, new)[0].verdict == "SLOWER"
+    assert compare.compare(old, new, by="matmul")[0].ratio == 1.0
+
+
+def test_compare_exits_by_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {}
+    for name, result in {"a": outcome(1.0), "slow": outcome(2.0), "none": {"x": 1}}.items():
+        paths[name] = tmp_path / f"{name}.json"
+        results.save(paths[name], result)
+    assert compare.main([str(paths["a"]), str(paths["slow"])]) == 1
+    assert "1 of 1 cases regressed" in capsys.readouterr().out
+    assert compare.main([str(paths["slow"]), str(paths["a"])]) == 0
+    assert compare.main([str(paths["a"]), str(paths["none"])]) == 2
+    assert "is not a result" in capsys.readouterr().err
+    assert compare.main([str(paths["a"]), str(tmp_path / "missing.json")]) == 2
+
+
+def test_comparison_needs_a_common_case() -> None:
+    other = outcome(1.0, shape="9x9x9")
+    with pytest.raises(ValueError, match="no case in common"):
+        compare.compare(outcome(1.0), other)
+
+
+def test_a_later_stage_of_the_suite_has_the_last_word() -> None:
+    first, tuned = outcome(1.0), outcome(0.5)
+    suite = {"stages": {"shapes": {"result": first}, "tuned": {"result": tuned}, "tests": {}}}
+    merged = results.micro(suite)
+    assert merged is not None and merged["cases"] == tuned["cases"]
+    assert results.micro({"stages": {}}) is None
+
+
+def test_a_result_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "r.json"
+    results.save(path, {"a": 1})
+    with pytest.raises(TypeError):
+        results.save(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# --- the commands, continued
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,31 @@
-"""The table that a run prints, from the same dictionaries that its JSON file holds."""
+"""What a run prints, from the same dictionaries that its JSON file holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from .candidates import CANDIDATES
 
-COLUMNS = ("candidate", "time", "p20 - p80", "time / ours", "ours / time", "peak extra memory")
-WIDTHS = (26, 10, 19, 12, 12, 17)
+COLUMNS = (
+    "candidate",
+    "time",
+    "p20 - p80",
+    "time / ours",
+    "rate",
+    "of matmul",
+    "of copy",
+    "peak extra memory",
+)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equal length as lines, every column as wide as its widest cell."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def time_text(seconds: float) -> str:
@@ -29,11 +42,34 @@ def memory_text(extra: Any) -> str:
     return "failed" if isinstance(extra, dict) else "-"
 
 
+def rate_text(tflops: float) -> str:
+    """In the unit that fits a GPU or a CPU."""
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{tflops * 1e3:.3g} GFLOP/s"
+
+
+def rate_cells(taken: dict[str, Any]) -> list[str]:
+    """Rate, and shares of the two ceilings, of one candidate's times."""
+    if "tflops" not in taken:
+        return ["-"] * 3
+    return [rate_text(taken["tflops"]), f"{taken['of_matmul']:.0%}", f"{taken['of_copy']:.0%}"]
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where the numbers come from."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     cpu = f"{result['cpu']}, {result['threads']} threads"
-    return f"{result['gpu']['name'] if result['gpu'] else cpu}; {versions}"
+    gpu = result["gpu"]
+    if gpu:
+        cpu = f"{gpu['name']}, driver {gpu['driver']}"
+    return f"{cpu}; {versions}"
+
+
+def ceilings_line(limits: dict[str, Any]) -> str:
+    return (
+        f"Ceilings in this run: {rate_text(limits['matmul_tflops'])} "
+        f"({limits['dtype']} product of {limits['matmul_side']} x {limits['matmul_side']}), "
+        f"{limits['copy_bytes_per_second'] / 1e9:.3g} GB/s (copy, read + write)"
+    )
 
 
 def case_lines(case: dict[str, Any]) -> list[str]:
@@ -47,10 +83,10 @@ def case_lines(case: dict[str, Any]) -> list[str]:
     correct = case["correct"]
     heading += f"; {correct['checked']} tokens right, {correct['pushed_share']:.0%} pushed"
     times, extra = case.get("times", {}), case.get("extra_bytes", {})
-    lines = [heading, _line(COLUMNS)]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for name in [name for name in CANDIDATES if name in times or name in extra]:
         taken = times.get(name, {})
-        cells = ["-"] * 4
+        cells = ["-"] * 6
         if "failed" in taken:
             cells[0] = "failed"
         elif taken:
@@ -59,8 +95,9 @@ def case_lines(case: dict[str, Any]) -> list[str]:
                 time_text(seconds["median"]),
                 f"{time_text(seconds['p20'])} - {time_text(seconds['p80'])}",
                 f"{ratio['median']:.2f}",
-                f"{1 / ratio['median']:.2f}",
+                *rate_cells(taken),
             ]
-        lines.append(_line([CANDIDATES[name].label, *cells, memory_text(extra.get(name))]))
+        rows.append((CANDIDATES[name].label, *cells, memory_text(extra.get(name))))
+    lines = [heading, *aligned(rows)]
     lines += [f"  {name}: {t['failed']}" for name, t in times.items() if "failed" in t]
     return [*lines, ""]

@@ -1,0 +1,77 @@
+"""Files of results: written whole or not at all, and read with an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ._path import ROOT
+
+SCHEMA = 2
+FOLDER = ROOT / "bench" / "results"
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Replaces the file at once, so that a run that is killed leaves the last whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result of `python -m bench`, of its end-to-end part or of the GPU suite.
+
+    Raises:
+        ValueError: another file. OSError: none that can be read.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict) or not {"versions", "cpu"} <= result.keys():
+        raise ValueError(f"{path} is not a result of the benchmarks")
+    return result
+
+
+def micro(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The part that `python -m bench` wrote: the file itself, or a stage of the GPU suite."""
+    if "cases" in result:
+        return result
+    found = [
+        stage["result"]
+        for stage in result.get("stages", {}).values()
+        if "cases" in stage.get("result", {})
+    ]
+    if not found:
+        return None
+    cases = [case for part in found for case in part["cases"]]
+    # A later stage may measure a shape again, tuned: its word counts.
+    latest = {case_key(case): case for case in cases}
+    return found[-1] | {"cases": list(latest.values())}
+
+
+def end_to_end(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that were measured end to end."""
+    if "models" in result:
+        return list(result["models"])
+    return [
+        model
+        for stage in result.get("stages", {}).values()
+        for model in stage.get("result", {}).get("models", ())
+    ]
+
+
+def case_key(case: dict[str, Any]) -> tuple[str, str]:
+    """What identifies a case in two files: its shape and dtype."""
+    return case["shape"], case["dtype"]
+
+
+def measured(result: dict[str, Any], series: str) -> Iterator[dict[str, Any]]:
+    """The cases of a series that have figures."""
+    for case in result["cases"]:
+        if case.get("series", "shapes") == series and not {"skipped", "wrong"} & case.keys():
+            yield case
