@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..config import NegToMeConfig
+from ..config import NOISE, NegToMeConfig
 from ..guidance import Guidance, read_timestep
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
 
@@ -127,6 +127,9 @@ class PipelineClock:
             return []
         if source is not self._source:
             self._source, self._timesteps = source, source.tolist()
+            scheduler = getattr(self._pipe(), "scheduler", None)
+            if getattr(getattr(scheduler, "config", None), "invert_sigmas", False):  # Mochi
+                self._timesteps = [NOISE - timestep for timestep in self._timesteps]
             self._first = len(self._timesteps)
         return self._timesteps
 
@@ -315,7 +318,9 @@ class ModelHooks:
     def enter_grid(self, images: torch.Tensor) -> None:
         """The attention modules from here on see the pixels (B, C, H, W) as tokens."""
         height, width = images.shape[-2:]
-        self._tokens = ImageTokens(height * width, height * width, (height, width))
+        frames = self._run_tokens.frames if self._run_tokens else 1
+        tokens = frames * height * width
+        self._tokens = ImageTokens(tokens, tokens, (height, width), frames)
 
     def _after_attention(self, output: Any, number: torch.Tensor) -> Any:
         if not self.guidance.active:
@@ -382,6 +387,11 @@ class ModelHooks:
         """The attention tokens (B, S, D) of a block with their image part guided."""
         module, block = self._places[int(number)]
         inplace = inplace and module in self._exclusive
+        if self._holds_single_frames(tokens):
+            assert self._shape is not None
+            videos = tokens.reshape(self._shape[0], -1, tokens.shape[2])
+            guided = self.guide_block(videos, number, all_image, inplace)
+            return tokens if guided is videos else guided.reshape(tokens.shape)
         grid = self._tokens.grid if self._tokens else None
         starts, count = self._image_places(tokens, block, all_image)
         if min(starts) != max(starts):
@@ -395,6 +405,14 @@ class ModelHooks:
         if whole:
             return guided
         return torch.cat([tokens[:, :start], guided, tokens[:, stop:]], dim=1)
+
+    def _holds_single_frames(self, tokens: torch.Tensor) -> bool:
+        """Whether the items are the frames of the videos, in order: (B * F, H * W, D)."""
+        image = self._tokens
+        if image is None or image.frames == 1 or self._shape is None:
+            return False
+        one_frame = (self._shape[0] * image.frames, image.stream // image.frames)
+        return tokens.ndim == 3 and tokens.shape[:2] == one_frame
 
     def _guide_scattered(
         self, tokens: torch.Tensor, block: str, starts: tuple[int, ...], count: int
@@ -416,13 +434,13 @@ class ModelHooks:
         if image is None and all_image and length >= 0:
             return (0,), length
         if image is not None and length == image.stream:
-            return (0,), image.generated
+            return (image.first,), image.generated
         if image is not None and length > image.stream and not all_image:
             if image.starts is not None and len(image.starts) == tokens.shape[0]:
                 return image.starts, image.generated
             if self.layout.joint:
                 start = length - image.stream if self.layout.joint == "text_first" else 0
-                return (start,), image.generated
+                return (start + image.first,), image.generated
         expected = "an unknown number of" if image is None else str(image.stream)
         raise ValueError(
             f"{self.model_name}: the attention output of {block} has the shape "

@@ -23,13 +23,16 @@ class ImageTokens:
 
     Attributes:
         stream: tokens N of the model's image stream; an attention output of N tokens is all image.
-        generated: how many of them, from the first on, are the image that is generated; the rest
-            are conditions that an edit pipeline appended.
+        generated: how many of them, from `first` on, are the image that is generated; the rest are
+            conditions, which an edit pipeline appended and an image-to-video one put before.
         grid: (height, width) with frames * height * width = generated, where known.
-        frames: of a video's latents; 1 for an image.
+        frames: generated frames of a video's latents; 1 for an image. Attention outputs that hold
+            one frame each, of (items * frames, height * width) tokens, are guided as the videos
+            they make up.
         starts: first image token of each item of the batch in an attention output that holds more
             than the image; None where `Layout.joint` settles it. For models that put captions of
             several lengths before the image.
+        first: the first generated token of the image stream.
     """
 
     stream: int
@@ -37,6 +40,7 @@ class ImageTokens:
     grid: Grid | None = None
     frames: int = 1
     starts: tuple[int, ...] | None = None
+    first: int = 0
 
 
 def as_it_is(value: float) -> float:

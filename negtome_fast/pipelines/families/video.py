@@ -1,0 +1,196 @@
+"""Video models: the tokens of all frames, which every attention module sees at once.
+
+Models that look at one frame at a time (Latte, AnimateDiff) are guided as the others are: a frame's
+tokens may be matched with any frame of the reference, and frames of one video are never pushed
+apart. Attention along time alone is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layouts import ImageTokens, Layout
+
+Counter = Callable[[nn.Module, Mapping[str, Any]], ImageTokens]
+
+
+def reversed_timestep(value: float) -> float:
+    """The time input runs from 0 (noise) to 1000."""
+    return 1000 - value
+
+
+def given_tokens(timestep: Any, tokens: int) -> int:
+    """How many tokens, from the first on, have the time 0: those of the input image.
+
+    Image-to-video models that are told the time of each token, (B, tokens), generate the others.
+    """
+    if not isinstance(timestep, torch.Tensor) or timestep.ndim != 2 or timestep.shape[1] != tokens:
+        return 0
+    return int((timestep[0] != 0).int().argmax())
+
+
+def video_tokens(size: Sequence[int], patch: Sequence[int], given: int = 0) -> ImageTokens:
+    """Tokens of latents of `size` (frames, height, width) in patches of `patch`.
+
+    Args:
+        given: tokens at the beginning that are not generated; all, or whole frames.
+    """
+    frames, height, width = (length // step for length, step in zip(size, patch, strict=True))
+    tokens = frames * height * width
+    generated = tokens - given
+    if generated % (height * width):
+        return ImageTokens(tokens, generated, first=given)
+    return ImageTokens(
+        tokens, generated, (height, width), generated // (height * width), first=given
+    )
+
+
+def _patches(model: nn.Module, *names: str) -> tuple[int, ...]:
+    """Fields of the model's configuration, 1 where one is not set."""
+    return tuple(getattr(model.config, name, None) or 1 for name in names)
+
+
+def wan_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents (B, C, F, H, W) in patches (time, height, width); Wan 2.2 5B has times by token."""
+    size, patch = arguments["hidden_states"].shape[2:], model.config.patch_size
+    tokens = math.prod(length // step for length, step in zip(size, patch, strict=True))
+    return video_tokens(size, patch, given_tokens(arguments.get("timestep"), tokens))
+
+
+def channels_first_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents (B, C, F, H, W) in patches of `patch_size_t` frames and `patch_size`² pixels."""
+    patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
+    return video_tokens(arguments["hidden_states"].shape[2:], patch)
+
+
+def frames_first_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """CogVideoX: latents (B, F, C, H, W)."""
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
+    return video_tokens((frames, height, width), patch)
+
+
+def hunyuan_video_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Image-to-video by token replacement: the first frame is the input image."""
+    size = arguments["hidden_states"].shape[2:]
+    patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
+    replaced = getattr(model.config, "image_condition_type", None) == "token_replace"
+    frame = (size[1] // patch[1]) * (size[2] // patch[2])
+    return video_tokens(size, patch, frame if replaced else 0)
+
+
+def framepack_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """The frames before, at three resolutions, come before those that are generated."""
+    own = channels_first_tokens(model, arguments)
+    past = 0
+    for name, patch in (
+        ("latents_clean", (1, 2, 2)),
+        ("latents_history_2x", (2, 4, 4)),
+        ("latents_history_4x", (4, 8, 8)),
+    ):
+        latents = arguments.get(name)
+        if latents is not None and arguments.get(f"indices_{name}") is not None:
+            sizes = zip(latents.shape[2:], patch, strict=True)
+            past += math.prod(-(-length // step) for length, step in sizes)
+    return ImageTokens(own.stream + past, own.generated, own.grid, own.frames, first=past)
+
+
+def ltx_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """LTX: packed latents (B, N, C).
+
+    Their size is given, and LTX-2 appends conditions to as many; or it follows from `video_coords`
+    (B, 3, N) of (frame, row, column), and LTX puts conditions, at time 0, before.
+    """
+    tokens = arguments["hidden_states"].shape[1]
+    given = given_tokens(arguments.get("timestep"), tokens)
+    size = [arguments[name] for name in ("num_frames", "height", "width") if arguments.get(name)]
+    if len(size) == 3:
+        return replace(video_tokens(size, (1, 1, 1), given), stream=tokens)
+    coordinates = arguments.get("video_coords")
+    if coordinates is not None:
+        # A coordinate may be a pair, of where the token begins and ends.
+        places = coordinates[0, :, given:].reshape(3, tokens - given, -1)[..., 0]
+        frames, height, width = (axis.unique().numel() for axis in places)
+        if frames * height * width == tokens - given:
+            return ImageTokens(tokens, tokens - given, (height, width), frames, first=given)
+    return ImageTokens(tokens, tokens - given, first=given)
+
+
+def motion_unet_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """AnimateDiff: latents (B, C, F, H, W); the grids inside the UNet have as many frames."""
+    return video_tokens(arguments["sample"].shape[2:], (1, 1, 1))
+
+
+def _wan_like(family: str, image_tokens: Counter = wan_tokens, **settings: Any) -> Layout:
+    return Layout(
+        family=family,
+        guidance="sequential",
+        image_tokens=image_tokens,
+        blocks=("blocks.*.attn1", "blocks.*.attn2"),
+        fresh_outputs=True,
+        **settings,
+    )
+
+
+def _joint(family: str, image_tokens: Counter, **settings: Any) -> Layout:
+    """Video and text in one attention, which returns the two apart."""
+    return Layout(
+        family=family,
+        image_tokens=image_tokens,
+        blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+        fresh_outputs=True,
+        **settings,
+    )
+
+
+def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
+    """Attention to the video, then to the text."""
+    return Layout(
+        family=family,
+        image_tokens=image_tokens,
+        blocks=("transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
+        fresh_outputs=True,
+        **settings,
+    )
+
+
+LAYOUTS = {
+    "WanTransformer3DModel": _wan_like("Wan 2.1, 2.2"),
+    "WanVACETransformer3DModel": _wan_like("Wan VACE"),
+    "SkyReelsV2Transformer3DModel": _wan_like("SkyReels V2"),
+    "HunyuanVideoTransformer3DModel": _joint(
+        "HunyuanVideo, SkyReels V1", hunyuan_video_tokens, guidance="sequential"
+    ),
+    "HunyuanVideo15Transformer3DModel": _joint(
+        "HunyuanVideo 1.5", channels_first_tokens, guidance="sequential"
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": _joint(
+        "FramePack", framepack_tokens, guidance="sequential"
+    ),
+    # What goes into the output projection of CogVideoX still holds the text.
+    "CogVideoXTransformer3DModel": _joint("CogVideoX", frames_first_tokens, joint="text_first"),
+    "ConsisIDTransformer3DModel": _joint("ConsisID", frames_first_tokens, joint="text_first"),
+    "EasyAnimateTransformer3DModel": _joint("EasyAnimate", channels_first_tokens),
+    "MochiTransformer3DModel": _joint(
+        "Mochi", channels_first_tokens, scheduler_timestep=reversed_timestep
+    ),
+    "LTXVideoTransformer3DModel": _crossed("LTX-Video", ltx_tokens),
+    "LTX2VideoTransformer3DModel": _crossed("LTX-2 (the video, not the audio)", ltx_tokens),
+    "AllegroTransformer3DModel": _crossed("Allegro", channels_first_tokens),
+    "LatteTransformer3DModel": _crossed("Latte", channels_first_tokens),
+    "UNetMotionModel": Layout(
+        family="AnimateDiff",
+        latents="sample",
+        image_tokens=motion_unet_tokens,
+        grid_modules=("Transformer2DModel",),
+        blocks=("*.attn1", "*.attn2"),
+        fresh_outputs=True,
+        preset="sdxl",
+    ),
+}
