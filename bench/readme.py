@@ -16,8 +16,16 @@ from typing import Any
 
 from ._path import ROOT
 from .results import FOLDER as RESULTS
-from .results import micro
-from .tables import ceilings_line, machine_line, memory_text, rate_cells, time_text
+from .results import end_to_end, micro
+from .tables import (
+    ceilings_line,
+    interval_text,
+    machine_line,
+    memory_text,
+    rate_cells,
+    signed_time,
+    time_text,
+)
 
 README = ROOT / "README.md"
 
@@ -153,10 +161,44 @@ def growth_table(record: dict[str, Any]) -> str:
     return _markdown(header, rows) + _not_measured(cases)
 
 
+def end_to_end_table(record: dict[str, Any]) -> str:
+    """What guidance adds to a step and to an image: a model a row."""
+    rows = []
+    for model in end_to_end(record):
+        step, run = model["step"], model["run"]
+        images = model["images"]
+        cells = [
+            f"{model['name']}, {images} images",
+            time_text(step["without"]["seconds"]["median"]),
+            *(interval_text(step[method]["added_share"]) for method in ("ours", "authors")),
+            f"{model['guided_steps']} of {model['steps']}",
+        ]
+        for method in ("ours", "authors"):
+            extra = signed_time(run[method]["added_seconds"]["median"] / images)
+            cells.append(f"{extra}, {interval_text(run[method]['added_share'])}")
+        rows.append([*cells, "timed" if run["measured"] else "added up"])
+    header = (
+        "model",
+        "a step without",
+        "ours adds to it",
+        "authors' adds",
+        "guided steps",
+        "ours adds to an image",
+        "authors' adds",
+        "whole run",
+    )
+    skipped = (f"{name} ({why})" for name, why in record.get("skipped", {}).items())
+    left_out = "; ".join(skipped)
+    table = _markdown(header, rows) if rows else "not measured"
+    return table + (f"\n\nNot measured: {left_out}." if left_out else "") + f"\n\n{_origin(record)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "cpu": ("cpu.json", speed_table),
     "cpu-growth": ("cpu.json", growth_table),
+    "end-to-end-cpu": ("end-to-end-cpu.json", end_to_end_table),
+    "end-to-end-gpu": ("end-to-end-gpu.json", end_to_end_table),
     "gpu": ("gpu.json", speed_table),
     "gpu-growth": ("gpu.json", growth_table),
 }

@@ -36,6 +36,15 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def signed_time(seconds: float) -> str:
+    return ("-" if seconds < 0 else "+") + time_text(abs(seconds))
+
+
+def interval_text(share: dict[str, float]) -> str:
+    """A share with its interval, in percent."""
+    return f"{share['median']:+.2%} [{share['low']:+.2%}, {share['high']:+.2%}]"
+
+
 def memory_text(extra: Any) -> str:
     if isinstance(extra, int):
         return f"{extra / 2**20:.1f} MiB"

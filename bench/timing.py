@@ -50,6 +50,30 @@ def summarize(samples: Sequence[float]) -> Summary:
     )
 
 
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
+    """Median of paired differences or ratios, with an interval that needs no distribution.
+
+    Its ends are the samples of ranks k and n + 1 - k with the largest k whose coverage, by the
+    binomial distribution, is at least `confidence`; with fewer than 6 samples it is all of them,
+    and `confidence` in the result says what that covers.
+    """
+    ordered, n = sorted(samples), len(samples)
+    if not ordered:
+        raise ValueError("no samples to summarize")
+
+    def coverage(rank: int) -> float:
+        return max(0.0, 1 - 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n)
+
+    rank = max((k for k in range(1, n // 2 + 1) if coverage(k) >= confidence), default=1)
+    return {
+        "median": quantile(ordered, 0.5),
+        "low": ordered[rank - 1],
+        "high": ordered[n - rank],
+        "confidence": coverage(rank),
+        "rounds": n,
+    }
+
+
 def pairwise_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Summary:
     """Summary of the ratios of samples of the same round."""
     if len(numerator) != len(denominator):
