@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import NegToMeConfig
     from .guidance import Guidance
     from .nudging import nudge
-    from .pipelines import apply_negtome, negtome_guidance, remove_negtome
+    from .pipelines import Reference, apply_negtome, negtome_guidance, remove_negtome
 
 __version__ = "0.1.0"
 
@@ -27,12 +27,14 @@ _LAZY = {
     "negtome_guidance": ".pipelines",
     "register_layout": ".pipelines",
     "nudge": ".nudging",
+    "Reference": ".pipelines",
 }
 
 __all__ = [
     "Guidance",
     "NegToMe",
     "NegToMeConfig",
+    "Reference",
     "apply_negtome",
     "match_tokens",
     "negtome",

@@ -1,14 +1,16 @@
 """The state of a guided run that every stack shares: window, groups, block filter, statistics.
 
 Needs torch only. A sampling loop makes three calls: `begin_step` once per forward of its model,
-`apply` on the image tokens of each attention output, `end_step` after the forward.
+`apply` on the image tokens of each attention output, `end_step` after the forward. References
+from outside of the batch take a forward of their own first, inside of `record`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +19,37 @@ from .config import NegToMeConfig
 from .functional import guide_tokens
 
 Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """How a reference from outside of the batch is used.
+
+    Attributes:
+        alpha: push strength; positive pushes away from this reference, negative pulls toward it.
+            None: the configuration's.
+        threshold: cosine similarity, -1 to 1, that a match must exceed. None: the configuration's.
+        mask: bool (H, W), or (F, H, W) for the frames of a video, of any size: where the reference
+            may be matched. It is stretched to the grid of each block, whose tokens may be matched
+            where at least half of their area is True.
+    """
+
+    alpha: float | None = None
+    threshold: float | None = None
+    mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("alpha", "threshold")}
+        NegToMeConfig(**{name: value for name, value in given.items() if value is not None})
+        if self.mask is None:
+            return
+        if not isinstance(self.mask, torch.Tensor) or self.mask.dtype != torch.bool:
+            raise TypeError("the mask of a reference must be a bool tensor (H, W) or (F, H, W)")
+        if self.mask.ndim not in (2, 3) or not self.mask.any():
+            raise ValueError(
+                "the mask of a reference must be (H, W) or (F, H, W) and True somewhere; this one "
+                f"is {tuple(self.mask.shape)} with {int(self.mask.sum())} True"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,7 +158,9 @@ class _BlockStatistics:
         pushed: torch.Tensor,
         threshold: torch.Tensor,
         grid: Grid | None,
+        matched: torch.Tensor | None = None,
     ) -> None:
+        """Adds a call; `matched` (B, N) where one threshold a slot does not tell it."""
         self.calls += 1
         self.grid = grid
         if self.counts.device != similarity.device:  # the model was moved; what it counted stays
@@ -134,7 +169,9 @@ class _BlockStatistics:
                 self.similarity = self.similarity.to(similarity.device)
         best = similarity.detach().amax(dim=1)
         compared = best > -torch.inf
-        counts = [compared.sum(), (best > threshold).sum(), (pushed >= 0).any(dim=1).sum()]
+        if matched is None:
+            matched = (similarity.detach() > threshold[..., None]).any(dim=1)
+        counts = [compared.sum(), matched.sum(), (pushed >= 0).any(dim=1).sum()]
         self.counts += torch.stack(counts)
         self.similarity += torch.where(compared, best, 0.0).sum()
 
@@ -154,6 +191,12 @@ class _Step:
     grid: Grid | None
     guided_blocks: int = 0
     skipped_blocks: int = 0
+    # Of references from outside: the numbers of those whose forward is going on, how many are
+    # through, and by block, in the order of its calls, the tokens (groups, R, M, D).
+    recording: slice | None = None
+    recorded: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class Guidance:
@@ -171,9 +214,22 @@ class Guidance:
     print(guidance.summary())
     ```
 
+    With references from outside of the batch, every item is pushed away from these instead, and
+    their own noisy latents go through the model first:
+
+    ```python
+    guidance = Guidance(config, references=[ReferenceSettings(alpha=1.5)])
+    ...
+        if guidance.begin_step(t):
+            with guidance.record():
+                model(noisy_reference, t)
+    ```
+
     Args:
         config: the settings; `NegToMeConfig()` if None. Its `placement` is where the caller
             calls `apply`, and its `groups`, if set, goes before that of `begin_step`.
+        references: one entry for each reference from outside of the batch. Where there are any,
+            the configuration's `reference` is not used.
 
     Attributes:
         reference_mask: None, or a function from a block's (height, width) to bool
@@ -181,12 +237,18 @@ class Guidance:
             `matching="official"` the tokens that may move.
     """
 
-    def __init__(self, config: NegToMeConfig | None = None) -> None:
+    def __init__(
+        self, config: NegToMeConfig | None = None, references: Sequence[ReferenceSettings] = ()
+    ) -> None:
         if config is None:
             config = NegToMeConfig()
         if not isinstance(config, NegToMeConfig):
             raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
         self.config = config
+        self.references = tuple(references)
+        self._alphas = self._setting("alpha")
+        self._thresholds = self._setting("threshold")
+        self._masks: dict[tuple[int, Grid, torch.device], torch.Tensor] = {}
         self._step: _Step | None = None
         self._scalars: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -269,6 +331,45 @@ class Guidance:
         """Whether a forward inside the window is open."""
         return self._step is not None and self._step.active
 
+    @property
+    def recording(self) -> bool:
+        """Whether the forward of references is going on."""
+        return self._step is not None and self._step.recording is not None
+
+    @property
+    def groups(self) -> int:
+        """Guidance groups of the open step."""
+        return self._step.groups if self._step is not None else 1
+
+    @contextmanager
+    def record(self, first: int = 0, count: int | None = None) -> Iterator[None]:
+        """The forward inside is that of the references: `apply` keeps its tokens, changes nothing.
+
+        To be entered after `begin_step`, before the forward that is guided. The batch of the
+        forward inside is groups * count items: the references in the conditioning of the first
+        group, then in that of the second, and so on. The tokens are dropped in `end_step`.
+
+        Args:
+            first, count: which references, where one forward does not take all of them; all
+                remaining if None.
+
+        Raises:
+            RuntimeError: no step inside the window is open, or there are no references.
+        """
+        step = self._step
+        if step is None or not step.active or not self.references:
+            raise RuntimeError(
+                "record needs references, Guidance(config, references=[...]), and an open step "
+                "inside the window: call it where begin_step returned True"
+            )
+        step.recording = slice(first, len(self.references) if count is None else first + count)
+        step.calls = {}
+        try:
+            yield
+            step.recorded += step.recording.stop - first
+        finally:
+            step.recording = None
+
     def apply(
         self,
         image_tokens: torch.Tensor,
@@ -286,8 +387,9 @@ class Guidance:
             inplace: write into `image_tokens`, which then must be nobody else's.
 
         Raises:
-            RuntimeError: no step is open.
-            ValueError, TypeError: as `negtome`; and if `min_grid` is set and no grid is known.
+            RuntimeError: no step is open; or the references were not recorded in it.
+            ValueError, TypeError: as `negtome`; and if `min_grid` or a mask is set and no grid is
+                known, or a mask leaves no token of this grid.
         """
         step = self._step
         if step is None:
@@ -295,11 +397,18 @@ class Guidance:
         if not step.active:
             return image_tokens
         grid = grid or step.grid
-        if not self._includes_block(block) or not self.config.includes_grid(grid):
+        included = self._includes_block(block) and self.config.includes_grid(grid)
+        if step.recording is not None:
+            if included:
+                self._keep(step, image_tokens, block)
+            return image_tokens
+        if not included:
             step.skipped_blocks += 1
             return image_tokens
         step.guided_blocks += 1
         config = self.config
+        if self.references:
+            return self._apply_references(step, image_tokens, block, grid, inplace)
         if config.reference == "first" and image_tokens.shape[0] == step.groups:
             self._warn(
                 f"a batch of {step.groups} in {step.groups} group(s) has only reference items, so "
@@ -322,11 +431,115 @@ class Guidance:
             inplace=inplace and not measure_only,
             backend=config.backend,
         )
+        self._count(block, similarity, pushed, threshold, grid)
+        return image_tokens if measure_only else guided
+
+    def _count(self, block: str, similarity: torch.Tensor, *call: Any) -> None:
         statistics = self._statistics.get(block)
         if statistics is None:
-            statistics = self._statistics[block] = _BlockStatistics(image_tokens.device)
-        statistics.add(similarity, pushed, threshold, grid)
-        return image_tokens if measure_only else guided
+            statistics = self._statistics[block] = _BlockStatistics(similarity.device)
+        statistics.add(similarity, *call)
+
+    def _keep(self, step: _Step, image_tokens: torch.Tensor, block: str) -> None:
+        which, groups = step.recording, step.groups
+        assert which is not None
+        count = which.stop - which.start
+        if image_tokens.shape[0] != groups * count:
+            raise ValueError(
+                f"the forward of {count} references in {groups} guidance groups needs a batch of "
+                f"{groups * count}; the tokens of {block} are {tuple(image_tokens.shape)}"
+            )
+        kept, call = step.kept.setdefault(block, []), step.calls.get(block, 0)
+        step.calls[block] = call + 1
+        if call == len(kept):
+            shape = (groups, len(self.references), *image_tokens.shape[1:])
+            kept.append(image_tokens.new_empty(shape))
+        kept[call][:, which] = image_tokens.detach().unflatten(0, (groups, count))
+
+    def _apply_references(
+        self,
+        step: _Step,
+        image_tokens: torch.Tensor,
+        block: str,
+        grid: Grid | None,
+        inplace: bool,
+    ) -> torch.Tensor:
+        """Each group (B / groups, N, D) with the references' tokens (R, M, D) in its conditioning.
+
+        A call of a block takes the tokens that the same call of the references' forward left.
+        """
+        if step.recorded < len(self.references) or not step.kept.get(block):
+            raise RuntimeError(
+                f"no tokens of the references were recorded for {block} in this step; run the "
+                "model on the references inside of `with guidance.record():` first"
+            )
+        references = step.kept[block].pop(0)
+        if image_tokens.shape[0] % step.groups:
+            raise ValueError(
+                f"the batch of {image_tokens.shape[0]} items does not divide into {step.groups} "
+                "equal groups"
+            )
+        config = self.config
+        alpha, threshold = self._scalars_on(image_tokens.device)
+        mask = self._masks_on(references, block, grid)
+        measure_only = not any(self._alphas)
+        settings: dict[str, Any] = {
+            "alpha": alpha,
+            "threshold": threshold,
+            "reference_mask": mask,
+            "matching": config.matching,
+            "combine": config.combine,
+            "backend": config.backend,
+        }
+        parts, matched = [], []
+        for part, reference in zip(image_tokens.chunk(step.groups), references, strict=True):
+            if config.combine == "nearest" and threshold.ndim and config.dropout > 0:
+                # What dropout spares does not tell which reference, and so which threshold, it met.
+                matched.append(guide_tokens(part, reference, **settings)[2])
+            parts.append(
+                guide_tokens(
+                    part,
+                    reference,
+                    dropout=config.dropout,
+                    generator=self._generator_on(image_tokens.device),
+                    inplace=inplace and not measure_only,
+                    **settings,
+                )
+            )
+        images, similarities, pushes = (_joined(column) for column in zip(*parts, strict=True))
+        if config.combine == "nearest" and threshold.ndim:
+            told = (_joined(matched) if matched else pushes) >= 0
+            self._count(block, similarities, pushes, threshold, grid, told.any(dim=1))
+        else:
+            self._count(block, similarities, pushes, threshold, grid)
+        return image_tokens if inplace or measure_only else images
+
+    def _masks_on(
+        self, references: torch.Tensor, block: str, grid: Grid | None
+    ) -> torch.Tensor | None:
+        """The references' masks (R, M) on the tokens of this grid; None where there are none."""
+        if all(reference.mask is None for reference in self.references):
+            return None
+        tokens = references.shape[-2]
+        if grid is None or tokens % (grid[0] * grid[1]):
+            raise ValueError(
+                f"a reference has a mask, but the token grid of {block} is not known; pass "
+                "grid=(height, width), or use references without masks"
+            )
+        key = (tokens, grid, references.device)
+        if key not in self._masks:
+            frames = tokens // (grid[0] * grid[1])
+            with torch.inference_mode(False):
+                masks = [_mask_on_grid(r.mask, (frames, *grid)) for r in self.references]
+                for number, mask in enumerate(masks):
+                    if not mask.any():
+                        raise ValueError(
+                            f"the mask of reference {number} leaves no token of {block}, which "
+                            f"has {grid[0]} x {grid[1]}: white covers less than half of each. Use "
+                            "a larger region, or leave small grids out with min_grid"
+                        )
+                self._masks[key] = torch.stack(masks).to(references.device)
+        return self._masks[key]
 
     def summary(self) -> GuidanceSummary:
         """Reads the statistics from the device; the only call that waits for it."""
@@ -342,11 +555,22 @@ class Guidance:
         for block, statistics in self._statistics.items():
             yield statistics.row(block)
 
+    def _setting(self, name: str) -> tuple[float, ...]:
+        """The configuration's alpha or threshold, or that of each reference."""
+        default = getattr(self.config, name)
+        if not self.references:
+            return (default,)
+        given = [getattr(reference, name) for reference in self.references]
+        return tuple(default if value is None else value for value in given)
+
     def _scalars_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Alpha and threshold: one number, or one for each reference where they differ."""
         if device not in self._scalars:
-            values = (self.config.alpha, self.config.threshold)
             with torch.inference_mode(False):
-                alpha, threshold = torch.tensor(values, dtype=torch.float32).to(device).unbind()
+                alpha, threshold = (
+                    torch.tensor(v[0] if len(set(v)) == 1 else v, dtype=torch.float32).to(device)
+                    for v in (self._alphas, self._thresholds)
+                )
             self._scalars[device] = (alpha, threshold)
         return self._scalars[device]
 
@@ -368,6 +592,18 @@ class Guidance:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _mask_on_grid(mask: torch.Tensor | None, size: tuple[int, int, int]) -> torch.Tensor:
+    """A mask as bool (frames * height * width,): True where at least half of a token is."""
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool).flatten()
+    pixels = mask.detach().cpu().float().reshape(1, -1, *mask.shape[-2:])
+    return (torch.nn.functional.adaptive_avg_pool3d(pixels, size) >= 0.5).flatten()
 
 
 def read_timestep(timestep: float | torch.Tensor) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from ..config import NegToMeConfig
 from ..guidance import Guidance, GuidanceSummary
 from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
+from .references import Reference, References
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that hold the models to guide."""
@@ -64,7 +65,11 @@ class NegToMeHandle:
 
 
 def apply_negtome(
-    pipe: Any, config: NegToMeConfig | None = None, **overrides: Any
+    pipe: Any,
+    config: NegToMeConfig | None = None,
+    *,
+    reference: Reference | Sequence[Reference] | str | None = None,
+    **overrides: Any,
 ) -> NegToMeHandle:
     """Guides a diffusers pipeline from its next call on.
 
@@ -88,6 +93,11 @@ def apply_negtome(
             halves; `groups=1` settles it).
         config: the settings; if None, the authors' for the model's family: `preset("flux")` or
             `preset("sdxl")`.
+        reference: one `Reference` or several, images or latents from outside of the batch: every
+            item is then pushed away from these, also where it is alone, and not from others of
+            its batch. Costs a forward of the model on each guided step, at batch one for each
+            reference and guidance group, and the memory of their tokens in all blocks. `"first"`
+            and `"others"` are the configuration's `reference`.
         **overrides: fields of `NegToMeConfig` that replace those of `config`.
 
     Returns:
@@ -96,8 +106,9 @@ def apply_negtome(
     Raises:
         TypeError: `pipe` is neither a pipeline nor a model.
         ValueError: it is guided already; a block filter matches nothing; a cache is enabled; the
-            model's class is unknown and cannot be served; an override has an unknown name. The
-            pipeline is left as it was.
+            model's class is unknown and cannot be served; an override has an unknown name; a
+            reference cannot be read or encoded. The pipeline is left as it was.
+        FileNotFoundError: the file of a reference does not exist.
     """
     models, is_pipeline = _denoisers(pipe)
     for model in models:
@@ -113,6 +124,8 @@ def apply_negtome(
         config = NegToMeConfig.preset(preset) if preset else NegToMeConfig()
     if not isinstance(config, NegToMeConfig):
         raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
+    if isinstance(reference, str):
+        overrides["reference"], reference = reference, None
     config = config.with_overrides(**overrides)
     name = type(next(iter(models))).__name__
     if UNKNOWN in layouts and not is_pipeline:
@@ -125,10 +138,16 @@ def apply_negtome(
             f"steps={config.steps} needs the number of steps of a run, which a bare {name} does "
             "not know; pass the pipeline, or use t_start and t_end"
         )
+    references = None
+    if reference is not None:
+        loaded = [entry.load() for entry in _listed(reference)]
+        references = References(loaded, layouts[0], name)
+        references.check(pipe if is_pipeline else None)
     clock = PipelineClock(pipe) if is_pipeline else None
     hooks: list[ModelHooks] = []
     for model, layout in zip(models, layouts, strict=True):
-        hooks.append(ModelHooks(model, layout, config, clock, peer=hooks[0] if hooks else None))
+        peer = hooks[0] if hooks else None
+        hooks.append(ModelHooks(model, layout, config, clock, peer, references))
     handle = NegToMeHandle(hooks)
     try:
         for one, compiled in zip(hooks, models.values(), strict=True):
@@ -150,14 +169,30 @@ def remove_negtome(pipe: Any) -> None:
 
 @contextmanager
 def negtome_guidance(
-    pipe: Any, config: NegToMeConfig | None = None, **overrides: Any
+    pipe: Any,
+    config: NegToMeConfig | None = None,
+    *,
+    reference: Reference | Sequence[Reference] | str | None = None,
+    **overrides: Any,
 ) -> Iterator[NegToMeHandle]:
     """`apply_negtome` for the length of a `with` block; removed also where it raises."""
-    handle = apply_negtome(pipe, config, **overrides)
+    handle = apply_negtome(pipe, config, reference=reference, **overrides)
     try:
         yield handle
     finally:
         handle.remove()
+
+
+def _listed(reference: Reference | Sequence[Reference]) -> list[Reference]:
+    entries = [reference] if isinstance(reference, Reference) else reference
+    if not isinstance(entries, Sequence) or not all(isinstance(e, Reference) for e in entries):
+        raise TypeError(
+            "reference must be a Reference or a sequence of them, such as "
+            f'Reference("image.png"), not {reference!r:.80}'
+        )
+    if not entries:
+        raise ValueError("reference is an empty sequence; None guides the batch by itself")
+    return list(entries)
 
 
 def _denoisers(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import NOISE, NegToMeConfig
 from ..guidance import Guidance, read_timestep
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
+from .references import References, refuse_stateful, select_items, with_latents
 
 MOST_GROUPS = 3
 """Perturbed-attention guidance and InstructPix2Pix concatenate three parts, the others two."""
@@ -57,6 +59,9 @@ class PipelineClock:
 
         A pipeline keeps what it knew of its last run, and does not tell when that was over.
         """
+        return self._call() is not None
+
+    def _call(self) -> FrameType | None:
         pipe = self._pipe()
         frame: FrameType | None = sys._getframe()
         while pipe is not None and frame is not None:
@@ -64,9 +69,33 @@ class PipelineClock:
             method: Any = getattr(type(pipe), frame.f_code.co_name, None)
             own = getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
             if own and frame.f_locals.get("self") is pipe:
-                return True
+                return frame
             frame = frame.f_back
-        return False
+        return None
+
+    @property
+    def pipe(self) -> Any:
+        return self._pipe()
+
+    def generator(self) -> torch.Generator | None:
+        """The random generator that the pipeline was called with, the first if there are many."""
+        call = self._call()
+        given = None if call is None else call.f_locals.get("generator")
+        if isinstance(given, (list, tuple)) and given:
+            given = given[0]
+        return given if isinstance(given, torch.Generator) else None
+
+    def scheduler_at(self, timestep: float, rounding: float) -> tuple[Any, torch.Tensor] | None:
+        """A copy of the scheduler at a timestep, and that timestep (1,); the scheduler stays."""
+        pipe = self._pipe()
+        if pipe is None or self.locate(timestep, rounding) is None:
+            return None
+        index = min(range(len(self._timesteps)), key=lambda i: abs(self._timesteps[i] - timestep))
+        scheduler = copy.copy(pipe.scheduler)
+        for name, value in (("_step_index", index), ("_begin_index", 0)):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, value)
+        return scheduler, scheduler.timesteps[index : index + 1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineClock | None:
         """The clock of the copied pipeline, or none where the model was copied alone."""
@@ -166,6 +195,7 @@ class ModelHooks:
         config: the settings.
         clock: of the pipeline that was given; None for a bare model.
         peer: hooks of another denoiser of the pipeline, whose state is shared.
+        references: those from outside of the batch.
     """
 
     def __init__(
@@ -175,9 +205,13 @@ class ModelHooks:
         config: NegToMeConfig,
         clock: PipelineClock | None,
         peer: ModelHooks | None = None,
+        references: References | None = None,
     ) -> None:
         self.layout = layout
-        self.guidance: Guidance = peer.guidance if peer else Guidance(config)
+        self.guidance: Guidance = (
+            peer.guidance if peer else Guidance(config, references.settings if references else ())
+        )
+        self._references = references
         self.model_name = type(model).__name__
         self.blocks = _guided_blocks(model, layout, config)
         self._model = model
@@ -268,7 +302,8 @@ class ModelHooks:
         # An interrupt is no Exception, so torch skips the post-hook of the forward that it ended.
         self._forget_forward(completed=False)
         refuse_cache(model)
-        arguments = dict(self._signature.bind_partial(model, *args, **kwargs).arguments)
+        call = self._signature.bind_partial(model, *args, **kwargs)
+        arguments = dict(call.arguments)
         arguments.pop(next(iter(arguments)))  # self
         latents = self._latents(arguments)
         timestep, step, num_steps, rounding = self._time(arguments)
@@ -289,6 +324,64 @@ class ModelHooks:
             self._hook_projections()
             self._exclusive = self._find_exclusive()
             _open.hooks = self
+            if self._references is not None:
+                try:
+                    self._record(self._references, model, call, latents, (timestep, rounding))
+                except BaseException:
+                    self._forget_forward(completed=False)
+                    raise
+
+    def _record(
+        self,
+        references: References,
+        model: nn.Module,
+        call: inspect.BoundArguments,
+        latents: torch.Tensor,
+        time: tuple[float, float],
+    ) -> None:
+        """Runs the model on the references, in the conditioning of each group's first item.
+
+        As many references at once as the run's own batch has room for. The model's `forward` is
+        called, not the model: offloading replaces that, and no hook on the model sees it.
+        """
+        groups, batch = self.guidance.groups, latents.shape[0]
+        if batch % groups:
+            raise ValueError(
+                f"the batch of {batch} items does not divide into {groups} equal groups"
+            )
+        refuse_stateful(call.arguments, self.model_name)
+        clock, name = self._clock, self._latents_name(call.arguments)
+        channels = getattr(getattr(model, "config", None), "out_channels", None)
+        given = references.latents(
+            clock.pipe if clock else None,
+            latents,
+            self._tokens,
+            channels,
+            clock.scheduler_at(*time) if clock else None,
+            clock.generator() if clock else None,
+        )
+        tokens, room = self._tokens, batch // groups
+        devices = [latents.device] if latents.is_cuda else []
+        for first in range(0, len(given), room):
+            some = given[first : first + room]
+            items = torch.tensor([group * room for group in range(groups) for _ in some])
+            selected = inspect.BoundArguments(call.signature, copy.copy(call.arguments))
+            for key, value in list(call.arguments.items())[1:]:  # all but self
+                lists = isinstance(call.arguments[name], (list, tuple))
+                chosen = select_items(value, batch, items, key, lists)
+                selected.arguments[key] = (
+                    with_latents(chosen, some * groups) if key == name else chosen
+                )
+            if tokens is not None and tokens.starts is not None and len(tokens.starts) == batch:
+                starts = tuple(tokens.starts[item] for item in items.tolist())
+                self._tokens = replace(tokens, starts=starts)
+            with (
+                self.guidance.record(first, len(some)),
+                torch.no_grad(),
+                torch.random.fork_rng(devices),
+            ):
+                model.forward(*selected.args[1:], **selected.kwargs)
+            self._tokens = tokens
 
     @_outside_of_graphs
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -448,12 +541,13 @@ class ModelHooks:
             "tokens are the image; describe the model with negtome_fast.pipelines.register_layout"
         )
 
+    def _latents_name(self, arguments: Mapping[str, Any]) -> str:
+        if self.layout is not UNKNOWN:
+            return self.layout.latents
+        return next((k for k, v in arguments.items() if isinstance(v, torch.Tensor)), "")
+
     def _latents(self, arguments: Mapping[str, Any]) -> torch.Tensor:
-        if self.layout is UNKNOWN:
-            candidates = (v for v in arguments.values() if isinstance(v, torch.Tensor))
-            latents = next(candidates, None)
-        else:
-            latents = arguments.get(self.layout.latents)
+        latents = arguments.get(self._latents_name(arguments))
         if isinstance(latents, (list, tuple)) and latents:
             if any(item.shape != latents[0].shape for item in latents):
                 raise ValueError(
@@ -499,6 +593,8 @@ class ModelHooks:
     def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
         if self._runs.notice(timestep, self._clock.run if self._clock else None):
             self.guidance.begin_run()
+            if self._references is not None:
+                self._references.begin_run()
         if (self._runs.number, shape) != (self._run, self._shape):
             self._run, self._shape, self._groups = self._runs.number, shape, None
 

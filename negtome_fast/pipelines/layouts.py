@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..guidance import Grid
+from .encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Layout:
         fresh_outputs: every attention output is a new tensor, never the module's input or a view
             of it, so it may be written into.
         preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
+        encode: how pictures become latents, for references from outside of the batch; None where
+            these must be given as latents.
     """
 
     family: str = ""
@@ -98,6 +101,7 @@ class Layout:
     attention: tuple[str, ...] = ("Attention", "MochiAttention", "AttentionModuleMixin")
     fresh_outputs: bool = False
     preset: str | None = None
+    encode: Encoder | None = None
 
 
 def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import encoders
 from ..layouts import ImageTokens, Layout, times_1000
 
 
@@ -39,5 +40,6 @@ LAYOUTS = {
         blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
         fresh_outputs=True,
         preset="flux",
+        encode=encoders.PACKED,
     ),
 }

@@ -1,5 +1,6 @@
 """UNets: every resolution has a grid of its own, told by the modules around the attention."""
 
+from .. import encoders
 from ..layouts import Layout
 
 LAYOUTS = {
@@ -10,5 +11,6 @@ LAYOUTS = {
         blocks=("*.attn1", "*.attn2"),
         fresh_outputs=True,
         preset="sdxl",
+        encode=encoders.IMAGE,
     ),
 }
