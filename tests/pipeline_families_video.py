@@ -167,13 +167,48 @@ def generate_wan_image_to_video(
     # This model takes all but the last 512 tokens of the text for tokens of the image.
     text = prompt(images, 16, tokens=512)
     return pipe(
-        image=embeddings(1, 3, *size).tanh(),
+        image=embeddings(1, 3, *size).sigmoid(),
         prompt_embeds=text,
         negative_prompt_embeds=-text if cfg else None,
         guidance_scale=3.0 if cfg else 1.0,
         num_frames=4 * FRAMES - 3,
         **common(images, size, steps, seed),
     ).frames
+
+
+def wan_like_loop(model: str) -> Any:
+    import diffusers
+
+    vace = {"vace_layers": [0], "vace_in_channels": 4} if "VACE" in model else {}
+    return DenoiserLoop(seeded(getattr(diffusers, model), **WAN, **vace), flow_scheduler())
+
+
+def wan_vace() -> Any:
+    return wan_like_loop("WanVACETransformer3DModel")
+
+
+def chronoedit() -> Any:
+    return wan_like_loop("ChronoEditTransformer3DModel")
+
+
+def generate_wan_like_loop(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    shape = (4, FRAMES, size[0] // 8, size[1] // 8)
+    control = {}
+    if "vace_layers" in pipe.transformer.config:
+        control = {"control_hidden_states": embeddings(1, *shape).repeat(images, 1, 1, 1, 1)}
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        return pipe.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(images),
+            encoder_hidden_states=prompt(images, 16),
+            return_dict=False,
+            **control,
+        )[0]
+
+    return pipe(noise(images, seed, *shape), predict, steps)
 
 
 HUNYUAN = {
@@ -748,6 +783,93 @@ def generate_easyanimate(
     return generate_masked(pipe, images, size, steps, cfg, captions, seed, num_frames=frames)
 
 
+def sana_video() -> Any:
+    from diffusers import SanaVideoPipeline, SanaVideoTransformer3DModel
+
+    transformer = seeded(
+        SanaVideoTransformer3DModel,
+        **HEADS,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        rope_max_seq_len=32,
+    )
+    return quiet(
+        SanaVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            transformer=transformer,
+            scheduler=flow_scheduler(),
+        )
+    )
+
+
+def generate_sana_video(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    more = {
+        "frames": 4 * FRAMES - 3,
+        "use_resolution_binning": False,
+        "negative_prompt": None if cfg else "",
+    }
+    return generate_masked(pipe, images, size, steps, cfg, captions, seed, **more)
+
+
+def kandinsky_5() -> Any:
+    from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+
+    transformer = seeded(
+        Kandinsky5Transformer3DModel,
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+    )
+    return quiet(
+        Kandinsky5T2VPipeline(
+            transformer=transformer,
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            scheduler=flow_scheduler(),
+        )
+    )
+
+
+def generate_kandinsky_5(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    text, pooled = prompt(images, 16), embeddings(1, 8).repeat(images, 1)
+    lengths = torch.arange(images + 1, dtype=torch.int32) * TEXT
+    negative = {
+        "negative_prompt_embeds_qwen": -text,
+        "negative_prompt_embeds_clip": -pooled,
+        "negative_prompt_cu_seqlens": lengths,
+    }
+    return pipe(
+        prompt_embeds_qwen=text,
+        prompt_embeds_clip=pooled,
+        prompt_cu_seqlens=lengths,
+        guidance_scale=3.0 if cfg else 1.0,
+        num_frames=4 * FRAMES - 3,
+        **(negative if cfg else {}),
+        **common(images, size, steps, seed),
+    ).frames
+
+
 def animatediff() -> Any:
     from diffusers import AnimateDiffPipeline, DDIMScheduler, UNetMotionModel
 
@@ -788,8 +910,35 @@ def generate_animatediff(
     ).frames
 
 
+def modelscope() -> Any:
+    from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+
+    unet = seeded(
+        UNet3DConditionModel,
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    return quiet(
+        TextToVideoSDPipeline(
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet,
+            scheduler=DDIMScheduler(clip_sample=False),
+        )
+    )
+
+
 WHOLE_32 = {(64, 96): {(2, 3)}, (128, 32): {(4, 1)}}
 """Of latents of a 32nd of the size, in patches of one."""
+
+IN_UNETS = {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2)}}
 
 FAMILIES: dict[str, Family] = {
     "wan": Family("WanTransformer3DModel", wan, generate_wan, GRIDS, FRAMES),
@@ -895,7 +1044,39 @@ FAMILIES: dict[str, Family] = {
         "UNetMotionModel",
         animatediff,
         generate_animatediff,
-        {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2)}},
+        IN_UNETS,
         FRAMES,
+    ),
+    "modelscope": Family(
+        "UNet3DConditionModel", modelscope, generate_animatediff, IN_UNETS, FRAMES
+    ),
+    "sana video": Family(
+        "SanaVideoTransformer3DModel",
+        sana_video,
+        generate_sana_video,
+        {(64, 96): {(4, 6)}, (96, 32): {(6, 2)}},
+        FRAMES,
+        several_captions=True,
+    ),
+    "kandinsky 5": Family(
+        "Kandinsky5Transformer3DModel", kandinsky_5, generate_kandinsky_5, GRIDS, FRAMES
+    ),
+    "wan vace": Family(
+        "WanVACETransformer3DModel",
+        wan_vace,
+        generate_wan_like_loop,
+        GRIDS,
+        FRAMES,
+        whole=False,
+        cfg=False,
+    ),
+    "chronoedit": Family(
+        "ChronoEditTransformer3DModel",
+        chronoedit,
+        generate_wan_like_loop,
+        GRIDS,
+        FRAMES,
+        whole=False,
+        cfg=False,
     ),
 }

@@ -16,7 +16,7 @@ import pipeline_families_video as families
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import ImageTokens, negtome_guidance
-from negtome_fast.pipelines.families.video import ltx_tokens, video_tokens
+from negtome_fast.pipelines.families.video import given_tokens, ltx_tokens, video_tokens
 
 ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
 SIZE = (64, 96)
@@ -175,3 +175,17 @@ def test_what_ltx_2_appends_is_not_generated() -> None:
     }
     expected = ImageTokens(24, 12, (2, 3), 2, first=6)
     assert ltx_tokens(pipe.transformer, arguments) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 12), (2, 1, 3, 1, 1), (2, 1, 3, 2, 2)], ids=str)
+def test_times_of_frames_and_of_tokens_tell_what_is_given(shape: tuple[int, ...]) -> None:
+    """Three frames of four tokens, of which the first is given."""
+    times = torch.full(shape, 900.0)
+    times.reshape(2, 3, -1)[:, 0] = 0
+    assert given_tokens(times, 12) == 4
+    assert given_tokens(torch.full(shape, 900.0), 12) == 0
+
+
+@pytest.mark.parametrize("timestep", [torch.zeros(2), torch.full((2, 1), 900.0), 900, None])
+def test_one_time_for_all_gives_nothing_away(timestep: Any) -> None:
+    assert given_tokens(timestep, 12) == 0

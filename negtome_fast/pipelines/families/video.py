@@ -28,11 +28,15 @@ def reversed_timestep(value: float) -> float:
 def given_tokens(timestep: Any, tokens: int) -> int:
     """How many tokens, from the first on, have the time 0: those of the input image.
 
-    Image-to-video models that are told the time of each token, (B, tokens), generate the others.
+    Image-to-video models that are told the time of each token or frame, in any shape that begins
+    with the items, generate the others.
     """
-    if not isinstance(timestep, torch.Tensor) or timestep.ndim != 2 or timestep.shape[1] != tokens:
+    if not isinstance(timestep, torch.Tensor) or timestep.ndim < 2:
         return 0
-    return int((timestep[0] != 0).int().argmax())
+    times = timestep[0].flatten()
+    if tokens % len(times):
+        return 0
+    return int((times != 0).int().argmax()) * (tokens // len(times))
 
 
 def video_tokens(size: Sequence[int], patch: Sequence[int], given: int = 0) -> ImageTokens:
@@ -57,7 +61,10 @@ def _patches(model: nn.Module, *names: str) -> tuple[int, ...]:
 
 
 def wan_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, F, H, W) in patches (time, height, width); Wan 2.2 5B has times by token."""
+    """Latents (B, C, F, H, W) in patches (time, height, width).
+
+    Wan 2.2 5B and SANA-Video are told the time of each token, SkyReels V2 that of each frame.
+    """
     size, patch = arguments["hidden_states"].shape[2:], model.config.patch_size
     tokens = math.prod(length // step for length, step in zip(size, patch, strict=True))
     return video_tokens(size, patch, given_tokens(arguments.get("timestep"), tokens))
@@ -122,8 +129,13 @@ def ltx_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
     return ImageTokens(tokens, tokens - given, first=given)
 
 
-def motion_unet_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """AnimateDiff: latents (B, C, F, H, W); the grids inside the UNet have as many frames."""
+def channels_last_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Kandinsky 5: latents (B, F, H, W, C)."""
+    return video_tokens(arguments["hidden_states"].shape[1:4], model.config.patch_size)
+
+
+def frame_unet_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents (B, C, F, H, W); the grids inside the UNet have as many frames."""
     return video_tokens(arguments["sample"].shape[2:], (1, 1, 1))
 
 
@@ -160,9 +172,23 @@ def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
     )
 
 
+def _frame_unet(family: str) -> Layout:
+    """A UNet for images with attention along time added to it."""
+    return Layout(
+        family=family,
+        latents="sample",
+        image_tokens=frame_unet_tokens,
+        grid_modules=("Transformer2DModel",),
+        blocks=("*.attentions.*.attn1", "*.attentions.*.attn2"),
+        fresh_outputs=True,
+        preset="sdxl",
+    )
+
+
 LAYOUTS = {
     "WanTransformer3DModel": _wan_like("Wan 2.1, 2.2"),
     "WanVACETransformer3DModel": _wan_like("Wan VACE"),
+    "ChronoEditTransformer3DModel": _wan_like("ChronoEdit"),
     "SkyReelsV2Transformer3DModel": _wan_like("SkyReels V2"),
     "HunyuanVideoTransformer3DModel": _joint(
         "HunyuanVideo, SkyReels V1", hunyuan_video_tokens, guidance="sequential"
@@ -182,15 +208,16 @@ LAYOUTS = {
     ),
     "LTXVideoTransformer3DModel": _crossed("LTX-Video", ltx_tokens),
     "LTX2VideoTransformer3DModel": _crossed("LTX-2 (the video, not the audio)", ltx_tokens),
+    "SanaVideoTransformer3DModel": _crossed("SANA-Video", wan_tokens),
     "AllegroTransformer3DModel": _crossed("Allegro", channels_first_tokens),
     "LatteTransformer3DModel": _crossed("Latte", channels_first_tokens),
-    "UNetMotionModel": Layout(
-        family="AnimateDiff",
-        latents="sample",
-        image_tokens=motion_unet_tokens,
-        grid_modules=("Transformer2DModel",),
-        blocks=("*.attn1", "*.attn2"),
+    "Kandinsky5Transformer3DModel": Layout(
+        family="Kandinsky 5",
+        guidance="sequential",
+        image_tokens=channels_last_tokens,
+        blocks=("visual_transformer_blocks.*",),
         fresh_outputs=True,
-        preset="sdxl",
     ),
+    "UNetMotionModel": _frame_unet("AnimateDiff"),
+    "UNet3DConditionModel": _frame_unet("ModelScope text-to-video, Zeroscope"),
 }
