@@ -100,7 +100,10 @@ def _origin(record: dict[str, Any]) -> str:
 
 def speed_table(record: dict[str, Any]) -> str:
     """The microbenchmark: a shape a row; ratios are medians of paired rounds."""
-    record = micro(record) or record
+    found = micro(record)
+    if found is None:
+        return "not measured"
+    record = found
     cases = [case for case in record["cases"] if case.get("series", "shapes") == "shapes"]
     rivals = ("authors", "authors-compiled", "split", "split-compiled", "matmul", "matmul-into")
     rows = []
@@ -138,8 +141,8 @@ def speed_table(record: dict[str, Any]) -> str:
 
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory from 256 to 65,536 tokens, ours and the authors'."""
-    record = micro(record) or record
-    cases = [case for case in record["cases"] if case.get("series") == "tokens"]
+    found = micro(record)
+    cases = [case for case in (found or {}).get("cases", ()) if case.get("series") == "tokens"]
     if not cases:
         return "not measured"
     rows = []
@@ -164,7 +167,10 @@ def growth_table(record: dict[str, Any]) -> str:
 def end_to_end_table(record: dict[str, Any]) -> str:
     """What guidance adds to a step and to an image: a model a row."""
     rows = []
-    for model in end_to_end(record):
+    models = end_to_end(record)
+    if not models and not record.get("skipped"):
+        return "not measured"
+    for model in models:
         step, run = model["step"], model["run"]
         images = model["images"]
         cells = [
@@ -198,7 +204,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu.json", speed_table),
     "cpu-growth": ("cpu.json", growth_table),
     "end-to-end-cpu": ("end-to-end-cpu.json", end_to_end_table),
-    "end-to-end-gpu": ("end-to-end-gpu.json", end_to_end_table),
+    "end-to-end-gpu": ("gpu.json", end_to_end_table),
     "gpu": ("gpu.json", speed_table),
     "gpu-growth": ("gpu.json", growth_table),
 }

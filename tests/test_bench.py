@@ -23,7 +23,9 @@ from bench import (
     measure,
     memory,
     plan,
+    readme,
     results,
+    small_run,
     tables,
     timing,
 )
@@ -338,7 +340,8 @@ def outcome(median: float, spread: float = 0.01, **more: object) -> dict[str, ob
     rival = {"median": 2 / median, "p20": 2 / median, "p80": 2 / median}
     times = {"ours": {"seconds": seconds}, "matmul": {"seconds": seconds, "times_ours": rival}}
     case = {"shape": "2x3x4", "dtype": "float32", "times": times, **more}
-    return {"versions": {}, "cpu": "c", "threads": 1, "gpu": None, "cases": [case]}
+    machine = {"versions": {}, "cpu": "c", "threads": 1, "gpu": None, "date": "2026-01-01"}
+    return machine | {"cases": [case]}
 
 
 @pytest.mark.parametrize(
@@ -479,17 +482,104 @@ def test_tests_cut_short_are_no_failure(tests: dict[str, object], failed: bool) 
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "failed"),
+    ("stage", "failed"),
     [
         ({"exit_code": 0, "result": {"cases": [{}]}}, False),
         ({"exit_code": None, "cut_short": True}, False),
+        ({"skipped": "diffusers is not installed"}, False),
         ({"exit_code": None, "result": {"cases": [{"wrong": "why"}]}}, True),
         ({"exit_code": 1}, True),
+        ({"failed": 1, "error": "KeyError"}, True),
     ],
     ids=str,
 )
-def test_benchmarks_cut_short_are_no_failure(benchmark: dict[str, object], failed: bool) -> None:
-    assert gpu_suite.benchmark_failed(benchmark) is failed
+def test_stages_cut_short_are_no_failure(stage: dict[str, object], failed: bool) -> None:
+    assert gpu_suite.stage_failed("shapes", stage) is failed
+
+
+def setting(tmp_path: Path) -> gpu_suite.Setting:
+    (tmp_path / "work").mkdir(exist_ok=True)
+    return gpu_suite.Setting(tmp_path, tmp_path / "work", rehearse=True)
+
+
+def test_suite_writes_after_each_stage_and_survives_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[list[str]] = []
+
+    def works(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
+        path = tmp_path / "gpu_suite.json"
+        written.append(list(json.loads(path.read_text())["stages"]) if path.exists() else [])
+        return {"exit_code": 0, "cut_short": False, "log": ["the end of a log"]}
+
+    def breaks(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
+        works(setting, seconds)
+        raise KeyError("gone")
+
+    runs = {"a": works, "b": breaks, "c": works}
+    stages = {name: gpu_suite.Stage(1.0, run) for name, run in runs.items()}
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    found: dict[str, object] = {"stages": {}}
+    gpu_suite.run_stages(list(stages), setting(tmp_path), 100.0, found)
+    assert written == [[], ["a"], ["a", "b"]]
+    saved = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert [stage["failed_here"] for stage in saved["stages"].values()] == [False, True, False]
+    assert "KeyError" in saved["stages"]["b"]["error"]
+    assert "the end of a log" in capsys.readouterr().out
+
+
+def test_suite_keeps_to_its_limit_and_hands_on_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, given = 0.0, {}
+
+    def takes(name: str, share: float) -> gpu_suite.Stage:
+        def run(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
+            nonlocal now
+            given[name] = seconds
+            now += {"quick": 1.0, "slow": seconds, "late": seconds}[name]
+            return {"exit_code": None if name == "slow" else 0, "cut_short": name == "slow"}
+
+        return gpu_suite.Stage(share, run)
+
+    shares = {"quick": 0.5, "slow": 0.3, "late": 0.2}
+    monkeypatch.setattr(gpu_suite, "STAGES", {n: takes(n, share) for n, share in shares.items()})
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now)
+    found: dict[str, object] = {"stages": {}}
+    gpu_suite.run_stages(list(shares), setting(tmp_path), 110.0, found)
+    assert given == pytest.approx({"quick": 50.0, "slow": 79.0, "late": 20.0})
+    assert now == pytest.approx(100.0) and found["cut_short"]
+
+    # Without time a stage is not begun.
+    gpu_suite.run_stages(list(shares), setting(tmp_path), 12.0, found := {"stages": {}})
+    assert found["stages"]["late"]["cut_short"]
+
+
+def test_stages_have_all_of_the_time() -> None:
+    assert sum(stage.share for stage in gpu_suite.STAGES.values()) == pytest.approx(1.0)
+    assert gpu_suite.LIMIT_SECONDS <= 480
+    order = gpu_suite.__doc__.split("\n\n")[2]
+    assert [line.split()[0] for line in order.splitlines()] == list(gpu_suite.STAGES)
+
+
+def test_rehearsal_measures_on_the_cpu(tmp_path: Path) -> None:
+    stage = gpu_suite.run_shapes(setting(tmp_path), 250.0)
+    assert stage["exit_code"] == 0 and not gpu_suite.stage_failed("shapes", stage), stage
+    assert all("times" in case for case in stage["result"]["cases"])
+    assert stage["log"][-1].startswith("written to")
+
+
+def test_small_run_of_every_kernel() -> None:
+    assert small_run.main("cuda" if torch.cuda.is_available() else "cpu") == 0
+
+
+def test_tables_of_the_readme_read_the_file_of_the_suite() -> None:
+    case = outcome(1.0, series="shapes", name="n", multiply_adds=1)
+    suite = {key: value for key, value in case.items() if key != "cases"}
+    suite |= {"stages": {"tests": {}, "shapes": {"result": case}}}
+    assert "2x3x4 float32" in readme.speed_table(suite)
+    assert readme.end_to_end_table(suite) == "not measured"
+    assert "not measured" in readme.speed_table({**suite, "stages": {}})
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -506,7 +596,8 @@ def test_gpu_suite_runs_every_test_once(
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_suite, "MOST_WORKERS", 1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    tests = gpu_suite.run_tests(tmp_path, 250.0)
+    place = gpu_suite.Setting(tmp_path, tmp_path, rehearse=False)
+    tests = gpu_suite.run_tests(place, 250.0)
     assert (tests["passed"], tests["failed"], tests["cut_short"]) == (2, 0, False)
     assert set(tests["exit_codes"].values()) == {0}
     assert tests["exit_codes"].keys() == ({"all"} if parallel else {"triton", "rest"})
