@@ -14,7 +14,7 @@ from .module import NegToMe
 if TYPE_CHECKING:
     from .config import NegToMeConfig
     from .guidance import Guidance
-    from .nudging import nudge
+    from .nudging import ReferenceBank, generate_with_nudging, nudge
     from .pipelines import Reference, apply_negtome, negtome_guidance, remove_negtome
 
 __version__ = "0.1.0"
@@ -28,6 +28,8 @@ _LAZY = {
     "register_layout": ".pipelines",
     "nudge": ".nudging",
     "Reference": ".pipelines",
+    "generate_with_nudging": ".nudging",
+    "ReferenceBank": ".nudging",
 }
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "NegToMe",
     "NegToMeConfig",
     "Reference",
+    "ReferenceBank",
     "apply_negtome",
+    "generate_with_nudging",
     "match_tokens",
     "negtome",
     "negtome_guidance",

@@ -15,21 +15,33 @@ from .filters import (
     Verdict,
     judge,
 )
+from .loop import (
+    Attempt,
+    NudgedImages,
+    NudgeSchedule,
+    NudgingFailed,
+    generate_with_nudging,
+)
 from .objective import NudgeResult, nudge
 from .selection import select_nearest
 
 __all__ = [
+    "Attempt",
     "CallableFilter",
     "Encoder",
     "EncoderSimilarity",
     "Filter",
     "LatentDistance",
     "NudgeResult",
+    "NudgeSchedule",
+    "NudgedImages",
+    "NudgingFailed",
     "PerceptualHash",
     "PixelDistance",
     "ReferenceBank",
     "Verdict",
     "default_encoder",
+    "generate_with_nudging",
     "judge",
     "nudge",
     "select_nearest",
