@@ -138,8 +138,8 @@ class ReferenceBank:
             raise ValueError(f"no image in {images if isinstance(images, (str, Path)) else 'it'}")
         stacked = torch.stack(kept)
         features = None if encoder is None else encoder(stacked.float() / 255).cpu()
-        name = None if encoder is None else encoder.name
-        return cls(tuple(names), stacked, features, name, tuple(skipped))
+        own = None if encoder is None else encoder.name
+        return cls(tuple(names), stacked, features, own, tuple(skipped))
 
     def with_features(self, encoder: Encoder) -> ReferenceBank:
         """The bank with this encoder's features; itself where it has them."""

@@ -429,12 +429,16 @@ class _Steering:
     def _callback(self, places: list[int]) -> Callable[..., dict[str, Any]]:
         from .latents import LatentPoints
 
-        schedule, size = self._schedule, tuple(self._images.shape[-2:])
+        schedule = self._schedule
+        height, width = self._images.shape[-2:]
         points = [
             None
             if bank is None or rows is None
             else LatentPoints(
-                self._pipe, self._layout, [bank.pixels[row] for row in rows[places]], size
+                self._pipe,
+                self._layout,
+                [bank.pixels[row] for row in rows[places]],
+                (height, width),
             )
             for bank, rows in zip(self._banks, self._chosen, strict=True)
         ]
