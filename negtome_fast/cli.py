@@ -1,4 +1,4 @@
-"""The command `negtome-fast`: demo, info, bench. Bad input is one line on stderr, exit code 2."""
+"""The command `negtome-fast`: generate, demo, info, bench. Bad input is one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -42,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=20, help="of the scheduler")
     demo.add_argument("--output", type=Path, default=Path("output/demo.png"), help="the picture")
 
+    _add_generate(commands)
+
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -53,6 +58,215 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     return parser
+
+
+class _OfReference(argparse.Action):
+    """An option that belongs to the --reference before it; --reference itself begins one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        references = [*getattr(namespace, "references", [])]
+        if self.dest == "image":
+            references.append({"image": values})
+        elif not references:
+            parser.error(f"{option} belongs to a --reference, which must come first")
+        else:
+            references[-1] = {**references[-1], self.dest: values}
+        namespace.references = references
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="guided images of any diffusers text-to-image or text-to-video model",
+        description="Images or videos with guidance, a labelled sheet, and run.json, from which "
+        "--from repeats the run. A value that is not given is the model's or the preset's own.",
+        argument_default=argparse.SUPPRESS,
+    )
+    run = generate.add_argument_group("what is made")
+    run.add_argument(
+        "--from",
+        type=Path,
+        metavar="RUN.JSON",
+        help="repeat a run; other options replace its values",
+    )
+    run.add_argument("--model", help="folder or Hub id; default: the embedded tiny-flux-avatars")
+    run.add_argument("--prompt", action="append", dest="prompts", help="may be repeated")
+    run.add_argument("-n", "--images", type=int, help="for each prompt, default 4")
+    run.add_argument("--seed", type=int, help="of the first image, default 0")
+    run.add_argument("--negative-prompt")
+    run.add_argument("--guidance-scale", type=float, help="of classifier-free guidance")
+    run.add_argument("--true-cfg-scale", type=float, help="the same for distilled models")
+    run.add_argument("--steps", type=int, help="of the scheduler")
+    run.add_argument("--height", type=int, help="pixels")
+    run.add_argument("--width", type=int, help="pixels")
+    run.add_argument("--frames", type=int, help="of a video")
+    run.add_argument("--fps", type=int, help="frames per second of a video file, default 16")
+    run.add_argument(
+        "--argument",
+        action="append",
+        type=_argument,
+        dest="call",
+        metavar="NAME=VALUE",
+        help="any other argument of the pipeline",
+    )
+    run.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="also without guidance, from the same seeds",
+    )
+
+    guidance = generate.add_argument_group("guidance")
+    guidance.add_argument("--preset", help="diversity, avoid, style, sharpen or interpolate")
+    guidance.add_argument(
+        "--reference",
+        action=_OfReference,
+        dest="image",
+        metavar="IMAGE",
+        help="push away from this image; may be repeated",
+    )
+    of_reference = {"action": _OfReference}
+    guidance.add_argument(
+        "--mask",
+        **of_reference,
+        metavar="IMAGE",
+        help="white: what of the reference before may be matched",
+    )
+    guidance.add_argument(
+        "--reference-alpha",
+        **of_reference,
+        dest="alpha_of",
+        type=float,
+        help="of the reference before",
+    )
+    guidance.add_argument(
+        "--reference-threshold",
+        **of_reference,
+        dest="threshold_of",
+        type=float,
+        help="of the reference before",
+    )
+    guidance.add_argument(
+        "--clean-reference",
+        **of_reference,
+        dest="noise",
+        nargs=0,
+        help="the reference before is not noised",
+    )
+    guidance.add_argument(
+        "--in-batch",
+        choices=("first", "others"),
+        dest="reference",
+        help="without --reference: away from the first or all others",
+    )
+    guidance.add_argument("--alpha", type=float, help="strength; negative pulls toward")
+    guidance.add_argument("--threshold", type=float, help="cosine similarity of a match")
+    guidance.add_argument("--t-start", type=float, help="first timestep of the window, 1000: noise")
+    guidance.add_argument("--t-end", type=float, help="last timestep of the window")
+    guidance.add_argument(
+        "--steps-window",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="the window in fractions of the steps instead",
+    )
+    guidance.add_argument("--matching", choices=("paper", "official"))
+    guidance.add_argument("--combine", choices=("nearest", "sum"), help="of several references")
+    guidance.add_argument("--placement", choices=("output", "pre_projection"))
+    guidance.add_argument("--dropout", type=float)
+    guidance.add_argument("--blocks", action="append", help="of the model; may be repeated")
+    guidance.add_argument("--exclude-blocks", action="append")
+    guidance.add_argument("--groups", type=int, help="of the batch; default: found by itself")
+    guidance.add_argument("--backend", choices=("auto", "triton", "torch", "reference"))
+    guidance.add_argument("--blur", type=float, help="of the drafts of --preset sharpen, default 2")
+
+    machine = generate.add_argument_group("machine and files")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    machine.add_argument("--device", help="default: a GPU if there is one")
+    machine.add_argument("--offload", choices=("model", "sequential", "group"))
+    machine.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction)
+    machine.add_argument("--revision", help="of the model on the Hub")
+    machine.add_argument("--variant", help="of the model's files, such as fp16")
+    machine.add_argument("--output", type=Path, help="folder; default: output/run-NNN")
+    machine.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    machine.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def generate_command(options: argparse.Namespace) -> int:
+    from . import generate
+    from .config import NegToMeConfig
+
+    values = {name: value for name, value in vars(options).items() if name != "command"}
+    record, folder = values.pop("from", None), values.pop("output", None)
+    overwrite, quiet = values.pop("overwrite", False), values.pop("quiet", False)
+    window = values.pop("steps_window", None)
+    if window is not None:
+        if values.keys() & {"t_start", "t_end"}:
+            raise ValueError(
+                "--steps-window and --t-start or --t-end are two ways to say one thing"
+            )
+        values["guided_steps"] = tuple(window)
+    # --steps is the scheduler's; the configuration's window of that name is --steps-window.
+    names = {field.name for field in fields(NegToMeConfig)} - {"steps", "seed"}
+    guidance = {name: values.pop(name) for name in names & values.keys()}
+    if "guided_steps" in values:
+        guidance["steps"] = values.pop("guided_steps")
+    for name, kind in (("prompts", tuple), ("call", dict)):
+        if name in values:
+            values[name] = kind(values[name])
+    if "references" in values:
+        values["references"] = tuple(_reference(entry) for entry in values["references"])
+    if record is None:
+        settings = generate.Settings(**values, guidance=guidance)
+    else:
+        settings = generate.Settings.from_record(record, **values, guidance=guidance)
+    folder = folder or generate.new_folder()
+    warnings.showwarning = _one_line_warning
+    try:
+        result = generate.generate(settings, folder, overwrite=overwrite, progress=not quiet)
+    except KeyboardInterrupt:
+        if (folder / generate.RECORD).is_file():
+            print(f"what was finished is in {folder}", file=sys.stderr)
+        raise
+    for summary in result.record["summaries"]:
+        total = summary["total"]
+        print(
+            f"guided {summary['guided']} of {summary['forwards']} model forwards: "
+            f"{total['matched']:.1%} of the tokens matched, {total['pushed']:.1%} pushed, "
+            f"mean similarity {total['similarity']:.3f}"
+        )
+    print(f"{len(result.record['files'])} files and {generate.RECORD} in {folder}")
+    return 0
+
+
+def _reference(entry: dict[str, Any]) -> Any:
+    from .generate import ReferenceFile
+
+    renamed = {"alpha_of": "alpha", "threshold_of": "threshold"}
+    values = {renamed.get(name, name): value for name, value in entry.items()}
+    if "noise" in values:
+        values["noise"] = False
+    return ReferenceFile(**values)
+
+
+def _one_line_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"negtome-fast: warning: {message}".replace("\n", " "), file=sys.stderr)
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -116,7 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if is_bench:
             return bench_command(arguments[1:])
-        return {"demo": demo_command, "info": info_command}[options.command](options)
+        commands = {"demo": demo_command, "generate": generate_command, "info": info_command}
+        return commands[options.command](options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

@@ -1,0 +1,64 @@
+"""Labelled sheets of images: rows with a heading each, a title above and the settings below."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ACCENT = "#0b57d0"
+GREY = "#444444"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one size beside each other, under a heading; `accent` marks the guided ones."""
+
+    heading: str
+    images: Sequence[Image]
+    accent: bool = False
+
+
+def sheet(title: str, rows: Sequence[Row], footer: str, tile: int = 160) -> Image:
+    """All rows below each other, every image `tile` pixels high or, if wider than high, wide.
+
+    Small images are enlarged without smoothing, so that their pixels stay visible.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, margin, head = 8, 24, 28
+    fitted = [[_fitted(image, tile) for image in row.images] for row in rows]
+    widths = [sum(image.width + gap for image in images) - gap for images in fitted]
+    width = max([420, *widths]) + 2 * margin
+    title_font, font, small = (ImageFont.load_default(size=s) for s in (20, 16, 13))
+    title_lines = textwrap.wrap(title, max(20, (width - 2 * margin) // 10)) or [""]
+    footer_lines = textwrap.wrap(footer, max(20, (width - 2 * margin) // 7))
+    heights = [head + max([0, *(image.height for image in images)]) + gap for images in fitted]
+    top = 14 + 26 * len(title_lines)
+    picture = Image.new("RGB", (width, top + sum(heights) + 20 * len(footer_lines) + 20), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(title_lines):
+        draw.text((margin, 12 + 26 * number), line, "black", font=title_font)
+    for row, images, height in zip(rows, fitted, heights, strict=True):
+        draw.text((margin, top + 4), row.heading, ACCENT if row.accent else "black", font=font)
+        left = margin
+        for image in images:
+            picture.paste(image, (left, top + head))
+            left += image.width + gap
+        top += height
+    for number, line in enumerate(footer_lines):
+        draw.text((margin, top + 8 + 20 * number), line, GREY, font=small)
+    return picture
+
+
+def _fitted(image: Image, tile: int) -> Image:
+    from PIL import Image as Pillow
+
+    scale = tile / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resampling = Pillow.Resampling.NEAREST if scale >= 1 else Pillow.Resampling.LANCZOS
+    return image.convert("RGB").resize(size, resampling)
