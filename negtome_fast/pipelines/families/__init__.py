@@ -1,9 +1,14 @@
 """The table of the model classes that are known: one entry each, by kind of architecture."""
 
 from ..layouts import Layout, register_layout
-from . import flux, unet, video
+from . import flux, mmdit, unet, video
 
-FAMILIES: dict[str, Layout] = {**unet.LAYOUTS, **flux.LAYOUTS, **video.LAYOUTS}
+FAMILIES: dict[str, Layout] = {
+    **unet.LAYOUTS,
+    **flux.LAYOUTS,
+    **mmdit.LAYOUTS,
+    **video.LAYOUTS,
+}
 """Class name of the denoiser -> its layout."""
 
 for _name, _layout in FAMILIES.items():

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .. import encoders
-from ..layouts import ImageTokens, Layout, times_1000
+from ..layouts import ImageTokens, Layout, as_it_is, times_1000
 
 
-def flux_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """FLUX.1: `hidden_states` (B, N, C) and `img_ids` (N, 3) of (image, row, column).
+def tokens_by_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """`hidden_states` (B, N, C) and `img_ids` (N, 3 or 4) of (image, row, column, ...).
 
-    Kontext appends the tokens of its input image with 1 in the first column.
+    Images to edit have a greater number in the first column. They follow the generated one, or,
+    where their keys are cached (FLUX.2 Klein KV), come before it as the text does.
     """
     stream = arguments["hidden_states"].shape[1]
     ids = arguments.get("img_ids")
     if ids is None:
         return ImageTokens(stream, stream)
     ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[ids[:, 0] == 0]
-    generated = own.shape[0]
-    if generated == 0 or not bool((ids[:generated, 0] == 0).all()):
-        return ImageTokens(stream, stream)
-    extent = own[:, 1:].amax(0) - own[:, 1:].amin(0)
+    own = ids[:, 0] == ids[:, 0].min()
+    generated = int(own.sum())
+    rows_and_columns = ids[own, 1:3]
+    extent = rows_and_columns.amax(0) - rows_and_columns.amin(0)
     height, width = (int(length) + 1 for length in extent.tolist())
-    return ImageTokens(stream, generated, (height, width) if height * width == generated else None)
+    grid = (height, width) if height * width == generated else None
+    if bool(own[:generated].all()):
+        return ImageTokens(stream, generated, grid)
+    if bool(own[-generated:].all()):
+        return ImageTokens(stream, generated, grid, first=stream - generated)
+    return ImageTokens(stream, stream)
 
+
+BUILT_LIKE_FLUX = Layout(
+    scheduler_timestep=times_1000,
+    guidance="sequential",
+    image_tokens=tokens_by_ids,
+    joint="text_first",
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    fresh_outputs=True,
+)
+BRIA = replace(BUILT_LIKE_FLUX, scheduler_timestep=as_it_is, guidance="concatenated")
 
 LAYOUTS = {
-    "FluxTransformer2DModel": Layout(
-        family="FLUX.1 (dev, schnell, Kontext)",
-        scheduler_timestep=times_1000,
-        guidance="sequential",
-        image_tokens=flux_image_tokens,
-        joint="text_first",
-        blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
-        fresh_outputs=True,
+    "FluxTransformer2DModel": replace(
+        BUILT_LIKE_FLUX,
+        family="FLUX.1 (dev, schnell, Kontext, Fill, Krea)",
         preset="flux",
         encode=encoders.PACKED,
     ),
+    "Flux2Transformer2DModel": replace(BUILT_LIKE_FLUX, family="FLUX.2 (dev, Klein)"),
+    "ChromaTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Chroma"),
+    "LongCatImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="LongCat-Image, Edit"),
+    "OvisImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Ovis-Image"),
+    "BriaTransformer2DModel": replace(BRIA, family="Bria 3.2"),
+    "BriaFiboTransformer2DModel": replace(BRIA, family="Bria FIBO"),
 }
