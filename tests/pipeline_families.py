@@ -6,6 +6,7 @@ tests. Where a pipeline cannot run offline, `DenoiserLoop` calls its denoiser as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ class Family:
         whole: whether the pipeline itself runs, and not its denoiser alone.
         cfg: whether it has classifier-free guidance.
         several_captions: whether the captions of one batch may have different lengths.
+        timesteps: from those of the scheduler to 1000 (noise) to 0, where they differ.
         note: what the table of supported models should say about the test, if anything.
     """
 
@@ -46,6 +48,7 @@ class Family:
     whole: bool = True
     cfg: bool = True
     several_captions: bool = False
+    timesteps: Callable[[float], float] = float
     note: str = ""
 
 
@@ -373,6 +376,459 @@ def masked_prompt_arguments(images: int, cfg: bool, captions: Any) -> dict[str, 
     }
 
 
+def pixart(sigma: bool) -> Any:
+    from diffusers import (
+        DDPMScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    transformer = seeded(
+        PixArtTransformer2DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        use_additional_conditions=False,
+    )
+    return pipeline(
+        PixArtSigmaPipeline if sigma else PixArtAlphaPipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=DDPMScheduler(),
+        transformer=transformer,
+    )
+
+
+def without_binning(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    """No negative prompt in words, and no rounding of the size to those that were trained."""
+    return {
+        **masked_prompt_arguments(images, cfg, captions),
+        "negative_prompt": None,
+        "use_resolution_binning": False,
+    }
+
+
+def sana(sprint: bool = False) -> Any:
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaSprintPipeline,
+        SanaTransformer2DModel,
+        SCMScheduler,
+    )
+
+    transformer = seeded(
+        SanaTransformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        guidance_embeds=sprint,
+        qk_norm="rms_norm_across_heads" if sprint else None,
+        timestep_scale=0.5,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return pipeline(
+        SanaSprintPipeline if sprint else SanaPipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=SCMScheduler() if sprint else DPMSolverMultistepScheduler(**flow),
+        transformer=transformer,
+    )
+
+
+def sprint_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    return {
+        "prompt_embeds": prompt(images, 16, max(captions)),
+        "prompt_attention_mask": caption_mask(captions),
+        "use_resolution_binning": False,
+        "intermediate_timesteps": None,
+    }
+
+
+def hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+
+    transformer = seeded(
+        HunyuanDiT2DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=2,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=8,
+        text_len_t5=8,
+    )
+    return pipeline(
+        HunyuanDiTPipeline,
+        *("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        *("safety_checker", "feature_extractor"),
+        requires_safety_checker=False,
+        scheduler=DDPMScheduler(),
+        transformer=transformer,
+    )
+
+
+def hunyuan_dit_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    text, mask = prompt(images, 16, 8), caption_mask(captions, 8)
+    encoded = {
+        f"{kind}{name}{number}": (-text if kind and name.endswith("embeds") else text)
+        if name.endswith("embeds")
+        else mask
+        for kind in ("", "negative_")
+        for name in ("prompt_embeds", "prompt_attention_mask")
+        for number in ("", "_2")
+    }
+    return {
+        **encoded,
+        "guidance_scale": 4.0 if cfg else 1.0,
+        "use_resolution_binning": False,
+    }
+
+
+def lumina2() -> Any:
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    transformer = seeded(
+        Lumina2Transformer2DModel,
+        sample_size=8,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(2, 2, 4),
+        axes_lens=(32, 32, 32),
+        cap_feat_dim=16,
+    )
+    return pipeline(
+        Lumina2Pipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def lumina2_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    """The negative captions have other lengths."""
+    arguments = masked_prompt_arguments(images, cfg, captions)
+    if cfg:
+        shorter = tuple(length - 1 for length in reversed(captions))
+        arguments["negative_prompt_attention_mask"] = caption_mask(shorter, max(captions))
+    arguments["prompt_attention_mask"] = arguments["prompt_attention_mask"].long()
+    return arguments
+
+
+def z_image() -> Any:
+    from diffusers import ZImagePipeline
+
+    return pipeline(
+        ZImagePipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=z_image_transformer(),
+    )
+
+
+def z_image_transformer(**settings: Any) -> nn.Module:
+    from diffusers import ZImageTransformer2DModel
+
+    return seeded(
+        ZImageTransformer2DModel,
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[2, 2, 4],
+        axes_lens=[128, 32, 32],
+        **settings,
+    )
+
+
+def z_image_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    """Captions on both sides of the multiple of 32 to which they are padded."""
+    texts = [embeddings(10 * length, 16) for length in captions]
+    return {
+        "prompt_embeds": texts,
+        "negative_prompt_embeds": [-text[:7] for text in texts] if cfg else [],
+        "guidance_scale": 4.0 if cfg else 0.0,
+    }
+
+
+def aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+
+    transformer = seeded(
+        AuraFlowTransformer2DModel,
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return pipeline(
+        AuraFlowPipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+
+    transformer = seeded(
+        CogView4Transformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=32,
+        rope_axes_dim=(8, 8),
+    )
+    return pipeline(
+        CogView4Pipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def cogview3_plus() -> Any:
+    from diffusers import (
+        CogVideoXDDIMScheduler,
+        CogView3PlusPipeline,
+        CogView3PlusTransformer2DModel,
+    )
+
+    transformer = seeded(
+        CogView3PlusTransformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=32,
+        sample_size=8,
+    )
+    return pipeline(
+        CogView3PlusPipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=CogVideoXDDIMScheduler(),
+        transformer=transformer,
+    )
+
+
+def hidream() -> Any:
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+
+    transformer = seeded(
+        HiDreamImageTransformer2DModel,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[16, 16],
+        text_emb_dim=16,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1, 1],
+    )
+    encoders = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    pipe = pipeline(
+        HiDreamImagePipeline,
+        *("vae", *encoders, "text_encoder_4", "tokenizer_4"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+    pipe.default_sample_size = 8  # every size is brought to the area of its square
+    return pipe
+
+
+def hidream_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    text = prompt(images, 16)
+    llama = torch.stack([text, text.flip(1)])
+    pooled = embeddings(1, 16).repeat(images, 1)
+    negative = {
+        "negative_prompt_embeds_t5": -text,
+        "negative_prompt_embeds_llama3": -llama,
+        "negative_pooled_prompt_embeds": -pooled,
+    }
+    return {
+        "prompt_embeds_t5": text,
+        "prompt_embeds_llama3": llama,
+        "pooled_prompt_embeds": pooled,
+        "guidance_scale": 4.0 if cfg else 1.0,
+        **(negative if cfg else {}),
+    }
+
+
+def omnigen() -> DenoiserLoop:
+    from diffusers import FlowMatchEulerDiscreteScheduler, OmniGenTransformer2DModel
+
+    transformer = seeded(
+        OmniGenTransformer2DModel,
+        in_channels=4,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_layers=2,
+        pad_token_id=0,
+        vocab_size=10,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,
+        rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+        pos_embed_max_size=16,
+        time_step_dim=16,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
+    return DenoiserLoop(transformer, scheduler)
+
+
+def generate_omnigen(
+    loop: DenoiserLoop,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+) -> Tensor:
+    """As its pipeline calls it, which needs a tokenizer: captions padded on the left."""
+    height, width = size[0] // 8, size[1] // 8
+    tokens = height * width // 4 + 1
+    length = max(captions)
+    ids = torch.arange(1, length + 1).repeat(images, 1) % 10
+    position_ids = torch.stack(
+        [
+            torch.cat([torch.zeros(length - own, dtype=torch.long), torch.arange(own + tokens)])
+            for own in captions
+        ]
+    )
+    visible = torch.ones(images, length + tokens, length + tokens)
+    for item, own in enumerate(captions):
+        visible[item, :, : length - own] = 0
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        parts = 2 if cfg else 1
+        prediction = loop.transformer(
+            hidden_states=latents.repeat(parts, 1, 1, 1),
+            timestep=timestep.expand(parts * images),
+            input_ids=torch.cat([ids, 9 - ids])[: parts * images],
+            input_img_latents=[],
+            input_image_sizes={},
+            attention_mask=visible.repeat(parts, 1, 1),
+            position_ids=position_ids.repeat(parts, 1),
+            return_dict=False,
+        )[0]
+        if not cfg:
+            return prediction
+        conditioned, unconditioned = prediction.chunk(2)
+        return unconditioned + 2.5 * (conditioned - unconditioned)
+
+    sigmas = [1 - step / steps for step in range(steps)]
+    return loop(noise(images, seed, 4, height, width), predict, steps, sigmas=sigmas)
+
+
+def unet_pipeline(name: str) -> Any:
+    import pipelines_fixtures
+
+    return getattr(pipelines_fixtures, name)()
+
+
+def kolors() -> DenoiserLoop:
+    """Its pipeline needs sentencepiece."""
+    from diffusers import EulerDiscreteScheduler
+    from pipelines_fixtures import _unet
+
+    unet = _unet(
+        0,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_proj",
+        use_linear_projection=True,
+    )
+    return DenoiserLoop(unet, EulerDiscreteScheduler())
+
+
+def generate_kolors(
+    loop: DenoiserLoop,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+) -> Tensor:
+    parts = 2 if cfg else 1
+    text, pooled = prompt(images, 16), embeddings(1, 16).repeat(images, 1)
+    added = {
+        "text_embeds": torch.cat([-pooled, pooled][-parts:]),
+        "time_ids": torch.tensor([[*size, 0, 0, *size]]).repeat(parts * images, 1),
+    }
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        scaled = loop.scheduler.scale_model_input(latents.repeat(parts, 1, 1, 1), timestep)
+        prediction = loop.transformer(
+            scaled,
+            timestep,
+            encoder_hidden_states=torch.cat([-text, text][-parts:]),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        if not cfg:
+            return prediction
+        unconditioned, conditioned = prediction.chunk(2)
+        return unconditioned + 5 * (conditioned - unconditioned)
+
+    return loop(noise(images, seed, 4, size[0] // 8, size[1] // 8), predict, steps)
+
+
+UNET: dict[Size, set[Size]] = {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2)}}
+"""Grids of UNets with attention at two resolutions."""
+
+
 FAMILIES: dict[str, Family] = {
     "flux": Family("FluxTransformer2DModel", flux, runner(flux_arguments), PACKED),
     "flux-kontext": Family(
@@ -410,5 +866,100 @@ FAMILIES: dict[str, Family] = {
         runner(masked_prompt_arguments),
         PACKED,
         several_captions=True,
+    ),
+    "sd15": Family(
+        "UNet2DConditionModel",
+        partial(unet_pipeline, "sd_pipeline"),
+        runner(guided_prompt_arguments),
+        UNET,
+        note="SD 1.5",
+    ),
+    "sdxl": Family(
+        "UNet2DConditionModel",
+        partial(unet_pipeline, "sdxl_pipeline"),
+        runner(pooled_arguments),
+        UNET,
+        note="SDXL",
+    ),
+    "kolors": Family(
+        "UNet2DConditionModel", kolors, generate_kolors, UNET, whole=False, note="Kolors"
+    ),
+    "pixart-alpha": Family(
+        "PixArtTransformer2DModel",
+        partial(pixart, sigma=False),
+        runner(without_binning),
+        PACKED,
+        several_captions=True,
+    ),
+    "pixart-sigma": Family(
+        "PixArtTransformer2DModel",
+        partial(pixart, sigma=True),
+        runner(without_binning),
+        PACKED,
+        several_captions=True,
+    ),
+    "sana": Family(
+        "SanaTransformer2DModel",
+        sana,
+        runner(without_binning),
+        {(64, 96): {(2, 3)}, (160, 64): {(5, 2)}},
+        several_captions=True,
+    ),
+    "sana-sprint": Family(
+        "SanaTransformer2DModel",
+        partial(sana, sprint=True),
+        runner(sprint_arguments),
+        {(64, 96): {(2, 3)}, (160, 64): {(5, 2)}},
+        cfg=False,
+        several_captions=True,
+        timesteps=lambda angle: 1000 * math.tan(angle) / (1 + math.tan(angle)),
+    ),
+    "hunyuan-dit": Family(
+        "HunyuanDiT2DModel",
+        hunyuan_dit,
+        runner(hunyuan_dit_arguments),
+        PACKED,
+        several_captions=True,
+    ),
+    "lumina2": Family(
+        "Lumina2Transformer2DModel",
+        lumina2,
+        runner(lumina2_arguments),
+        PACKED,
+        several_captions=True,
+    ),
+    "z-image": Family(
+        "ZImageTransformer2DModel",
+        z_image,
+        runner(z_image_arguments),
+        PACKED,
+        several_captions=True,
+    ),
+    "auraflow": Family(
+        "AuraFlowTransformer2DModel",
+        aura_flow,
+        runner(masked_prompt_arguments),
+        PACKED,
+    ),
+    "cogview4": Family(
+        "CogView4Transformer2DModel", cogview4, runner(guided_prompt_arguments), PACKED
+    ),
+    "cogview3-plus": Family(
+        "CogView3PlusTransformer2DModel", cogview3_plus, runner(guided_prompt_arguments), PACKED
+    ),
+    "hidream": Family(
+        "HiDreamImageTransformer2DModel",
+        hidream,
+        runner(hidream_arguments),
+        {(32, 128): {(2, 8)}, (128, 32): {(8, 2)}, (64, 64): {(4, 4)}},
+    ),
+    "omnigen": Family(
+        "OmniGenTransformer2DModel",
+        omnigen,
+        generate_omnigen,
+        PACKED,
+        whole=False,
+        several_captions=True,
+        timesteps=lambda t: 1000 * (1 - t),
     ),
 }

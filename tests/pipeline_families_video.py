@@ -1006,7 +1006,13 @@ FAMILIES: dict[str, Family] = {
         "ConsisIDTransformer3DModel", consisid, generate_consisid, GRIDS, FRAMES, whole=False
     ),
     "mochi": Family(
-        "MochiTransformer3DModel", mochi, generate_mochi, GRIDS, FRAMES, several_captions=True
+        "MochiTransformer3DModel",
+        mochi,
+        generate_mochi,
+        GRIDS,
+        FRAMES,
+        several_captions=True,
+        timesteps=lambda t: 1000 - t,
     ),
     "ltx": Family(
         "LTXVideoTransformer3DModel", ltx, generate_ltx, WHOLE_32, FRAMES, several_captions=True

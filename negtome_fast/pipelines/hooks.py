@@ -31,6 +31,8 @@ from .references import References, refuse_stateful, select_items, with_latents
 MOST_GROUPS = 3
 """Perturbed-attention guidance and InstructPix2Pix concatenate three parts, the others two."""
 
+_NEVER = object()
+
 # torch.compiler.disable would import the whole compiler here; this does so when it is called.
 _outside_of_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 _open = threading.local()  # .hooks: those of the forward that this thread is in
@@ -150,6 +152,19 @@ class PipelineClock:
         remaining = len(timesteps) - begin
         return timesteps[index], max(index - begin, 0), min(steps or remaining, remaining)
 
+    def step(self) -> tuple[int, int] | None:
+        """Index and number of the steps by the scheduler's count, for one with a scale of its own.
+
+        Inverted and consistency schedulers do not go from 1000 to 0.
+        """
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        if not self.running or not hasattr(scheduler, "step_index"):
+            return None
+        first = getattr(scheduler, "begin_index", None) or 0
+        index = first if scheduler.step_index is None else scheduler.step_index
+        steps = getattr(self._pipe(), "_num_timesteps", None) or len(self._read_timesteps()) - first
+        return index - first, steps
+
     def _read_timesteps(self) -> list[float]:
         source = self.run
         if not isinstance(source, torch.Tensor):
@@ -229,6 +244,7 @@ class ModelHooks:
         self._shape: tuple[int, ...] | None = None
         self._groups: int | None = None
         self._run_tokens: ImageTokens | None = None
+        self._captions: Any = _NEVER  # the argument that `_run_tokens` were found with
         # Of the forward that is going on, or of the grid module inside it.
         self._tokens: ImageTokens | None = None
         self._exclusive: frozenset[nn.Module] = frozenset()
@@ -311,7 +327,7 @@ class ModelHooks:
         config = self.guidance.config
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
             self._groups = config.groups or self._count_groups(model, latents)
-            self._run_tokens = self.layout.image_tokens(model, arguments)
+            self._captions = _NEVER
         active = self.guidance.begin_step(
             timestep,
             step=step,
@@ -320,6 +336,10 @@ class ModelHooks:
             tolerance=rounding,
         )
         if active:
+            captions = arguments.get(self.layout.captions or "")
+            if captions is not self._captions:
+                self._captions = captions
+                self._run_tokens = self.layout.image_tokens(model, arguments)
             self._tokens = self._run_tokens
             self._hook_projections()
             self._exclusive = self._find_exclusive()
@@ -549,12 +569,14 @@ class ModelHooks:
     def _latents(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         latents = arguments.get(self._latents_name(arguments))
         if isinstance(latents, (list, tuple)) and latents:
+            # Conditions come before what is generated (Z-Image Omni).
+            latents = [item[-1] if isinstance(item, (list, tuple)) else item for item in latents]
             if any(item.shape != latents[0].shape for item in latents):
                 raise ValueError(
                     f"{self.model_name}: the images of a batch have different sizes, so they have "
                     "no tokens to compare; generate one size at a time"
                 )
-            latents = torch.stack(list(latents))
+            latents = torch.stack(latents)
         if not isinstance(latents, torch.Tensor):
             raise ValueError(
                 f"{self.model_name}: its forward was given no tensor "
@@ -584,6 +606,9 @@ class ModelHooks:
         if located is not None:
             return (*located, 0.0)
         if self.guidance.config.steps is not None:
+            step = self._clock.step() if self._clock else None
+            if step is not None:
+                return timestep, *step, rounding
             raise ValueError(
                 f"{self.model_name}: timestep {timestep:g} is none of the pipeline's scheduler, so "
                 f"steps={self.guidance.config.steps} cannot be told; use t_start and t_end"

@@ -74,6 +74,8 @@ class Layout:
             call the model once for each, so that a batch is always one group.
         image_tokens: (model, arguments by name) -> `ImageTokens`, or None where it cannot tell.
             Called once per run and shape, so it may read a value from the device.
+        captions: name of an argument on which `image_tokens` depends too, such as the mask of the
+            captions: it is then also called where that is another object than before.
         grid_modules: class names of modules whose input (B, C, H, W) holds the tokens of the
             attention modules inside them: a UNet has a grid for each resolution.
         joint: order in an attention output that holds more than the image: `"text_first"`,
@@ -86,6 +88,8 @@ class Layout:
         preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
         encode: how pictures become latents, for references from outside of the batch; None where
             these must be given as latents.
+        adapt: (model, this layout) -> the layout of that model, where it depends on the model's
+            configuration.
     """
 
     family: str = ""
@@ -94,6 +98,7 @@ class Layout:
     scheduler_timestep: Callable[[float], float] | None = as_it_is
     guidance: Literal["concatenated", "sequential"] = "concatenated"
     image_tokens: Callable[[nn.Module, Mapping[str, Any]], ImageTokens | None] = no_image_tokens
+    captions: str | None = None
     grid_modules: tuple[str, ...] = ()
     joint: Literal["text_first", "image_first"] | None = None
     blocks: tuple[str, ...] = ("*",)
@@ -102,6 +107,7 @@ class Layout:
     fresh_outputs: bool = False
     preset: str | None = None
     encode: Encoder | None = None
+    adapt: Callable[[nn.Module, Layout], Layout] | None = None
 
 
 def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:
@@ -158,7 +164,8 @@ def layout_of(model: nn.Module) -> Layout:
     """The entry of the model's class or of its nearest base; `UNKNOWN` where there is none."""
     for base in type(model).__mro__:
         if base.__name__ in _LAYOUTS:
-            return _LAYOUTS[base.__name__]
+            layout = _LAYOUTS[base.__name__]
+            return layout.adapt(model, layout) if layout.adapt else layout
     return UNKNOWN
 
 

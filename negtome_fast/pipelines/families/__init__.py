@@ -1,12 +1,14 @@
 """The table of the model classes that are known: one entry each, by kind of architecture."""
 
 from ..layouts import Layout, register_layout
-from . import flux, mmdit, unet, video
+from . import cross_attention, flux, mmdit, single_stream, unet, video
 
 FAMILIES: dict[str, Layout] = {
     **unet.LAYOUTS,
-    **flux.LAYOUTS,
+    **cross_attention.LAYOUTS,
     **mmdit.LAYOUTS,
+    **flux.LAYOUTS,
+    **single_stream.LAYOUTS,
     **video.LAYOUTS,
 }
 """Class name of the denoiser -> its layout."""

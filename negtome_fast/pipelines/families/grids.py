@@ -12,8 +12,8 @@ from ..layouts import ImageTokens
 
 
 def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, H, W), the first argument of the forward, in square patches, row by row."""
+    """Latents (B, C, H, W), the first tensor of the arguments, in square patches, row by row."""
     latents = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    patch = model.config.patch_size
+    patch = getattr(model.config, "patch_size", 1)
     height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
     return ImageTokens(height * width, height * width, (height, width))

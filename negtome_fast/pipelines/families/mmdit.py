@@ -30,22 +30,62 @@ def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     return ImageTokens(stream, frames * height * width, (height, width), frames)
 
 
-SD3 = Layout(
-    family="Stable Diffusion 3, 3.5",
-    image_tokens=patches,
-    blocks=("transformer_blocks.*",),
-    fresh_outputs=True,
-)
-QWEN = Layout(
-    family="Qwen-Image (Edit, Edit Plus, Layered)",
-    scheduler_timestep=times_1000,
-    guidance="sequential",
-    image_tokens=qwen_image_tokens,
-    blocks=("transformer_blocks.*",),
-    fresh_outputs=True,
-)
+def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents that are not square are padded with tokens, after the image, to the longest length.
+
+    They are (B, C, H, W), or patches (B, N, C) with `img_sizes`, the (height, width) of each item.
+    """
+    latents = arguments["hidden_states"]
+    if latents.ndim == 3:
+        sizes = arguments.get("img_sizes")
+        if sizes is None:
+            return ImageTokens(latents.shape[1], latents.shape[1])
+        height, width = (int(length) for length in sizes[0])
+        return ImageTokens(latents.shape[1], height * width, (height, width))
+    image = patches(model, arguments)
+    square = latents.shape[-2] == latents.shape[-1]
+    return image if square else replace(image, stream=model.max_seq)
+
+
+TWO_STREAMS = Layout(image_tokens=patches, fresh_outputs=True)
 
 LAYOUTS = {
-    "SD3Transformer2DModel": SD3,
-    "QwenImageTransformer2DModel": QWEN,
+    "SD3Transformer2DModel": replace(
+        TWO_STREAMS, family="Stable Diffusion 3, 3.5", blocks=("transformer_blocks.*",)
+    ),
+    "QwenImageTransformer2DModel": replace(
+        TWO_STREAMS,
+        family="Qwen-Image, Edit, Layered",
+        scheduler_timestep=times_1000,
+        guidance="sequential",
+        image_tokens=qwen_image_tokens,
+        blocks=("transformer_blocks.*",),
+    ),
+    # Before the output projection, the text is still there, before the image.
+    "CogView3PlusTransformer2DModel": replace(
+        TWO_STREAMS, family="CogView3-Plus", joint="text_first", blocks=("transformer_blocks.*",)
+    ),
+    "CogView4Transformer2DModel": replace(
+        TWO_STREAMS,
+        family="CogView4",
+        guidance="sequential",
+        joint="text_first",
+        blocks=("transformer_blocks.*",),
+    ),
+    # Register tokens go with the text.
+    "AuraFlowTransformer2DModel": replace(
+        TWO_STREAMS,
+        family="AuraFlow",
+        scheduler_timestep=times_1000,
+        joint="text_first",
+        blocks=("joint_transformer_blocks.*", "single_transformer_blocks.*"),
+    ),
+    "HiDreamImageTransformer2DModel": replace(
+        TWO_STREAMS,
+        family="HiDream-I1",
+        timestep="timesteps",
+        image_tokens=hidream_image_tokens,
+        joint="image_first",
+        blocks=("double_stream_blocks.*", "single_stream_blocks.*"),
+    ),
 }

@@ -1,0 +1,30 @@
+"""The image attends to itself and then to the text: all that the attention returns is image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..layouts import Layout
+from .grids import patches
+
+
+def adapt_sana(model: nn.Module, layout: Layout) -> Layout:
+    """Sana multiplies the timestep by a number of its configuration; Sprint gives 1 to 0.
+
+    Only the distilled Sprint models have guidance embeddings. Their 1 is rounded up a little.
+    """
+    if getattr(model.config, "guidance_embeds", False):
+        return replace(layout, scheduler_timestep=lambda value: min(value * 1000, 1000))
+    scale = float(getattr(model.config, "timestep_scale", 1.0))
+    return replace(layout, scheduler_timestep=lambda value: value / scale)
+
+
+IMAGE_ONLY = Layout(image_tokens=patches, blocks=("*.attn1", "*.attn2"), fresh_outputs=True)
+
+LAYOUTS = {
+    "PixArtTransformer2DModel": replace(IMAGE_ONLY, family="PixArt-alpha, -sigma"),
+    "SanaTransformer2DModel": replace(IMAGE_ONLY, family="Sana, Sana-Sprint", adapt=adapt_sana),
+    "HunyuanDiT2DModel": replace(IMAGE_ONLY, family="HunyuanDiT"),
+}

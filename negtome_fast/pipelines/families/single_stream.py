@@ -1,0 +1,83 @@
+"""One stream: image and text are one sequence in every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layouts import ImageTokens, Layout
+from .grids import patches
+
+
+def lumina2_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Each image follows the last valid token of its caption; the padding follows the image."""
+    lengths = arguments["encoder_attention_mask"].sum(dim=1).tolist()
+    return replace(patches(model, arguments), starts=tuple(int(length) for length in lengths))
+
+
+def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """`x`: (C, F, H, W) of each item; image and caption are padded to a multiple of 32 each.
+
+    The image comes first. In the omni model, `x` holds lists of images, None where there is none;
+    the last is generated, and all of them follow all captions.
+    """
+    multiple = 32
+    patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+
+    def tokens(image: torch.Tensor) -> tuple[int, int, int]:
+        frames, height, width = image.shape[-3:]
+        return frames // frame_patch, height // patch, width // patch
+
+    def padded(length: int) -> int:
+        return -(-length // multiple) * multiple
+
+    items = arguments["x"]
+    omni = isinstance(items[0], (list, tuple))
+    frames, height, width = tokens(items[0][-1] if omni else items[0])
+    count = frames * height * width
+    starts = None
+    if omni:
+        starts = tuple(
+            sum(padded(len(caption)) for caption in captions)
+            + sum(multiple if x is None else padded(math.prod(tokens(x))) for x in images[:-1])
+            for captions, images in zip(arguments["cap_feats"], items, strict=True)
+        )
+    return ImageTokens(count, count, (height, width), frames, starts)
+
+
+LAYOUTS = {
+    "Lumina2Transformer2DModel": Layout(
+        family="Lumina-Image 2.0",
+        scheduler_timestep=lambda value: (1 - value) * 1000,
+        guidance="sequential",
+        image_tokens=lumina2_image_tokens,
+        captions="encoder_attention_mask",
+        blocks=("layers.*",),
+        fresh_outputs=True,
+    ),
+    "ZImageTransformer2DModel": Layout(
+        family="Z-Image (Turbo, Omni)",
+        latents="x",
+        timestep="t",
+        scheduler_timestep=lambda value: (1 - value) * 1000,
+        image_tokens=z_image_tokens,
+        captions="cap_feats",
+        joint="image_first",
+        blocks=("layers.*",),
+        fresh_outputs=True,
+    ),
+    # Conditions and the time's token come first; the scheduler is inverted, 0 (noise) to 1.
+    "OmniGenTransformer2DModel": Layout(
+        family="OmniGen",
+        scheduler_timestep=lambda value: (1 - value) * 1000,
+        image_tokens=patches,
+        joint="text_first",
+        blocks=("layers.*",),
+        fresh_outputs=True,
+    ),
+}
