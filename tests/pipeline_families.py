@@ -198,16 +198,10 @@ def generate_kontext(
     return generate(pipe, images, size=size, steps=steps, cfg=cfg, captions=captions, seed=seed)
 
 
-def flux2(klein: bool) -> Any:
-    from diffusers import (
-        AutoencoderKLFlux2,
-        Flux2KleinPipeline,
-        Flux2Pipeline,
-        Flux2Transformer2DModel,
-    )
+def flux2_vae() -> nn.Module:
+    from diffusers import AutoencoderKLFlux2
 
-    settings = {**FLUX_SIZE, "axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 16}
-    vae = seeded(
+    return seeded(
         AutoencoderKLFlux2,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -216,10 +210,16 @@ def flux2(klein: bool) -> Any:
         latent_channels=4,
         norm_num_groups=2,
     )
+
+
+def flux2(klein: bool) -> Any:
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+
+    settings = {**FLUX_SIZE, "axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 16}
     return pipeline(
         Flux2KleinPipeline if klein else Flux2Pipeline,
         *("text_encoder", "tokenizer"),
-        vae=vae,
+        vae=flux2_vae(),
         scheduler=flow_scheduler(),
         transformer=seeded(Flux2Transformer2DModel, guidance_embeds=not klein, **settings),
     )
@@ -825,6 +825,249 @@ def generate_kolors(
     return loop(noise(images, seed, 4, size[0] // 8, size[1] // 8), predict, steps)
 
 
+def bria() -> Any:
+    from diffusers import AutoencoderKL, BriaPipeline, BriaTransformer2DModel
+
+    vae = AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0)
+    return pipeline(
+        BriaPipeline,
+        *("text_encoder", "tokenizer"),
+        vae=vae,
+        scheduler=flow_scheduler(),
+        transformer=seeded(BriaTransformer2DModel, **FLUX_SIZE),
+    )
+
+
+def bria_fibo() -> DenoiserLoop:
+    """Its pipeline takes no embeddings."""
+    from diffusers import BriaFiboTransformer2DModel
+
+    transformer = seeded(BriaFiboTransformer2DModel, text_encoder_dim=16, **FLUX_SIZE)
+    return DenoiserLoop(transformer, flow_scheduler())
+
+
+def generate_bria_fibo(
+    loop: DenoiserLoop,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+) -> Tensor:
+    height, width = size[0] // 16, size[1] // 16
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+    parts = 2 if cfg else 1
+    text = prompt(images, 16)
+    text = torch.cat([-text, text][-parts:])
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        prediction = loop.transformer(
+            hidden_states=latents.repeat(parts, 1, 1),
+            timestep=timestep.expand(parts * images),
+            encoder_hidden_states=text,
+            text_encoder_layers=[text] * 4,
+            txt_ids=torch.zeros(TEXT, 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        if not cfg:
+            return prediction
+        unconditioned, conditioned = prediction.chunk(2)
+        return unconditioned + 5 * (conditioned - unconditioned)
+
+    return loop(noise(images, seed, height * width, 16), predict, steps)
+
+
+def longcat() -> Any:
+    """It always encodes words, here in place of its text encoder."""
+    from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+
+    class Pipeline(LongCatImagePipeline):
+        def _encode_prompt(self, words: list[str]) -> Tensor:
+            return prompt(len(words), 16, seed=3 if words[0] else 4)
+
+    return pipeline(
+        Pipeline,
+        *("vae", "text_encoder", "tokenizer", "text_processor"),
+        scheduler=flow_scheduler(),
+        transformer=seeded(
+            LongCatImageTransformer2DModel,
+            pooled_projection_dim=16,
+            **{**FLUX_SIZE, "in_channels": 64},
+        ),
+    )
+
+
+def longcat_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    return {
+        "prompt": "a cat",
+        "num_images_per_prompt": images,
+        "guidance_scale": 4.0 if cfg else 1.0,
+        "enable_prompt_rewrite": False,
+    }
+
+
+def ovis() -> Any:
+    from diffusers import OvisImagePipeline, OvisImageTransformer2DModel
+
+    return pipeline(
+        OvisImagePipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=seeded(OvisImageTransformer2DModel, out_channels=16, **FLUX_SIZE),
+    )
+
+
+def hunyuan_image() -> Any:
+    from diffusers import (
+        AdaptiveProjectedMixGuidance,
+        HunyuanImagePipeline,
+        HunyuanImageTransformer2DModel,
+    )
+
+    transformer = seeded(
+        HunyuanImageTransformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(4, 4),
+    )
+    return pipeline(
+        HunyuanImagePipeline,
+        *("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+        guider=AdaptiveProjectedMixGuidance(),
+    )
+
+
+def generate_hunyuan_image(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    pipe.guider._enabled = cfg
+    text, mask = prompt(images, 16, max(captions)), caption_mask(captions)
+    encoded = {
+        f"{kind}prompt_embeds{what}{number}": mask if what else (-text if kind else text)
+        for kind in ("", "negative_")
+        for what in ("", "_mask")
+        for number in ("", "_2")
+    }
+    generate = runner(lambda *_: encoded)
+    return generate(pipe, images, size=size, steps=steps, cfg=cfg, captions=captions, seed=seed)
+
+
+def glm_image() -> Any:
+    from diffusers import GlmImagePipeline, GlmImageTransformer2DModel
+
+    transformer = seeded(
+        GlmImageTransformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=16,
+    )
+    return pipeline(
+        GlmImagePipeline,
+        *("vae", "text_encoder", "tokenizer", "processor", "vision_language_encoder"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def generate_glm_image(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    tokens = torch.arange(size[0] // 16 * (size[1] // 16)) % 16
+    generate = runner(guided_prompt_arguments, prior_token_ids=tokens.repeat(images, 1))
+    return generate(pipe, images, size=size, steps=steps, cfg=cfg, captions=captions, seed=seed)
+
+
+def krea2() -> Any:
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+
+    transformer = seeded(
+        Krea2Transformer2DModel,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return pipeline(
+        Krea2Pipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def krea2_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    text, mask = embeddings(1, max(captions), 2, 16), caption_mask(captions).bool()
+    text = text.repeat(images, 1, 1, 1)
+    negative = {"negative_prompt_embeds": -text, "negative_prompt_embeds_mask": mask}
+    return {
+        "prompt_embeds": text,
+        "prompt_embeds_mask": mask,
+        "guidance_scale": 4.0 if cfg else 0.0,
+        **(negative if cfg else {}),
+    }
+
+
+def ernie() -> Any:
+    from diffusers import ErnieImagePipeline, ErnieImageTransformer2DModel
+
+    transformer = seeded(
+        ErnieImageTransformer2DModel,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=16,
+        rope_axes_dim=(2, 2, 4),
+    )
+    return pipeline(
+        ErnieImagePipeline,
+        *("text_encoder", "tokenizer"),
+        vae=flux2_vae(),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def ernie_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    return {
+        "prompt_embeds": [embeddings(length, 16) for length in captions],
+        "negative_prompt_embeds": [embeddings(2, 16)] * images if cfg else None,
+        "guidance_scale": 4.0 if cfg else 1.0,
+    }
+
+
 UNET: dict[Size, set[Size]] = {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2)}}
 """Grids of UNets with attention at two resolutions."""
 
@@ -961,5 +1204,44 @@ FAMILIES: dict[str, Family] = {
         whole=False,
         several_captions=True,
         timesteps=lambda t: 1000 * (1 - t),
+    ),
+    "bria": Family("BriaTransformer2DModel", bria, runner(guided_prompt_arguments), PACKED),
+    "bria-fibo": Family(
+        "BriaFiboTransformer2DModel", bria_fibo, generate_bria_fibo, PACKED, whole=False
+    ),
+    "longcat": Family(
+        "LongCatImageTransformer2DModel",
+        longcat,
+        runner(longcat_arguments),
+        PACKED,
+    ),
+    "ovis": Family(
+        "OvisImageTransformer2DModel",
+        ovis,
+        runner(guided_prompt_arguments, negative_prompt=None),
+        PACKED,
+    ),
+    "hunyuan-image": Family(
+        "HunyuanImageTransformer2DModel",
+        hunyuan_image,
+        generate_hunyuan_image,
+        {(128, 192): {(4, 6)}, (320, 128): {(10, 4)}},
+        several_captions=True,
+    ),
+    "glm-image": Family(
+        "GlmImageTransformer2DModel",
+        glm_image,
+        generate_glm_image,
+        {(64, 96): {(4, 6)}, (96, 32): {(6, 2)}},
+    ),
+    "krea2": Family(
+        "Krea2Transformer2DModel", krea2, runner(krea2_arguments), PACKED, several_captions=True
+    ),
+    "ernie": Family(
+        "ErnieImageTransformer2DModel",
+        ernie,
+        runner(ernie_arguments),
+        PACKED,
+        several_captions=True,
     ),
 }

@@ -157,7 +157,7 @@ class PipelineClock:
 
         Inverted and consistency schedulers do not go from 1000 to 0.
         """
-        scheduler = getattr(self._pipe(), "scheduler", None)
+        scheduler: Any = getattr(self._pipe(), "scheduler", None)
         if not self.running or not hasattr(scheduler, "step_index"):
             return None
         first = getattr(scheduler, "begin_index", None) or 0

@@ -12,8 +12,14 @@ from ..layouts import ImageTokens
 
 
 def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, H, W), the first tensor of the arguments, in square patches, row by row."""
+    """Latents (B, C, H, W) or (B, C, F, H, W), the first tensor of the arguments, in patches.
+
+    The configuration's `patch_size` is a number, (height, width) or (frames, height, width).
+    """
     latents = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    patch = getattr(model.config, "patch_size", 1)
-    height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
-    return ImageTokens(height * width, height * width, (height, width))
+    size: Any = getattr(model.config, "patch_size", 1)
+    patch = (1, size, size) if isinstance(size, int) else (1, *size)[-3:]
+    frames = latents.shape[2] // patch[0] if latents.ndim == 5 else 1
+    height, width = latents.shape[-2] // patch[1], latents.shape[-1] // patch[2]
+    count = frames * height * width
+    return ImageTokens(count, count, (height, width), frames)

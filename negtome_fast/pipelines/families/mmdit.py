@@ -26,7 +26,8 @@ def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
         own = [own]
     layered = len(own) > 1 and getattr(model.config, "use_layer3d_rope", False)
     own = own[:-1] if layered else own[:1]
-    frames, height, width = sum(shape[0] for shape in own), *own[0][1:]
+    height, width = own[0][1:]
+    frames = sum(shape[0] for shape in own)
     return ImageTokens(stream, frames * height * width, (height, width), frames)
 
 
@@ -44,7 +45,8 @@ def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Imag
         return ImageTokens(latents.shape[1], height * width, (height, width))
     image = patches(model, arguments)
     square = latents.shape[-2] == latents.shape[-1]
-    return image if square else replace(image, stream=model.max_seq)
+    longest: Any = model.max_seq
+    return image if square else replace(image, stream=longest)
 
 
 TWO_STREAMS = Layout(image_tokens=patches, fresh_outputs=True)
@@ -79,6 +81,20 @@ LAYOUTS = {
         scheduler_timestep=times_1000,
         joint="text_first",
         blocks=("joint_transformer_blocks.*", "single_transformer_blocks.*"),
+    ),
+    "HunyuanImageTransformer2DModel": replace(
+        TWO_STREAMS,
+        family="HunyuanImage 2.1",
+        guidance="sequential",
+        blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    ),
+    "GlmImageTransformer2DModel": replace(
+        TWO_STREAMS,
+        family="GLM-Image",
+        scheduler_timestep=lambda value: value + 1,
+        guidance="sequential",
+        joint="text_first",
+        blocks=("transformer_blocks.*",),
     ),
     "HiDreamImageTransformer2DModel": replace(
         TWO_STREAMS,

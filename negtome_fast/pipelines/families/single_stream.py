@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import ImageTokens, Layout
+from ..layouts import ImageTokens, Layout, times_1000
 from .grids import patches
 
 
@@ -50,6 +50,14 @@ def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageToken
     return ImageTokens(count, count, (height, width), frames, starts)
 
 
+def krea2_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """`hidden_states` (B, N, C) and `position_ids` (text + N, 3) of (0, row, column)."""
+    count = arguments["hidden_states"].shape[1]
+    places = arguments["position_ids"][-count:, 1:]
+    height, width = (int(last) + 1 for last in places.amax(0).tolist())
+    return ImageTokens(count, count, (height, width) if height * width == count else None)
+
+
 LAYOUTS = {
     "Lumina2Transformer2DModel": Layout(
         family="Lumina-Image 2.0",
@@ -77,6 +85,22 @@ LAYOUTS = {
         scheduler_timestep=lambda value: (1 - value) * 1000,
         image_tokens=patches,
         joint="text_first",
+        blocks=("layers.*",),
+        fresh_outputs=True,
+    ),
+    "Krea2Transformer2DModel": Layout(
+        family="Krea 2",
+        scheduler_timestep=times_1000,
+        guidance="sequential",
+        image_tokens=krea2_image_tokens,
+        joint="text_first",
+        blocks=("transformer_blocks.*",),
+        fresh_outputs=True,
+    ),
+    "ErnieImageTransformer2DModel": Layout(
+        family="ERNIE-Image",
+        image_tokens=patches,
+        joint="image_first",
         blocks=("layers.*",),
         fresh_outputs=True,
     ),
