@@ -123,12 +123,11 @@ def guide_tokens(
             away from, -1 where it was left alone. The slot numbers the references an item sees:
             the external ones in order, for `"others"` the other items of the group in order.
     """
-    problem = _checked(x, reference, reference_mask, matching, groups)
-    if combine not in ("nearest", "sum"):
-        raise ValueError(f'combine must be "nearest" or "sum", got {combine!r}')
-    strength = _parameter("alpha", alpha, x, problem.slots)
-    limit = _parameter("threshold", threshold, x, problem.slots)
-    movable = _movable(x, source_mask, dropout, generator)
+    problem = check_problem(x, reference, reference_mask, matching, groups)
+    check_combine(combine)
+    strength = parameter_tensor("alpha", alpha, x, problem.slots)
+    limit = parameter_tensor("threshold", threshold, x, problem.slots)
+    movable = movable_tokens(x, source_mask, dropout, generator)
     ops.check_backend_name(backend)
     slots = problem.slots if combine == "sum" else 1
     if problem.mode == "first" and x.shape[0] == groups:
@@ -182,7 +181,7 @@ def match_tokens(
             `"first"`. For `"first"` and a single reference the token's number in `[0, M)`; for
             several references `reference * M + token`; for `"others"` `item * N + token`.
     """
-    problem = _checked(x, reference, reference_mask, "paper", groups)
+    problem = check_problem(x, reference, reference_mask, "paper", groups)
     ops.check_backend_name(backend)
     items, tokens = x.shape[:2]
     if (
@@ -214,7 +213,7 @@ def match_tokens(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Arguments in the form of the operators: references `(P, M, D)` or None, mask `(P, M)`."""
 
     reference: Tensor | None
@@ -237,9 +236,15 @@ def check_tokens(x: Tensor) -> None:
         raise ValueError(f"x has no channels: {tuple(x.shape)}")
 
 
-def _checked(
+def check_combine(combine: str) -> None:
+    """Raise `ValueError` where `combine` is not one of the two ways."""
+    if combine not in ("nearest", "sum"):
+        raise ValueError(f'combine must be "nearest" or "sum", got {combine!r}')
+
+
+def check_problem(
     x: Tensor, reference: Reference, mask: Tensor | None, matching: str, groups: int
-) -> _Problem:
+) -> Problem:
     check_tokens(x)
     items, tokens, _ = x.shape
     if matching not in ("paper", "official"):
@@ -266,10 +271,10 @@ def _checked(
             "groups have one each. Generate more images, or hand over a reference tensor"
         )
     mask = _mask("reference_mask", mask, x, [(tokens,), (1, tokens), (items, tokens)])
-    return _Problem(None, mask, reference, False, 1 if reference == "first" else size - 1)
+    return Problem(None, mask, reference, False, 1 if reference == "first" else size - 1)
 
 
-def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) -> _Problem:
+def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) -> Problem:
     items, tokens, channels = x.shape
     if reference.dim() not in (2, 3, 4):
         raise ValueError(
@@ -311,7 +316,7 @@ def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) 
     else:
         reference = reference.reshape(number, length, channels)
     mask = _mask("reference_mask", mask, x, shapes, rows=reference.shape[0])
-    return _Problem(reference, mask, "external", per_item, number)
+    return Problem(reference, mask, "external", per_item, number)
 
 
 def _mask(
@@ -336,7 +341,7 @@ def _mask(
     return mask.reshape(-1, mask.shape[-1]).expand(rows, -1).contiguous()
 
 
-def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:
+def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:
     """`alpha` or `threshold` as an fp32 tensor on x's device, `()` or `(slots,)`."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
@@ -381,7 +386,7 @@ def _is_real(value: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
-def _movable(
+def movable_tokens(
     x: Tensor, source_mask: Tensor | None, dropout: float, generator: torch.Generator | None
 ) -> Tensor | None:
     items, tokens = x.shape[:2]

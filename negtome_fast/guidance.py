@@ -11,12 +11,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .config import NegToMeConfig
 from .functional import guide_tokens
+
+if TYPE_CHECKING:
+    from .pipelines.parallel import TokenShards
 
 Grid = tuple[int, int]
 
@@ -161,19 +164,17 @@ class _BlockStatistics:
         matched: torch.Tensor | None = None,
     ) -> None:
         """Adds a call; `matched` (B, N) where one threshold a slot does not tell it."""
+        self.add_sums(*_sums(similarity, pushed, threshold, matched), grid)
+
+    def add_sums(self, counts: torch.Tensor, similarity: torch.Tensor, grid: Grid | None) -> None:
         self.calls += 1
         self.grid = grid
         if self.counts.device != similarity.device:  # the model was moved; what it counted stays
             with torch.inference_mode(False):
                 self.counts = self.counts.to(similarity.device)
                 self.similarity = self.similarity.to(similarity.device)
-        best = similarity.detach().amax(dim=1)
-        compared = best > -torch.inf
-        if matched is None:
-            matched = (similarity.detach() > threshold[..., None]).any(dim=1)
-        counts = [compared.sum(), matched.sum(), (pushed >= 0).any(dim=1).sum()]
-        self.counts += torch.stack(counts)
-        self.similarity += torch.where(compared, best, 0.0).sum()
+        self.counts += counts
+        self.similarity += similarity
 
     def row(self, block: str) -> BlockRow:
         tokens, matched, pushed = self.counts.tolist()
@@ -182,6 +183,32 @@ class _BlockStatistics:
         return BlockRow(
             block, self.grid, self.calls, tokens, matched * share, pushed * share, similarity
         )
+
+
+def _sums(
+    similarity: torch.Tensor,
+    pushed: torch.Tensor,
+    threshold: torch.Tensor,
+    matched: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers (3,) of tokens compared, matched and pushed, and the sum of their similarities."""
+    best = similarity.detach().amax(dim=1)
+    compared = best > -torch.inf
+    if matched is None:
+        matched = (similarity.detach() > threshold[..., None]).any(dim=1)
+    counts = [compared.sum(), matched.sum(), (pushed >= 0).any(dim=1).sum()]
+    return torch.stack(counts), torch.where(compared, best, 0.0).sum()
+
+
+@dataclass
+class _Share:
+    """What one rank counted in a block whose tokens are distributed over several."""
+
+    block: str
+    grid: Grid | None
+    counts: torch.Tensor
+    similarity: torch.Tensor
+    shards: TokenShards
 
 
 @dataclass
@@ -197,6 +224,7 @@ class _Step:
     recorded: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    shares: list[_Share] = field(default_factory=list)
 
 
 class Guidance:
@@ -311,7 +339,10 @@ class Guidance:
     def end_step(self, *, completed: bool = True) -> None:
         """Closes the forward; may be called at any time, with completed=False after an error."""
         step, self._step = self._step, None
-        if not completed or step is None or not step.active or step.guided_blocks:
+        if not completed or step is None or not step.active:
+            return
+        self._sum_over_ranks(step.shares)
+        if step.guided_blocks:
             return
         if step.skipped_blocks:
             self._warn(
@@ -377,6 +408,7 @@ class Guidance:
         block: str = "block",
         grid: Grid | None = None,
         inplace: bool = False,
+        shards: TokenShards | None = None,
     ) -> torch.Tensor:
         """The guided tokens; the argument itself where nothing is to be done.
 
@@ -385,6 +417,8 @@ class Guidance:
             block: the block's name, for the filter and the statistics.
             grid: (height, width) with N = height * width, if not that of the step.
             inplace: write into `image_tokens`, which then must be nobody else's.
+            shards: where the tokens are distributed over several ranks, of which this one has
+                `image_tokens`. All ranks must make the same calls; each one's summary is of all.
 
         Raises:
             RuntimeError: no step is open; or the references were not recorded in it.
@@ -408,7 +442,7 @@ class Guidance:
         step.guided_blocks += 1
         config = self.config
         if self.references:
-            return self._apply_references(step, image_tokens, block, grid, inplace)
+            return self._apply_references(step, image_tokens, block, grid, inplace, shards)
         if config.reference == "first" and image_tokens.shape[0] == step.groups:
             self._warn(
                 f"a batch of {step.groups} in {step.groups} group(s) has only reference items, so "
@@ -417,7 +451,8 @@ class Guidance:
             return image_tokens
         alpha, threshold = self._scalars_on(image_tokens.device)
         measure_only = config.alpha == 0
-        guided, similarity, pushed = guide_tokens(
+        guide = guide_tokens if shards is None else shards.guide_tokens
+        guided, similarity, pushed = guide(
             image_tokens,
             config.reference,
             alpha=alpha,
@@ -431,14 +466,26 @@ class Guidance:
             inplace=inplace and not measure_only,
             backend=config.backend,
         )
-        self._count(block, similarity, pushed, threshold, grid)
+        self._count(step, shards, block, grid, similarity, pushed, threshold)
         return image_tokens if measure_only else guided
 
-    def _count(self, block: str, similarity: torch.Tensor, *call: Any) -> None:
-        statistics = self._statistics.get(block)
-        if statistics is None:
-            statistics = self._statistics[block] = _BlockStatistics(similarity.device)
-        statistics.add(similarity, *call)
+    def _count(
+        self,
+        step: _Step,
+        shards: TokenShards | None,
+        block: str,
+        grid: Grid | None,
+        similarity: torch.Tensor,
+        pushed: torch.Tensor,
+        threshold: torch.Tensor,
+        matched: torch.Tensor | None = None,
+    ) -> None:
+        if shards is None:
+            statistics = self._statistics_of(block, similarity.device)
+            statistics.add(similarity, pushed, threshold, grid, matched)
+        else:
+            sums = _sums(similarity, pushed, threshold, matched)
+            step.shares.append(_Share(block, grid, *sums, shards))
 
     def _keep(self, step: _Step, image_tokens: torch.Tensor, block: str) -> None:
         which, groups = step.recording, step.groups
@@ -463,6 +510,7 @@ class Guidance:
         block: str,
         grid: Grid | None,
         inplace: bool,
+        shards: TokenShards | None,
     ) -> torch.Tensor:
         """Each group (B / groups, N, D) with the references' tokens (R, M, D) in its conditioning.
 
@@ -474,6 +522,8 @@ class Guidance:
                 "model on the references inside of `with guidance.record():` first"
             )
         references = step.kept[block].pop(0)
+        if shards is not None:
+            references = shards.gather(references.flatten(0, 1)).unflatten(0, references.shape[:2])
         if image_tokens.shape[0] % step.groups:
             raise ValueError(
                 f"the batch of {image_tokens.shape[0]} items does not divide into {step.groups} "
@@ -491,13 +541,14 @@ class Guidance:
             "combine": config.combine,
             "backend": config.backend,
         }
+        guide = guide_tokens if shards is None else shards.guide_tokens
         parts, matched = [], []
         for part, reference in zip(image_tokens.chunk(step.groups), references, strict=True):
             if config.combine == "nearest" and threshold.ndim and config.dropout > 0:
                 # What dropout spares does not tell which reference, and so which threshold, it met.
-                matched.append(guide_tokens(part, reference, **settings)[2])
+                matched.append(guide(part, reference, **settings)[2])
             parts.append(
-                guide_tokens(
+                guide(
                     part,
                     reference,
                     dropout=config.dropout,
@@ -507,11 +558,10 @@ class Guidance:
                 )
             )
         images, similarities, pushes = (_joined(column) for column in zip(*parts, strict=True))
+        told: torch.Tensor | None = None
         if config.combine == "nearest" and threshold.ndim:
-            told = (_joined(matched) if matched else pushes) >= 0
-            self._count(block, similarities, pushes, threshold, grid, told.any(dim=1))
-        else:
-            self._count(block, similarities, pushes, threshold, grid)
+            told = ((_joined(matched) if matched else pushes) >= 0).any(dim=1)
+        self._count(step, shards, block, grid, similarities, pushes, threshold, told)
         return image_tokens if inplace or measure_only else images
 
     def _masks_on(
@@ -545,6 +595,24 @@ class Guidance:
         """Reads the statistics from the device; the only call that waits for it."""
         rows = tuple(self._rows())
         return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
+
+    def _statistics_of(self, block: str, device: torch.device) -> _BlockStatistics:
+        if block not in self._statistics:
+            self._statistics[block] = _BlockStatistics(device)
+        return self._statistics[block]
+
+    def _sum_over_ranks(self, shares: list[_Share]) -> None:
+        """Adds what all ranks counted in this forward, in one exchange for all blocks.
+
+        Here and not when the summary is read, which one rank may do alone.
+        """
+        if not shares:
+            return
+        rows = [torch.cat([one.counts.double(), one.similarity.double()[None]]) for one in shares]
+        totals = shares[0].shards.sum(torch.stack(rows))
+        for one, total in zip(shares, totals, strict=True):
+            counts, similarity = total[:3].to(torch.int64), total[3].float()
+            self._statistics_of(one.block, total.device).add_sums(counts, similarity, one.grid)
 
     def _includes_block(self, block: str) -> bool:
         if block not in self._included:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negtome_fast import reference as oracle
-from negtome_fast.functional import _checked
+from negtome_fast.functional import check_problem
 from negtome_fast.kernels.pairing import Pairing
 
 NOTHING = float("-inf")
@@ -46,7 +46,7 @@ class Problem:
         self.matching = arguments.get("matching", "paper")
         self.combine = arguments.get("combine", "nearest")
         groups = arguments.get("groups", 1)
-        checked = _checked(
+        checked = check_problem(
             self.x,
             arguments.get("reference", "first"),
             arguments.get("reference_mask"),

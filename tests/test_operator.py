@@ -10,7 +10,7 @@ from oracle import Problem, bits
 
 import negtome_fast as nf
 from negtome_fast import ops
-from negtome_fast.functional import _checked, guide_tokens
+from negtome_fast.functional import check_problem, guide_tokens
 
 
 def runs_on(case: Case, backend: str) -> bool:
@@ -38,7 +38,7 @@ def test_output_is_right(case: Case, backend: str, poisoned: None) -> None:
 def test_match_is_right(case: Case, backend: str, poisoned: None) -> None:
     x, arguments = case.make(DEVICE)
     groups, matching = arguments.get("groups", 1), arguments.get("matching", "paper")
-    p = _checked(
+    p = check_problem(
         x, arguments.get("reference", "first"), arguments.get("reference_mask"), matching, groups
     )
     similarity, index = ops.match(

@@ -15,6 +15,7 @@ from ..config import NegToMeConfig
 from ..guidance import Guidance, GuidanceSummary
 from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
+from .parallel import refuse_tensor_parallel
 from .references import Reference, References
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -106,8 +107,8 @@ def apply_negtome(
     Raises:
         TypeError: `pipe` is neither a pipeline nor a model.
         ValueError: it is guided already; a block filter matches nothing; a cache is enabled; the
-            model's class is unknown and cannot be served; an override has an unknown name; a
-            reference cannot be read or encoded. The pipeline is left as it was.
+            model is tensor-parallel; its class is unknown and cannot be served; an override has an
+            unknown name; a reference cannot be read or encoded. The pipeline is left as it was.
         FileNotFoundError: the file of a reference does not exist.
     """
     models, is_pipeline = _denoisers(pipe)
@@ -118,6 +119,7 @@ def apply_negtome(
                 "first"
             )
         refuse_cache(model)
+        refuse_tensor_parallel(model)
     layouts = [layout_of(model) for model in models]
     if config is None:
         preset = layouts[0].preset

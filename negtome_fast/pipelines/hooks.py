@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import NOISE, NegToMeConfig
 from ..guidance import Guidance, read_timestep
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
+from .parallel import TokenShards, refuse_tensor_parallel, token_shards
 from .references import References, refuse_stateful, select_items, with_latents
 
 MOST_GROUPS = 3
@@ -247,6 +248,7 @@ class ModelHooks:
         self._captions: Any = _NEVER  # the argument that `_run_tokens` were found with
         # Of the forward that is going on, or of the grid module inside it.
         self._tokens: ImageTokens | None = None
+        self._shards: TokenShards | None = None
         self._exclusive: frozenset[nn.Module] = frozenset()
         self._compiled = False
 
@@ -326,6 +328,7 @@ class ModelHooks:
         self._notice_run(timestep, tuple(latents.shape))
         config = self.guidance.config
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
+            refuse_tensor_parallel(model)
             self._groups = config.groups or self._count_groups(model, latents)
             self._captions = _NEVER
         active = self.guidance.begin_step(
@@ -341,6 +344,7 @@ class ModelHooks:
                 self._captions = captions
                 self._run_tokens = self.layout.image_tokens(model, arguments)
             self._tokens = self._run_tokens
+            self._shards = token_shards(model, self.layout, self._run_tokens)
             self._hook_projections()
             self._exclusive = self._find_exclusive()
             _open.hooks = self
@@ -408,7 +412,7 @@ class ModelHooks:
         self._forget_forward(completed=output is not None)
 
     def _forget_forward(self, completed: bool) -> None:
-        self._tokens = _open.hooks = None
+        self._tokens = self._shards = _open.hooks = None
         self.guidance.end_step(completed=completed)
 
     def _before_grid(
@@ -505,14 +509,16 @@ class ModelHooks:
             videos = tokens.reshape(self._shape[0], -1, tokens.shape[2])
             guided = self.guide_block(videos, number, all_image, inplace)
             return tokens if guided is videos else guided.reshape(tokens.shape)
-        grid = self._tokens.grid if self._tokens else None
-        starts, count = self._image_places(tokens, block, all_image)
+        shards = self._shards_of(module)
+        known = shards.image if shards else self._tokens
+        grid = known.grid if known else None
+        starts, count = self._image_places(tokens, known, block, all_image)
         if min(starts) != max(starts):
             return self._guide_scattered(tokens, block, starts, count)
         start, stop = starts[0], starts[0] + count
         whole = (start, stop) == (0, tokens.shape[1])
         image = tokens if whole else tokens[:, start:stop]
-        guided = self.guidance.apply(image, block=block, grid=grid, inplace=inplace)
+        guided = self.guidance.apply(image, block=block, grid=grid, inplace=inplace, shards=shards)
         if guided is image:
             return tokens
         if whole:
@@ -539,11 +545,18 @@ class ModelHooks:
         guided = self.guidance.apply(image, block=block, grid=grid)
         return tokens if guided is image else tokens.scatter(1, places, guided)
 
+    def _shards_of(self, module: nn.Module) -> TokenShards | None:
+        """How the tokens are distributed that are guided at a block; None where they are not."""
+        shards = self._shards
+        if shards is None or (module in shards.gathered and self._projection_of(module) is None):
+            return None
+        return shards
+
     def _image_places(
-        self, tokens: torch.Tensor, block: str, all_image: bool
+        self, tokens: torch.Tensor, image: ImageTokens | None, block: str, all_image: bool
     ) -> tuple[tuple[int, ...], int]:
         """Where the image begins in each item (one number if it is the same), and its length."""
-        image, length = self._tokens, tokens.shape[1] if tokens.ndim == 3 else -1
+        length = tokens.shape[1] if tokens.ndim == 3 else -1
         if image is None and all_image and length >= 0:
             return (0,), length
         if image is not None and length == image.stream:
