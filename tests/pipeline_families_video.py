@@ -107,17 +107,51 @@ def skyreels() -> Any:
     )
 
 
+def skyreels_diffusion_forcing() -> Any:
+    """A time for each frame."""
+    from diffusers import (
+        SkyReelsV2DiffusionForcingPipeline,
+        SkyReelsV2Transformer3DModel,
+        UniPCMultistepScheduler,
+    )
+
+    return quiet(
+        SkyReelsV2DiffusionForcingPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+            ),
+            transformer=seeded(SkyReelsV2Transformer3DModel, **WAN),
+        )
+    )
+
+
 def generate_wan(
-    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+    pipe: Any,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+    **more: Any,
 ) -> Tensor:
     text = prompt(images, 16)
     return pipe(
+        **more,
         prompt_embeds=text,
         negative_prompt_embeds=-text if cfg else None,
         guidance_scale=3.0 if cfg else 1.0,
         num_frames=4 * FRAMES - 3,
         **common(images, size, steps, seed),
     ).frames
+
+
+def generate_skyreels_diffusion_forcing(pipe: Any, images: int, **settings: Any) -> Tensor:
+    return generate_wan(pipe, images, **settings, prompt=None, base_num_frames=4 * FRAMES - 3)
 
 
 def wan_vae() -> Any:
@@ -960,6 +994,13 @@ FAMILIES: dict[str, Family] = {
         FRAMES - 1,
     ),
     "skyreels": Family("SkyReelsV2Transformer3DModel", skyreels, generate_wan, GRIDS, FRAMES),
+    "skyreels diffusion forcing": Family(
+        "SkyReelsV2Transformer3DModel",
+        skyreels_diffusion_forcing,
+        generate_skyreels_diffusion_forcing,
+        GRIDS,
+        FRAMES,
+    ),
     "hunyuan video": Family(
         "HunyuanVideoTransformer3DModel",
         hunyuan_video,

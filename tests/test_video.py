@@ -12,12 +12,20 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 import pipeline_families_video as families
+from diffusers import (
+    CosmosTransformer3DModel,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    UNetSpatioTemporalConditionModel,
+)
+from pipeline_families import DenoiserLoop, embeddings, noise, seeded
 
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import ImageTokens, negtome_guidance
 from negtome_fast.pipelines.families.video import given_tokens, ltx_tokens, video_tokens
 
+IMAGES = 3
 ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
 SIZE = (64, 96)
 FRAME = 4 * 6
@@ -189,3 +197,100 @@ def test_times_of_frames_and_of_tokens_tell_what_is_given(shape: tuple[int, ...]
 @pytest.mark.parametrize("timestep", [torch.zeros(2), torch.full((2, 1), 900.0), 900, None])
 def test_one_time_for_all_gives_nothing_away(timestep: Any) -> None:
     assert given_tokens(timestep, 12) == 0
+
+
+def stable_video() -> tuple[DenoiserLoop, Any]:
+    """The input image is in four more channels, and zero in the unconditional half."""
+    unet = seeded(
+        UNetSpatioTemporalConditionModel,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2,
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",) * 2,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        num_frames=families.FRAMES,
+    )
+    scheduler = EulerDiscreteScheduler(timestep_type="continuous", sigma_max=700.0, sigma_min=0.002)
+    loop = DenoiserLoop(unet, scheduler)
+    image = embeddings(1, families.FRAMES, 4, 8, 12).repeat(IMAGES, 1, 1, 1, 1)
+
+    def run() -> Tensor:
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            scaled = scheduler.scale_model_input(latents, timestep)
+            given = torch.cat([torch.zeros_like(image), image])
+            output = unet(
+                torch.cat([torch.cat([scaled] * 2), given], dim=2),
+                timestep,
+                encoder_hidden_states=embeddings(1, 1, 16).repeat(2 * IMAGES, 1, 1),
+                added_time_ids=torch.tensor([[6.0, 127.0, 0.02]]).repeat(2 * IMAGES, 1),
+                return_dict=False,
+            )[0]
+            return output.chunk(2)[0] * -1 + output.chunk(2)[1] * 2
+
+        with torch.no_grad():
+            return loop(noise(IMAGES, 7, families.FRAMES, 4, 8, 12) * 700, predict, 4)
+
+    return loop, run
+
+
+def cosmos() -> tuple[DenoiserLoop, Any]:
+    """The first frame is given."""
+    transformer = seeded(
+        CosmosTransformer3DModel,
+        **families.HEADS,
+        in_channels=5,
+        out_channels=4,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        concat_padding_mask=False,  # it would need torchvision
+        extra_pos_embed_type=None,
+    )
+    loop = DenoiserLoop(transformer, EDMEulerScheduler())
+    mask = torch.zeros(IMAGES, 1, families.FRAMES, 8, 12)
+    mask[:, :, 0] = 1
+
+    def run() -> Tensor:
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            return transformer(
+                hidden_states=loop.scheduler.scale_model_input(latents, timestep),
+                timestep=timestep.expand(IMAGES),
+                encoder_hidden_states=embeddings(1, 5, 16).repeat(IMAGES, 1, 1),
+                condition_mask=mask,
+                return_dict=False,
+            )[0]
+
+        with torch.no_grad():
+            return loop(noise(IMAGES, 7, 4, families.FRAMES, 8, 12) * 80, predict, 4)
+
+    return loop, run
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "frames"), [(stable_video, 2, 3), (cosmos, 1, 2)], ids=["svd", "cosmos"]
+)
+def test_without_timesteps_the_window_is_in_steps(make: Any, groups: int, frames: int) -> None:
+    """Their schedulers give logarithms of the noise."""
+    pipe, run = make()
+    before = run()
+    expected = r"does not count .* use a share .* steps=\(0"
+    with negtome_guidance(pipe, ALWAYS), pytest.raises(ValueError, match=expected):
+        run()
+    with negtome_guidance(pipe, ALWAYS, steps=(0.25, 0.75)) as handle:
+        guided = run()
+    summary = handle.summary()
+    assert (summary.forwards, summary.guided, summary.groups) == (4, 2, groups)
+    for row in summary.rows:
+        assert row.grid is not None
+        assert row.tokens == 2 * groups * (IMAGES - 1) * frames * row.grid[0] * row.grid[1]
+    assert {row.grid for row in summary.rows} == ({(8, 12), (4, 6)} if groups == 2 else {(4, 6)})
+    assert torch.equal(guided[0], before[0])
+    assert all(not torch.equal(guided[i], before[i]) for i in (1, 2))
+    assert torch.equal(run(), before)

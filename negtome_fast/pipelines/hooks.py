@@ -134,6 +134,15 @@ class PipelineClock:
         timesteps = self._read_timesteps()
         return timesteps[step] if step < len(timesteps) else None
 
+    def counts_from_1000(self) -> bool:
+        """Whether timesteps are on that scale: EDM schedulers have logarithms of the noise."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        config = getattr(scheduler, "config", None)
+        logarithmic = getattr(config, "timestep_type", None) == "continuous"
+        if logarithmic or getattr(config, "sigma_data", None) is not None:
+            return False
+        return max(self._read_timesteps(), default=NOISE) <= NOISE + 1
+
     def locate(self, timestep: float, rounding: float) -> tuple[float, int, int] | None:
         """The exact timestep, the index of its step and the number of steps of the run.
 
@@ -604,6 +613,13 @@ class ModelHooks:
         timestep: float | None
         if self.layout.scheduler_timestep is None:
             timestep = self._clock.current() if self._clock else None
+            counted = self.guidance.config.steps is not None
+            if self._clock and not counted and not self._clock.counts_from_1000():
+                raise ValueError(
+                    f"{self.model_name}: its scheduler does not count timesteps from 1000 to 0, "
+                    "so t_start and t_end mean nothing; use a share of the steps, as in "
+                    "steps=(0.0, 0.25)"
+                )
         else:
             given = arguments.get(self.layout.timestep)
             timestep = None
@@ -643,9 +659,12 @@ class ModelHooks:
         if self._clock is not None and self._clock.guides_classifier_free() is False:
             return 1
         # InstructPix2Pix and inpainting append channels that differ between the parts.
-        channels = getattr(getattr(model, "config", None), "out_channels", None)
+        config = getattr(model, "config", None)
+        channels = getattr(config, "out_channels", None)
         if latents.ndim == 4 and isinstance(channels, int):
             latents = latents[:, :channels]
+        elif latents.ndim == 5 and latents.shape[2] == getattr(config, "in_channels", None):
+            latents = latents[:, :, :channels]
         for groups in range(2, MOST_GROUPS + 1):
             if latents.shape[0] % groups == 0:
                 first, *others = latents.chunk(groups)

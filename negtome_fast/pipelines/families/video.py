@@ -139,6 +139,23 @@ def frame_unet_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     return video_tokens(arguments["sample"].shape[2:], (1, 1, 1))
 
 
+def stable_video_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents (B, F, C, H, W)."""
+    frames, _, height, width = arguments["sample"].shape[1:]
+    return video_tokens((frames, height, width), (1, 1, 1))
+
+
+def cosmos_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Latents (B, C, F, H, W); `condition_mask` (B, 1, F, H, W) is 1 in frames that are given."""
+    size, mask = arguments["hidden_states"].shape[2:], arguments.get("condition_mask")
+    whole = video_tokens(size, model.config.patch_size)
+    if mask is None:
+        return whole
+    generated = mask[0, 0].flatten(1).amin(1) < 1
+    given = int(generated.int().argmax())
+    return video_tokens(size, model.config.patch_size, given * whole.stream // whole.frames)
+
+
 def _wan_like(family: str, image_tokens: Counter = wan_tokens, **settings: Any) -> Layout:
     return Layout(
         family=family,
@@ -172,13 +189,15 @@ def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
     )
 
 
-def _frame_unet(family: str) -> Layout:
+def _frame_unet(
+    family: str, image_tokens: Counter = frame_unet_tokens, grid: str = "Transformer2DModel"
+) -> Layout:
     """A UNet for images with attention along time added to it."""
     return Layout(
         family=family,
         latents="sample",
-        image_tokens=frame_unet_tokens,
-        grid_modules=("Transformer2DModel",),
+        image_tokens=image_tokens,
+        grid_modules=(grid,),
         blocks=("*.attentions.*.attn1", "*.attentions.*.attn2"),
         fresh_outputs=True,
         preset="sdxl",
@@ -220,4 +239,20 @@ LAYOUTS = {
     ),
     "UNetMotionModel": _frame_unet("AnimateDiff"),
     "UNet3DConditionModel": _frame_unet("ModelScope text-to-video, Zeroscope"),
+    # The pipelines of these two have schedulers of several scales of time.
+    "UNetSpatioTemporalConditionModel": replace(
+        _frame_unet(
+            "Stable Video Diffusion (windows in steps)",
+            stable_video_tokens,
+            "TransformerSpatioTemporalModel",
+        ),
+        scheduler_timestep=None,
+    ),
+    "CosmosTransformer3DModel": Layout(
+        family="Cosmos 1, 2, 2.5 (windows in steps where the scheduler has no timesteps)",
+        scheduler_timestep=None,
+        guidance="sequential",
+        image_tokens=cosmos_tokens,
+        blocks=("transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
+    ),
 }
