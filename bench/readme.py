@@ -1,12 +1,14 @@
 """`python -m bench.readme`: writes the tables of README.md from the files in bench/results/.
 
 A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; a missing file reads "not
-measured". With --check nothing is written, and a table that is not up to date exits with 1.
+measured". That of the supported models comes from the layouts and the families of the tests. With
+--check nothing is written, and a table that is not up to date exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -199,6 +201,61 @@ def end_to_end_table(record: dict[str, Any]) -> str:
     return table + (f"\n\nNot measured: {left_out}." if left_out else "") + f"\n\n{_origin(record)}"
 
 
+def image_place(layout: Any) -> str:
+    """Where the image lies in an attention output that is one tensor."""
+    if layout.grid_modules:
+        return "all, a grid for each resolution"
+    if layout.joint is None:
+        return "after each caption" if layout.captions else "all"
+    return "after the text" if layout.joint == "text_first" else "before the text"
+
+
+def tested_as(tests: Sequence[Any]) -> str:
+    """What the tests run of the pipelines of one class: they name them where that differs."""
+    kinds = {
+        kind: ", ".join(dict.fromkeys(test.note for test in tests if test.whole is whole))
+        for kind, whole in (("whole pipeline", True), ("denoiser alone", False))
+        if any(test.whole is whole for test in tests)
+    }
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    named = (f"{kind} ({names})" if names else kind for kind, names in kinds.items())
+    return "; ".join(named) or "not run"
+
+
+def families_table() -> str:
+    """The classes of denoisers that are known: one a row, in the order of the code."""
+    from negtome_fast.pipelines import known_layouts
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        modules = [
+            importlib.import_module(name)
+            for name in ("pipeline_families", "pipeline_families_video")
+        ]
+    finally:
+        sys.path.remove(str(ROOT / "tests"))
+    tests = [family for module in modules for family in module.FAMILIES.values()]
+    rows = [
+        [
+            layout.family,
+            f"`{name}`",
+            image_place(layout),
+            "one batch" if layout.guidance == "concatenated" else "one call each",
+            tested_as([test for test in tests if test.model == name]),
+        ]
+        for name, layout in known_layouts().items()
+    ]
+    header = (
+        "family",
+        "denoiser",
+        "image tokens in the attention output",
+        "guidance halves",
+        "tested as",
+    )
+    return _markdown(header, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "cpu": ("cpu.json", speed_table),
@@ -219,8 +276,11 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     def replace(found: re.Match[str]) -> str:
         name = found["name"]
+        if name == "families":
+            return f"<!-- begin: families -->\n{families_table()}\n<!-- end: families -->"
         if name not in TABLES:
-            raise ValueError(f"README marks the table {name!r}; known: {', '.join(TABLES)}")
+            known = ", ".join((*TABLES, "families"))
+            raise ValueError(f"README marks the table {name!r}; known: {known}")
         file, table = TABLES[name]
         path = results / file
         body = "not measured"

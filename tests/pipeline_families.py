@@ -37,7 +37,7 @@ class Family:
         cfg: whether it has classifier-free guidance.
         several_captions: whether the captions of one batch may have different lengths.
         timesteps: from those of the scheduler to 1000 (noise) to 0, where they differ.
-        note: what the table of supported models should say about the test, if anything.
+        note: name in the table of supported models, where a class is tested in several ways.
     """
 
     model: str
@@ -1092,7 +1092,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "sd3": Family("SD3Transformer2DModel", sd3, runner(pooled_arguments), PACKED),
     "qwen": Family(
-        "QwenImageTransformer2DModel", qwen, runner(qwen_arguments), PACKED, several_captions=True
+        "QwenImageTransformer2DModel",
+        qwen,
+        runner(qwen_arguments),
+        PACKED,
+        several_captions=True,
+        note="Qwen-Image",
     ),
     "qwen-edit": Family(
         "QwenImageTransformer2DModel",
@@ -1102,6 +1107,7 @@ FAMILIES: dict[str, Family] = {
         whole=False,
         cfg=False,
         several_captions=True,
+        note="Edit",
     ),
     "chroma": Family(
         "ChromaTransformer2DModel",

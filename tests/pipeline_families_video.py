@@ -1008,6 +1008,7 @@ FAMILIES: dict[str, Family] = {
         GRIDS,
         FRAMES,
         several_captions=True,
+        note="text-to-video",
     ),
     "hunyuan video image-to-video": Family(
         "HunyuanVideoTransformer3DModel",
@@ -1018,6 +1019,7 @@ FAMILIES: dict[str, Family] = {
         whole=False,
         cfg=False,
         several_captions=True,
+        note="image-to-video",
     ),
     "framepack": Family(
         "HunyuanVideoFramepackTransformer3DModel",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +18,18 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 import pipeline_families
-from pipeline_families import TEXT, Family
+from pipeline_families import TEXT, Family, embeddings, noise
 
+from bench import readme
 from negtome_fast.config import NegToMeConfig
-from negtome_fast.pipelines import apply_negtome, known_layouts, negtome_guidance
+from negtome_fast.functional import negtome
+from negtome_fast.pipelines import (
+    apply_negtome,
+    known_layouts,
+    layouts,
+    negtome_guidance,
+    register_layout,
+)
 
 FAMILIES: dict[str, Family] = dict(pipeline_families.FAMILIES)
 if find_spec("pipeline_families_video"):
@@ -225,3 +236,60 @@ def image_places(name: str, blocks: tuple[str, ...], size: tuple[int, int]) -> d
 
 def test_every_family_is_in_the_table() -> None:
     assert {family.model for family in FAMILIES.values()} <= set(known_layouts())
+
+
+def test_the_table_of_the_readme_tells_what_is_tested() -> None:
+    rows = {line.split(" | ")[1]: line for line in readme.families_table().splitlines()[2:]}
+    assert set(rows) == {f"`{name}`" for name in known_layouts()}
+    for family in FAMILIES.values():
+        kind = "whole pipeline" if family.whole else "denoiser alone"
+        assert kind in rows[f"`{family.model}`"] and family.note in rows[f"`{family.model}`"]
+    untested = set(known_layouts()) - {family.model for family in FAMILIES.values()}
+    assert all(rows[f"`{name}`"].endswith("| not run |") for name in untested)
+
+
+class Attention(nn.Module):
+    """Returns what it is given, which makes the expected result easy to write down."""
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        return torch.cat([text, image], dim=1)
+
+
+class MyTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": Attention()}) for _ in range(2)])
+
+    def forward(self, latents: Tensor, text: Tensor, time: float) -> Tensor:
+        image = nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            text, image = block["attn"](text, image).split([text.shape[1], image.shape[1]], dim=1)
+        return torch.cat([text, image], dim=1)
+
+
+def examples() -> dict[str, str]:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    docstring = inspect.getdoc(register_layout) or ""
+    return {
+        name: next(b for b in re.findall(r"```python\n(.*?)```", t, re.DOTALL) if "MyTr" in b)
+        for name, t in (("README", text), ("docstring", docstring))
+    }
+
+
+@pytest.mark.parametrize("name", ["README", "docstring"])
+def test_the_example_of_register_layout_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts._LAYOUTS))
+    exec(examples()[name], {})
+    latents = noise(IMAGES, 0, 4, 4, 6)
+    text = embeddings(1, TEXT, 16).repeat(IMAGES, 1, 1)
+    model = MyTransformer()
+    with negtome_guidance(model, threshold=0.1, t_end=500) as handle:
+        early, late = model(latents, text, 0.9), model(latents, text, 0.4)
+    image = nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(late, torch.cat([text, image], dim=1))
+    guided = negtome(negtome(image, threshold=0.1), threshold=0.1)
+    torch.testing.assert_close(early, torch.cat([text, guided], dim=1))
+    assert [(row.block, row.grid) for row in handle.summary().rows] == [
+        ("blocks.0.attn", (2, 3)),
+        ("blocks.1.attn", (2, 3)),
+    ]

@@ -133,14 +133,24 @@ def register_layout(model_class: type | str, layout: Layout) -> None:
     """Makes a class of denoisers known to `apply_negtome`; an entry of the same name is replaced.
 
     ```python
-    register_layout("MyTransformer", Layout(
-        latents="hidden_states", timestep="timestep",
-        scheduler_timestep=lambda t: t * 1000,          # this model is given t / 1000
-        guidance="sequential",
-        image_tokens=lambda model, arguments: ImageTokens(
-            arguments["hidden_states"].shape[1], arguments["hidden_states"].shape[1]),
-        joint="text_first",
-    ))
+    from negtome_fast.pipelines import ImageTokens, Layout, register_layout
+
+    def image_tokens(model, arguments):  # the arguments of the model's forward, by name
+        height, width = (length // 2 for length in arguments["latents"].shape[-2:])
+        return ImageTokens(height * width, height * width, grid=(height, width))
+
+    register_layout(
+        "MyTransformer",  # the class or its name
+        Layout(
+            latents="latents",
+            timestep="time",
+            scheduler_timestep=lambda time: 1000 * time,  # it is given 1 (noise) to 0
+            guidance="sequential",  # one call for each half of classifier-free guidance
+            image_tokens=image_tokens,
+            joint="text_first",  # its attention returns text and image as one tensor
+            blocks=("blocks.*",),
+        ),
+    )
     ```
 
     Args:

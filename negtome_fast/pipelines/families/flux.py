@@ -49,13 +49,13 @@ BRIA = replace(BUILT_LIKE_FLUX, scheduler_timestep=as_it_is, guidance="concatena
 LAYOUTS = {
     "FluxTransformer2DModel": replace(
         BUILT_LIKE_FLUX,
-        family="FLUX.1 (dev, schnell, Kontext, Fill, Krea)",
+        family="FLUX.1 (dev, schnell, Kontext)",
         preset="flux",
         encode=encoders.PACKED,
     ),
     "Flux2Transformer2DModel": replace(BUILT_LIKE_FLUX, family="FLUX.2 (dev, Klein)"),
     "ChromaTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Chroma"),
-    "LongCatImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="LongCat-Image, Edit"),
+    "LongCatImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="LongCat-Image"),
     "OvisImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Ovis-Image"),
     "BriaTransformer2DModel": replace(BRIA, family="Bria 3.2"),
     "BriaFiboTransformer2DModel": replace(BRIA, family="Bria FIBO"),
