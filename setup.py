@@ -43,11 +43,13 @@ FAISS = ["faiss-cpu>=1.8"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.11",
+    "peft>=0.17",
     "pre-commit>=3.5",
     "pytest>=8.0",
     "pytest-benchmark>=4.0",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
+    "torchao>=0.13",
 ]
 
 setup(

@@ -7,11 +7,12 @@ from outside of the batch take a forward of their own first, inside of `record`.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -22,6 +23,35 @@ if TYPE_CHECKING:
     from .pipelines.parallel import TokenShards
 
 Grid = tuple[int, int]
+T = TypeVar("T")
+_counting = threading.Lock()
+
+
+class Here(threading.local):
+    """What `PerThread` attributes of one object hold; a copy of it holds nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class PerThread(Generic[T]):
+    """An attribute that each thread has its own of: threads may be in different steps.
+
+    Its object has a `_here`.
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, _: type | None = None) -> T:
+        value: T = getattr(owner._here, self._name, self._default)
+        return value
+
+    def __set__(self, owner: Any, value: T) -> None:
+        setattr(owner._here, self._name, value)
 
 
 @dataclass(frozen=True)
@@ -265,6 +295,9 @@ class Guidance:
             `matching="official"` the tokens that may move.
     """
 
+    _step = PerThread[_Step | None](None)
+    _generators = PerThread[dict[torch.device, torch.Generator] | None](None)
+
     def __init__(
         self, config: NegToMeConfig | None = None, references: Sequence[ReferenceSettings] = ()
     ) -> None:
@@ -272,18 +305,21 @@ class Guidance:
             config = NegToMeConfig()
         if not isinstance(config, NegToMeConfig):
             raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
-        self.config = config
         self.references = tuple(references)
-        self._alphas = self._setting("alpha")
-        self._thresholds = self._setting("threshold")
+        self.configure(config)
         self._masks: dict[tuple[int, Grid, torch.device], torch.Tensor] = {}
-        self._step: _Step | None = None
-        self._scalars: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._included: dict[str, bool] = {}
+        self._here = Here()
         self._warned: set[str] = set()
         self.reference_mask: Callable[[Grid], torch.Tensor] | None = None
         self.reset()
+
+    def configure(self, config: NegToMeConfig) -> None:
+        """Other settings from the next step on; the statistics stay."""
+        self.config = config
+        self._alphas = self._setting("alpha")
+        self._thresholds = self._setting("threshold")
+        self._scalars: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._included: dict[str, bool] = {}
 
     def reset(self) -> None:
         """Forgets the statistics."""
@@ -297,7 +333,7 @@ class Guidance:
 
         Each warning is given once per run.
         """
-        self._generators.clear()
+        self._generators = None
         self._warned.clear()
 
     def begin_step(
@@ -330,10 +366,11 @@ class Guidance:
         active = self.config.includes_step(timestep, step, num_steps, tolerance or 0.0)
         groups = self.config.groups or groups
         self._step = _Step(active, groups, grid)
-        self._forwards += 1
-        if active:
-            self._guided += 1
-            self._groups = groups
+        with _counting:
+            self._forwards += 1
+            if active:
+                self._guided += 1
+                self._groups = groups
         return active
 
     def end_step(self, *, completed: bool = True) -> None:
@@ -481,8 +518,9 @@ class Guidance:
         matched: torch.Tensor | None = None,
     ) -> None:
         if shards is None:
-            statistics = self._statistics_of(block, similarity.device)
-            statistics.add(similarity, pushed, threshold, grid, matched)
+            with _counting:
+                statistics = self._statistics_of(block, similarity.device)
+                statistics.add(similarity, pushed, threshold, grid, matched)
         else:
             sums = _sums(similarity, pushed, threshold, matched)
             step.shares.append(_Share(block, grid, *sums, shards))
@@ -652,9 +690,12 @@ class Guidance:
     def _generator_on(self, device: torch.device) -> torch.Generator | None:
         if self.config.dropout == 0:
             return None
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
-        return self._generators[device]
+        generators = self._generators
+        if generators is None:
+            generators = self._generators = {}
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(self.config.seed)
+        return generators[device]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

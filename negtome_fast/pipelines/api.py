@@ -55,6 +55,37 @@ class NegToMeHandle:
         """What the guidance did in all calls since it was applied or reset; `print` it."""
         return self.guidance.summary()
 
+    def update(self, config: NegToMeConfig | None = None, **overrides: Any) -> None:
+        """Changes the settings from the next step on; may be called between the steps of a run.
+
+        Compiled code stays in use, unless other blocks or another placement are chosen.
+
+        ```python
+        for alpha in (0.3, 0.6, 0.9):
+            handle.update(alpha=alpha)
+            images = pipe(prompt, num_images_per_prompt=4).images
+        ```
+
+        Args:
+            config: the settings; if None, those in use.
+            **overrides: fields of `NegToMeConfig` that replace those of `config`.
+
+        Raises:
+            RuntimeError: the guidance was removed.
+            TypeError, ValueError: as `apply_negtome`; the settings in use stay.
+        """
+        if not self.applied:
+            raise RuntimeError("the guidance was removed; apply_negtome puts it on again")
+        old = self.config
+        new = old if config is None else config
+        if not isinstance(new, NegToMeConfig):
+            raise TypeError(f"config must be a NegToMeConfig, not {type(new).__name__}")
+        new = new.with_overrides(**overrides)
+        chosen = [hooks.choose_blocks(new) for hooks in self._hooks]
+        self.guidance.configure(new)
+        for hooks, blocks in zip(self._hooks, chosen, strict=True):
+            hooks.guide(blocks, anew=new.placement != old.placement)
+
     def reset(self) -> None:
         """Forgets the statistics."""
         self.guidance.reset()
@@ -134,11 +165,6 @@ def apply_negtome(
         raise ValueError(
             f"{name} is not a known class, so the unit of its time input is not known; pass its "
             "pipeline, or describe it with negtome_fast.pipelines.register_layout"
-        )
-    if config.steps is not None and not is_pipeline:
-        raise ValueError(
-            f"steps={config.steps} needs the number of steps of a run, which a bare {name} does "
-            "not know; pass the pipeline, or use t_start and t_end"
         )
     references = None
     if reference is not None:

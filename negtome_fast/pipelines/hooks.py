@@ -24,7 +24,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..config import NOISE, NegToMeConfig
-from ..guidance import Guidance, read_timestep
+from ..guidance import Guidance, Here, PerThread, read_timestep
+from .compiled import OwnForward, forget_all, is_compiled, make_room
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
 from .parallel import TokenShards, refuse_tensor_parallel, token_shards
 from .references import References, refuse_stateful, select_items, with_latents
@@ -38,6 +39,7 @@ _NEVER = object()
 _outside_of_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 _open = threading.local()  # .hooks: those of the forward that this thread is in
 _installed: weakref.WeakSet[ModelHooks] = weakref.WeakSet()
+_installing = threading.RLock()
 
 
 class PipelineClock:
@@ -180,32 +182,39 @@ class PipelineClock:
         if not isinstance(source, torch.Tensor):
             return []
         if source is not self._source:
-            self._source, self._timesteps = source, source.tolist()
+            timesteps = source.tolist()
             scheduler = getattr(self._pipe(), "scheduler", None)
             if getattr(getattr(scheduler, "config", None), "invert_sigmas", False):  # Mochi
-                self._timesteps = [NOISE - timestep for timestep in self._timesteps]
-            self._first = len(self._timesteps)
+                timesteps = [NOISE - timestep for timestep in timesteps]
+            self._timesteps, self._first = timesteps, len(timesteps)
+            self._source = source  # last: another thread may look at it meanwhile
         return self._timesteps
 
 
 class RunWatch:
     """Tells the runs apart. The denoisers of a pipeline share one: they take part in one run."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        self._schedule: Any = None
-        self._last_timestep = -1.0
+    number = PerThread(0)
+    _schedule = PerThread[Any](None)
+    _last_timestep = PerThread(-1.0)
 
-    def notice(self, timestep: float, schedule: Any) -> bool:
+    def __init__(self) -> None:
+        self._here = Here()
+
+    def notice(self, timestep: float, schedule: Any, own: Callable[[], bool]) -> bool:
         """Whether a run begins with this forward.
 
         Args:
             timestep: of the forward, 1000 (noise) to 0.
             schedule: an object that is another one in every run; None where there is none.
+            own: whether the schedule is that of this thread's run. While a pipeline that shares
+                the model runs in another thread, it is not.
         """
         # Also where the run is known: a pipeline that shares this model has another scheduler.
         earlier, again = timestep > self._last_timestep, timestep == self._last_timestep
-        new = earlier or (again if schedule is None else schedule is not self._schedule)
+        if schedule is not None:
+            again = schedule is not self._schedule and own()
+        new = earlier or again
         self._schedule, self._last_timestep = schedule, timestep
         self.number += new
         return new
@@ -223,6 +232,17 @@ class ModelHooks:
         references: those from outside of the batch.
     """
 
+    # Of the run: looked at again when another one begins or the latents change their shape.
+    _run = PerThread(0)
+    _shape = PerThread[tuple[int, ...] | None](None)
+    _groups = PerThread[int | None](None)
+    _run_tokens = PerThread[ImageTokens | None](None)
+    _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
+    # Of the forward that is going on, or of the grid module inside it.
+    _tokens = PerThread[ImageTokens | None](None)
+    _shards = PerThread[TokenShards | None](None)
+    _exclusive = PerThread[frozenset[nn.Module]](frozenset())
+
     def __init__(
         self,
         model: nn.Module,
@@ -238,28 +258,17 @@ class ModelHooks:
         )
         self._references = references
         self.model_name = type(model).__name__
-        self.blocks = _guided_blocks(model, layout, config)
         self._model = model
         self._clock = clock
+        self._compiled = False
         self._signature = inspect.signature(type(model).forward)
         self._handles: list[RemovableHandle] = []
-        with torch.inference_mode(False):
-            self._numbers = {block: torch.tensor(i) for i, block in enumerate(self.blocks)}
-        self._places = tuple(self.blocks.items())
+        self._set_blocks(self.choose_blocks(config))
         self._projections: dict[nn.Module, nn.Module] = {}
         self._projection_handles: dict[nn.Module, RemovableHandle] = {}
-        # Of the run: looked at again when another one begins or the latents change their shape.
+        self._own_forwards: dict[nn.Module, OwnForward] = {}
         self._runs: RunWatch = peer._runs if peer else RunWatch()
-        self._run = 0
-        self._shape: tuple[int, ...] | None = None
-        self._groups: int | None = None
-        self._run_tokens: ImageTokens | None = None
-        self._captions: Any = _NEVER  # the argument that `_run_tokens` were found with
-        # Of the forward that is going on, or of the grid module inside it.
-        self._tokens: ImageTokens | None = None
-        self._shards: TokenShards | None = None
-        self._exclusive: frozenset[nn.Module] = frozenset()
-        self._compiled = False
+        self._here = Here()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
         memo[id(self)] = copied = object.__new__(type(self))
@@ -278,23 +287,26 @@ class ModelHooks:
         model = self._model
         try:
             hook = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            self._handles.append(hook)
-            self._handles.append(model.register_forward_hook(self._after_model, always_call=True))
+            self._keep(model, hook)
+            self._keep(model, model.register_forward_hook(self._after_model, always_call=True))
             for module in model.modules():
                 if type(module).__name__ in self.layout.grid_modules:
                     hook = module.register_forward_pre_hook(self._before_grid, with_kwargs=True)
-                    self._handles.append(hook)
+                    self._keep(module, hook)
             for block, number in self._numbers.items():
                 if self._projection_of(block) is None:
-                    hook = block.register_forward_hook(BlockHook(self, number))
-                    self._handles.append(hook)
+                    self._keep(block, block.register_forward_hook(BlockHook(self, number)))
             self._hook_projections()
         except BaseException:
             self.remove()
             raise
-        _installed.add(self)
-        self._compiled = compiled
-        self._forget_compiled_code()
+        with _installing:
+            _installed.add(self)
+        self._compiled = self._compiled or compiled
+        unseen = not all(own.seen for own in self._own_forwards.values())
+        if unseen and (self._compiled or is_compiled(model)):
+            forget_all()
+        make_room(model)
 
     def remove(self) -> None:
         """Takes every hook away; what `guidance` has counted stays readable."""
@@ -305,14 +317,48 @@ class ModelHooks:
             handle.remove()
         self._handles.clear()
         self._projection_handles.clear()
-        _installed.discard(self)
-        self._forget_compiled_code()
+        self._projections.clear()
+        for module in self._model.modules():
+            self._discard_hooks(module)
+        for own in self._own_forwards.values():
+            own.remove()
+        self._own_forwards.clear()
+        with _installing:
+            _installed.discard(self)
+        make_room(self._model)
 
-    def _forget_compiled_code(self) -> None:
-        """Has compiled code made anew: it does not look whether hooks came or went."""
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and (self._compiled or _is_compiled(self._model)):
-            dynamo.reset()
+    def choose_blocks(self, config: NegToMeConfig) -> dict[nn.Module, str]:
+        """The blocks that these settings guide; raises as `apply_negtome`."""
+        if config.steps is not None and self._clock is None:
+            raise ValueError(
+                f"steps={config.steps} needs the number of steps of a run, which a bare "
+                f"{self.model_name} does not know; pass the pipeline, or use t_start and t_end"
+            )
+        return _guided_blocks(self._model, self.layout, config)
+
+    def guide(self, blocks: dict[nn.Module, str], anew: bool) -> None:
+        """Guides these blocks from now on; `anew`: also where they are the same."""
+        if anew or blocks != self.blocks:
+            self.remove()
+            self._set_blocks(blocks)
+            self.install()
+
+    def _set_blocks(self, blocks: dict[nn.Module, str]) -> None:
+        self.blocks = blocks
+        with torch.inference_mode(False):
+            self._numbers = {block: torch.tensor(i) for i, block in enumerate(blocks)}
+        self._places = tuple(blocks.items())
+
+    def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
+        if module not in self._own_forwards:
+            self._own_forwards[module] = OwnForward(module)
+
+    def _discard_hooks(self, module: nn.Module) -> None:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, BlockHook) and hook.owner is self:
+                    del hooks[key]
 
     @property
     def installed(self) -> bool:
@@ -348,6 +394,7 @@ class ModelHooks:
             tolerance=rounding,
         )
         if active:
+            _refuse_recomputation(model)
             captions = arguments.get(self.layout.captions or "")
             if captions is not self._captions:
                 self._captions = captions
@@ -466,11 +513,17 @@ class ModelHooks:
             projection = self._projection_of(block)
             if projection is None or projection is self._projections.get(block):
                 continue
-            if block in self._projections:
-                self._projection_handles[block].remove()
-            hook = projection.register_forward_pre_hook(BlockHook(self, number))
-            self._projection_handles[block] = hook
-            self._projections[block] = projection
+            with _installing:
+                if block in self._projections:
+                    self._projection_handles[block].remove()
+                    self._own_forwards.pop(self._projections[block]).remove()
+                # What replaces a module may take its hooks over: quantization does so, and the
+                # other thread that was here first.
+                self._discard_hooks(projection)
+                self._own_forwards[projection] = OwnForward(projection)
+                hook = projection.register_forward_pre_hook(BlockHook(self, number))
+                self._projection_handles[block] = hook
+                self._projections[block] = projection
 
     def _find_exclusive(self) -> frozenset[nn.Module]:
         """The attention modules whose outputs nobody else can hold.
@@ -645,7 +698,9 @@ class ModelHooks:
         return timestep, None, None, rounding
 
     def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
-        if self._runs.notice(timestep, self._clock.run if self._clock else None):
+        clock = self._clock
+        schedule = clock.run if clock else None
+        if self._runs.notice(timestep, schedule, lambda: clock is not None and clock.running):
             self.guidance.begin_run()
             if self._references is not None:
                 self._references.begin_run()
@@ -713,7 +768,6 @@ torch.library.define(
 @torch.library.impl("negtome_fast::guide_block", "CompositeExplicitAutograd")
 def _guide_block(tokens: torch.Tensor, number: torch.Tensor, all_image: bool) -> torch.Tensor:
     hooks = _open.hooks
-    hooks._compiled = True
     guided = hooks.guide_block(tokens, number, all_image, inplace=False)
     return (tokens.clone() if guided is tokens else guided).contiguous()
 
@@ -743,16 +797,8 @@ def _differentiable(tensor: torch.Tensor) -> bool:
 
 def hooks_by_pipeline(pipe: Any) -> list[ModelHooks]:
     """The hooks that were installed through this pipeline, whatever model it holds now."""
-    return [hooks for hooks in _installed if hooks.belongs_to(pipe)]
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a part of it is: `module.compile()`, or a `forward` that is replaced."""
-    return any(
-        module._compiled_call_impl is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
+    with _installing:
+        return [hooks for hooks in _installed if hooks.belongs_to(pipe)]
 
 
 def refuse_cache(model: nn.Module) -> None:
@@ -761,6 +807,16 @@ def refuse_cache(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has a cache enabled, which would mix guided and unguided "
             "steps; call its disable_cache() before guiding it"
+        )
+
+
+def _refuse_recomputation(model: nn.Module) -> None:
+    """The backward pass would compute the blocks again when no step is open, without guidance."""
+    if torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(model).__name__} has gradient checkpointing enabled, which computes the blocks "
+            "again after the guided step is over; call its disable_gradient_checkpointing(), or "
+            "run it under torch.no_grad()"
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..guidance import ReferenceSettings
+from ..guidance import Here, PerThread, ReferenceSettings
 from .layouts import ImageTokens, Layout
 
 if TYPE_CHECKING:
@@ -110,14 +110,16 @@ class LoadedReference:
 class References:
     """The references of one guided model, and what is known of them in this run."""
 
+    # Of the run: clean latents and noise, both (1, ...) and wide, by the shape of the run.
+    _key = PerThread[tuple[Any, ...] | None](None)
+    _clean = PerThread[Sequence[Tensor]](())
+    _noise = PerThread[Sequence[Tensor]](())
+
     def __init__(self, references: Sequence[LoadedReference], layout: Layout, model: str) -> None:
         self._references = tuple(references)
         self._layout = layout
         self._model = model
-        # Of the run: clean latents and noise, both (1, ...) and wide, by the shape of the run.
-        self._key: tuple[Any, ...] | None = None
-        self._clean: list[Tensor] = []
-        self._noise: list[Tensor] = []
+        self._here = Here()
 
     @property
     def settings(self) -> tuple[ReferenceSettings, ...]:
