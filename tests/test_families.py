@@ -142,6 +142,45 @@ def test_the_time_that_the_model_is_given_is_read_in_timesteps(name: str) -> Non
     assert (handle.summary().guided, handle.summary().forwards) == (2, 3)
 
 
+def test_before_the_projection_as_many_tokens_are_guided(name: str) -> None:
+    with negtome_guidance(built(name), EVERY_TOKEN) as after:
+        generate(name, steps=1)
+    before = plain(name, False)
+    with negtome_guidance(built(name), EVERY_TOKEN, placement="pre_projection") as handle:
+        guided = generate(name)
+    assert torch.equal(guided[0], before[0])
+    assert all(not torch.equal(guided[i], before[i]) for i in range(1, IMAGES))
+    expected = {row.block: (row.grid, row.tokens // row.calls) for row in after.summary().rows}
+    rows = handle.summary().rows
+    assert {row.block: (row.grid, row.tokens // row.calls) for row in rows} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "projection", "attended"),
+    [
+        ("cogview4", "transformer_blocks.0.attn1", "to_out.0", None),
+        ("flux2", "single_transformer_blocks.1.attn", "to_out", 16),
+    ],
+)
+def test_the_image_in_front_of_a_projection(
+    name: str, block: str, projection: str, attended: int | None
+) -> None:
+    """CogView4 projects text and image at once, FLUX.2 also its feed-forward's channels."""
+
+    def push(module: nn.Module, args: Any) -> Any:
+        tokens = args[0].clone()
+        tokens[:, TEXT:, :attended] = negtome(tokens[:, TEXT:, :attended], threshold=0.1)
+        return (tokens,)
+
+    place = denoiser(built(name)).get_submodule(f"{block}.{projection}")
+    with place.register_forward_pre_hook(push):
+        expected = generate(name, steps=1)
+    settings: dict[str, Any] = {"placement": "pre_projection", "blocks": block}
+    with negtome_guidance(built(name), EVERY_TOKEN, threshold=0.1, **settings):
+        torch.testing.assert_close(generate(name, steps=1), expected)
+    assert not torch.equal(expected, generate(name, steps=1))
+
+
 def sizes() -> list[Any]:
     return [
         pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}")

@@ -566,6 +566,11 @@ class ModelHooks:
         """The attention tokens (B, S, D) of a block with their image part guided."""
         module, block = self._places[int(number)]
         inplace = inplace and module in self._exclusive
+        attended = self._attended_channels(module, tokens)
+        if attended < tokens.shape[2]:
+            part = tokens[..., :attended]
+            guided = self.guide_block(part, number, all_image, inplace=False)
+            return tokens if guided is part else torch.cat([guided, tokens[..., attended:]], dim=2)
         if self._holds_single_frames(tokens):
             assert self._shape is not None
             videos = tokens.reshape(self._shape[0], -1, tokens.shape[2])
@@ -586,6 +591,12 @@ class ModelHooks:
         if whole:
             return guided
         return torch.cat([tokens[:, :start], guided, tokens[:, stop:]], dim=1)
+
+    def _attended_channels(self, module: nn.Module, tokens: torch.Tensor) -> int:
+        """How many channels are attention: FLUX.2 projects those of the feed-forward with them."""
+        if self._projection_of(module) is None or not hasattr(module, "mlp_hidden_dim"):
+            return tokens.shape[2]
+        return min(int(getattr(module, "inner_dim", tokens.shape[2])), tokens.shape[2])
 
     def _holds_single_frames(self, tokens: torch.Tensor) -> bool:
         """Whether the items are the frames of the videos, in order: (B * F, H * W, D)."""
