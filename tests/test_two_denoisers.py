@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import ImageTokens, Layout, apply_negtome, layouts, remove_negtome
+from negtome_fast.pipelines.hooks import find_hooks
 
 HIDDEN = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -121,6 +123,21 @@ def test_either_may_be_missing(pipe: Pipeline, missing: str) -> None:
     assert handle.applied and hooks_on(pipe) > 0
     handle.remove()
     assert hooks_on(pipe) == 0
+
+
+def test_a_deep_copy_shares_a_state_of_its_own(pipe: Pipeline) -> None:
+    handle = apply_negtome(pipe, threshold=0.1, t_end=0)
+    expected = pipe()
+    copied = copy.deepcopy(pipe)
+    assert all(torch.equal(a, b) for a, b in zip(copied(), expected, strict=True))
+    first, second = (find_hooks(model) for model in (copied.transformer, copied.transformer_2))
+    assert first is not None and second is not None
+    assert first.guidance is second.guidance is not handle.guidance
+    # Those of the run before the copy was made, and its own.
+    assert (handle.summary().forwards, first.guidance.summary().forwards) == (4, 8)
+    remove_negtome(copied)
+    assert hooks_on(copied) == 0 and handle.applied
+    assert all(torch.equal(output, HIDDEN) for output in copied())
 
 
 def test_a_time_for_each_token_is_read_by_its_maximum(pipe: Pipeline) -> None:
