@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -1068,6 +1069,183 @@ def ernie_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
     }
 
 
+def flux2_klein_kv() -> Any:
+    from diffusers import Flux2KleinKVPipeline
+
+    pipe = flux2(klein=True)
+    return pipeline(
+        Flux2KleinKVPipeline,
+        *("text_encoder", "tokenizer"),
+        vae=pipe.vae,
+        scheduler=flow_scheduler(),
+        transformer=pipe.transformer,
+    )
+
+
+def generate_flux2_klein_kv(
+    pipe: Any, images: int, *, size: Size, steps: int, cfg: bool, captions: Any, seed: int
+) -> Tensor:
+    """The tokens of the image to edit come first, and only in the first step."""
+    from PIL import Image
+
+    generate = runner(prompt_arguments, image=Image.new("RGB", (64, 64), "red"))
+    return generate(pipe, images, size=size, steps=steps, cfg=cfg, captions=captions, seed=seed)
+
+
+def qwen_layered() -> DenoiserLoop:
+    transformer = qwen_transformer(use_layer3d_rope=True)
+    return DenoiserLoop(transformer, flow_scheduler())
+
+
+def generate_qwen_layered(
+    loop: DenoiserLoop,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+) -> Tensor:
+    """Two layers, then the picture that they are made of."""
+    height, width = size[0] // 16, size[1] // 16
+    given = embeddings(1, height * width, 16, seed=5).repeat(images, 1, 1)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        prediction = loop.transformer(
+            hidden_states=torch.cat([latents, given], dim=1),
+            timestep=timestep.expand(images) / 1000,
+            encoder_hidden_states=prompt(images, 16, max(captions)),
+            encoder_hidden_states_mask=caption_mask(captions),
+            img_shapes=[[(1, height, width)] * 3] * images,
+            return_dict=False,
+        )[0]
+        return prediction[:, : latents.shape[1]]
+
+    return loop(noise(images, seed, 2 * height * width, 16), predict, steps)
+
+
+def qwen21() -> Any:
+    from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+
+    transformer = seeded(
+        QwenImage21Transformer2DModel,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+    class Processor:
+        """Is asked for the template of prompts, which nothing here uses."""
+
+        tokenizer = SimpleNamespace(encode=lambda words: [0])
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+            return [[0]]
+
+    return pipeline(
+        QwenImage21Pipeline,
+        *("vae", "text_encoder"),
+        processor=Processor(),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def z_image_omni() -> DenoiserLoop:
+    transformer = z_image_transformer(siglip_feat_dim=16)
+    return DenoiserLoop(transformer, flow_scheduler())
+
+
+def generate_z_image_omni(
+    loop: DenoiserLoop,
+    images: int,
+    *,
+    size: Size,
+    steps: int,
+    cfg: bool,
+    captions: Any,
+    seed: int,
+) -> Tensor:
+    """A given image before the generated one; captions of several lengths before both."""
+    given = embeddings(4, 1, 4, 8, seed=5)
+    texts = [[embeddings(10 * length, 16), embeddings(3, 16)] for length in captions]
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        predictions = loop.transformer(
+            x=[[given, item[:, None]] for item in latents],
+            t=1 - timestep.expand(images) / 1000,
+            cap_feats=texts,
+            siglip_feats=[[embeddings(2, 2, 16), None]] * images,
+            image_noise_mask=[[0, 1]] * images,
+            return_dict=False,
+        )[0]
+        return -torch.stack(list(predictions))[:, :, 0]
+
+    return loop(noise(images, seed, 4, size[0] // 8, size[1] // 8), predict, steps)
+
+
+def prx() -> Any:
+    from diffusers import PRXPipeline, PRXTransformer2DModel
+
+    transformer = seeded(
+        PRXTransformer2DModel,
+        in_channels=4,
+        context_in_dim=16,
+        hidden_size=16,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
+    )
+    return pipeline(
+        PRXPipeline,
+        *("vae", "text_encoder", "tokenizer"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def nucleus() -> Any:
+    from diffusers import NucleusMoEImagePipeline, NucleusMoEImageTransformer2DModel
+
+    transformer = seeded(
+        NucleusMoEImageTransformer2DModel,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        moe_enabled=False,
+    )
+    return pipeline(
+        NucleusMoEImagePipeline,
+        *("vae", "text_encoder", "processor"),
+        scheduler=flow_scheduler(),
+        transformer=transformer,
+    )
+
+
+def qwen21_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    arguments = qwen_arguments(images, cfg, captions)
+    arguments["prompt_embeds_mask"] = arguments["prompt_embeds_mask"].bool()
+    if cfg:
+        arguments["negative_prompt_embeds_mask"] = arguments["prompt_embeds_mask"]
+    return arguments
+
+
+def nucleus_arguments(images: int, cfg: bool, captions: Any) -> dict[str, Any]:
+    arguments = qwen_arguments(images, cfg, captions)
+    arguments["guidance_scale"] = arguments.pop("true_cfg_scale", 1.0)
+    return arguments
+
+
 UNET: dict[Size, set[Size]] = {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2)}}
 """Grids of UNets with attention at two resolutions."""
 
@@ -1183,6 +1361,7 @@ FAMILIES: dict[str, Family] = {
         runner(z_image_arguments),
         PACKED,
         several_captions=True,
+        note="Z-Image",
     ),
     "auraflow": Family(
         "AuraFlowTransformer2DModel",
@@ -1247,6 +1426,53 @@ FAMILIES: dict[str, Family] = {
         "ErnieImageTransformer2DModel",
         ernie,
         runner(ernie_arguments),
+        PACKED,
+        several_captions=True,
+    ),
+    "flux2-klein-kv": Family(
+        "Flux2Transformer2DModel", flux2_klein_kv, generate_flux2_klein_kv, PACKED, cfg=False
+    ),
+    "qwen-layered": Family(
+        "QwenImageTransformer2DModel",
+        qwen_layered,
+        generate_qwen_layered,
+        PACKED,
+        frames=2,
+        whole=False,
+        cfg=False,
+        several_captions=True,
+        note="Layered",
+    ),
+    "qwen-2.1": Family(
+        "QwenImage21Transformer2DModel",
+        qwen21,
+        runner(qwen21_arguments),
+        {(64, 96): {(4, 6)}, (96, 32): {(6, 2)}},
+        several_captions=True,
+    ),
+    "z-image-omni": Family(
+        "ZImageTransformer2DModel",
+        z_image_omni,
+        generate_z_image_omni,
+        PACKED,
+        whole=False,
+        cfg=False,
+        several_captions=True,
+        note="Omni",
+    ),
+    # Its pipeline does classifier-free guidance for a single image only.
+    "prx": Family(
+        "PRXTransformer2DModel",
+        prx,
+        runner(without_binning),
+        PACKED,
+        cfg=False,
+        several_captions=True,
+    ),
+    "nucleus": Family(
+        "NucleusMoEImageTransformer2DModel",
+        nucleus,
+        runner(nucleus_arguments),
         PACKED,
         several_captions=True,
     ),

@@ -211,6 +211,18 @@ def test_the_guided_tokens_are_those_of_the_image(name: str, size: tuple[int, in
         assert row.tokens == row.calls * (IMAGES - 1) * tokens
 
 
+def test_each_half_of_guidance_has_captions_of_its_own() -> None:
+    """Lumina 2 is called once for each; the negative captions, which come last, are shorter."""
+    block = "layers.1.attn"
+    with recorded_outputs("lumina2", (block,)) as unguided, ExitStack() as stack:
+        stack.enter_context(negtome_guidance(built("lumina2"), EVERY_TOKEN))
+        guided = stack.enter_context(recorded_outputs("lumina2", (block,)))
+        generate("lumina2", steps=1, cfg=True, captions=(4, 6, 9))
+    moved = (guided[block] != unguided[block]).any(dim=-1)
+    places = [row.nonzero().flatten().tolist() for row in moved]
+    assert places == [[], list(range(5, 5 + 24)), list(range(3, 3 + 24))]
+
+
 def by_image(tokens: Tensor) -> Tensor:
     """(images, tokens, channels), where a block may have the frames of videos as items."""
     return tokens.reshape(IMAGES, -1, tokens.shape[-1])

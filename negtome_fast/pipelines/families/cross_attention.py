@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..layouts import Layout
-from .grids import patches
+from ..layouts import Layout, times_1000
+from .grids import patches, qwen_image_tokens
 
 
 def adapt_sana(model: nn.Module, layout: Layout) -> Layout:
@@ -27,4 +27,15 @@ LAYOUTS = {
     "PixArtTransformer2DModel": replace(IMAGE_ONLY, family="PixArt-alpha, -sigma"),
     "SanaTransformer2DModel": replace(IMAGE_ONLY, family="Sana, Sana-Sprint", adapt=adapt_sana),
     "HunyuanDiT2DModel": replace(IMAGE_ONLY, family="HunyuanDiT"),
+    "PRXTransformer2DModel": replace(
+        IMAGE_ONLY, family="PRX", scheduler_timestep=times_1000, blocks=("blocks.*",)
+    ),
+    "NucleusMoEImageTransformer2DModel": replace(
+        IMAGE_ONLY,
+        family="Nucleus-Image",
+        scheduler_timestep=times_1000,
+        guidance="sequential",
+        image_tokens=qwen_image_tokens,
+        blocks=("transformer_blocks.*",),
+    ),
 }

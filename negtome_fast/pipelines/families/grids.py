@@ -23,3 +23,22 @@ def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
     height, width = latents.shape[-2] // patch[1], latents.shape[-1] // patch[2]
     count = frames * height * width
     return ImageTokens(count, count, (height, width), frames)
+
+
+def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """`img_shapes`: for each item, (frames, rows, columns) of the image and of those to edit.
+
+    The layered model generates all but the last as the layers of one picture.
+    """
+    stream = arguments["hidden_states"].shape[1]
+    shapes = arguments.get("img_shapes")
+    if not shapes:
+        return ImageTokens(stream, stream)
+    own = shapes[0] if isinstance(shapes[0], (list, tuple)) and shapes[0] else shapes
+    if not isinstance(own[0], (list, tuple)):
+        own = [own]
+    layered = len(own) > 1 and getattr(model.config, "use_layer3d_rope", False)
+    own = own[:-1] if layered else own[:1]
+    height, width = own[0][1:]
+    frames = sum(shape[0] for shape in own)
+    return ImageTokens(stream, frames * height * width, (height, width), frames)

@@ -9,26 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..layouts import ImageTokens, Layout, times_1000
-from .grids import patches
+from .grids import patches, qwen_image_tokens
 
 
-def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """`img_shapes`: for each item, (frames, rows, columns) of the image and of those to edit.
-
-    The layered model generates all but the last as the layers of one picture.
-    """
-    stream = arguments["hidden_states"].shape[1]
-    shapes = arguments.get("img_shapes")
-    if not shapes:
-        return ImageTokens(stream, stream)
-    own = shapes[0] if isinstance(shapes[0], (list, tuple)) and shapes[0] else shapes
-    if not isinstance(own[0], (list, tuple)):
-        own = [own]
-    layered = len(own) > 1 and getattr(model.config, "use_layer3d_rope", False)
-    own = own[:-1] if layered else own[:1]
-    height, width = own[0][1:]
-    frames = sum(shape[0] for shape in own)
-    return ImageTokens(stream, frames * height * width, (height, width), frames)
+def qwen21_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Qwen-Image 2.1: images to edit stand in the text; the last of `img_shapes` is generated."""
+    frames, height, width = arguments["img_shapes"][0][-1]
+    count = frames * height * width
+    return ImageTokens(count, count, (height, width), frames)
 
 
 def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
@@ -61,6 +49,15 @@ LAYOUTS = {
         scheduler_timestep=times_1000,
         guidance="sequential",
         image_tokens=qwen_image_tokens,
+        blocks=("transformer_blocks.*",),
+    ),
+    "QwenImage21Transformer2DModel": replace(
+        TWO_STREAMS,
+        family="Qwen-Image 2.1",
+        scheduler_timestep=times_1000,
+        guidance="sequential",
+        image_tokens=qwen21_image_tokens,
+        joint="text_first",
         blocks=("transformer_blocks.*",),
     ),
     # Before the output projection, the text is still there, before the image.
