@@ -19,12 +19,25 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, FluxPipeline, FluxTransformer2DModel
 from diffusers.hooks import context_parallel
 from diffusers.models import attention_dispatch
+from diffusers.models._modeling_parallel import (
+    ContextParallelInput,
+    ContextParallelOutput,
+    ParallelConfig,
+)
 from pipelines_fixtures import flux_pipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from negtome_fast.functional import guide_tokens
-from negtome_fast.pipelines import ImageTokens, negtome_guidance
+from negtome_fast.pipelines import (
+    ImageTokens,
+    Layout,
+    apply_negtome,
+    negtome_guidance,
+    register_layout,
+)
 from negtome_fast.pipelines.parallel import TokenShards
 
 TIMEOUT = 300.0
@@ -263,3 +276,127 @@ def guided_flux(
         guided = run()
     summary = handle.summary().to_dict()
     return {"before": before, "guided": guided, "after": run(), "summary": summary}
+
+
+def edited_flux(parallel: dict[str, Any] | None) -> Tensor:
+    """What a FLUX predicts for 24 tokens that are generated and 24 of an input image."""
+    model = flux()[0].transformer
+    if parallel:
+        enable_context_parallel(model, **parallel)
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    own = torch.stack([torch.zeros(24), rows.flatten(), columns.flatten()], dim=1)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad(), negtome_guidance(model, threshold=0.2, t_end=0) as handle:
+        predicted: Tensor = model(
+            hidden_states=torch.randn(3, 48, 16, generator=random),
+            timestep=torch.ones(3),
+            encoder_hidden_states=torch.randn(1, 8, 16, generator=random).expand(3, -1, -1),
+            pooled_projections=torch.zeros(3, 16),
+            img_ids=torch.cat([own, own + torch.tensor([1.0, 0.0, 0.0])]),
+            txt_ids=torch.zeros(8, 3),
+            return_dict=False,
+        )[0]
+    assert [row.tokens for row in handle.summary().rows] == [48] * 4
+    return predicted
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_out = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.to_out[0](hidden_states)
+        return output
+
+
+class Gathering(nn.Module):
+    """Each of its attention modules splits the tokens and gathers them again."""
+
+    _parallel_config: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return hidden_states
+
+
+def gathering(parallel: bool, placement: str) -> Tensor:
+    """What it gives for three items of 10 tokens."""
+    count = ImageTokens(10, 10)
+    register_layout(Gathering, Layout(image_tokens=lambda model, arguments: count))
+    torch.manual_seed(0)
+    model, x = Gathering(), torch.randn(3, 10, 8)
+    if parallel:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
+        config = ContextParallelConfig(ulysses_degree=2, mesh=mesh)
+        model._parallel_config = ParallelConfig(context_parallel_config=config)
+        model._parallel_config.setup(dist.get_rank(), 2, torch.device("cpu"), mesh=mesh)
+        plan = {
+            "blocks.*": {"hidden_states": ContextParallelInput(split_dim=1)},
+            "blocks.0": ContextParallelOutput(gather_dim=1),
+            "blocks.1": ContextParallelOutput(gather_dim=1),
+        }
+        context_parallel.apply_context_parallel(model, config, plan)
+    settings = {"threshold": 0.1, "t_end": 0, "placement": placement}
+    with torch.no_grad(), negtome_guidance(model, **settings) as handle:
+        guided: Tensor = model(x, timestep=torch.tensor(1000.0))
+    assert [row.tokens for row in handle.summary().rows] == [20, 20]
+    return guided
+
+
+def unknown_places() -> str:
+    """The error of a FLUX whose image is split and whose text is not."""
+    pipe, generate = flux()
+    plan = {key: value for key, value in pipe.transformer._cp_plan.items() if key}
+    plan[""] = {
+        name: split
+        for name, split in pipe.transformer._cp_plan[""].items()
+        if name in ("hidden_states", "img_ids")
+    }
+    enable_context_parallel(pipe.transformer, plan, ulysses_degree=2)
+    return error_of(lambda: _guided(pipe, generate))
+
+
+def tensor_parallel() -> tuple[str, int]:
+    """The error of a FLUX with a projection whose channels are sharded, and the hooks it leaves."""
+    pipe, _ = flux()
+    mesh = init_device_mesh("cpu", (2,))
+    styles = {"transformer_blocks.0.attn.to_q": ColwiseParallel()}
+    parallelize_module(pipe.transformer, mesh, styles)
+
+    def hooks() -> int:
+        modules = list(pipe.transformer.modules())
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    before = hooks()
+    error = error_of(lambda: apply_negtome(pipe))
+    return error, hooks() - before
+
+
+def fully_sharded() -> Tensor:
+    """Guided latents of a FLUX whose parameters are distributed, and gathered where needed."""
+    pipe, generate = flux()
+    mesh = init_device_mesh("cpu", (2,))
+    model = pipe.transformer
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return _guided(pipe, generate)
+
+
+def _guided(pipe: Any, generate: Callable[..., Tensor]) -> Tensor:
+    with negtome_guidance(pipe, threshold=0.2, t_end=0):
+        return generate()
+
+
+def error_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "no error"

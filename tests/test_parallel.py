@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +19,9 @@ pytest.importorskip("diffusers")
 
 import parallel_ranks
 from parallel_ranks import on_ranks
+from pipelines_fixtures import flux_pipeline, generate
+
+from negtome_fast.pipelines import Reference, apply_negtome, split_with_reference
 
 ITEMS, TOKENS, CHANNELS = 4, 23, 8
 
@@ -111,6 +120,19 @@ CASES: dict[str, dict[str, Any]] = {
 CASES = {name: {"threshold": 0.3, **case} for name, case in CASES.items()}
 
 
+OTHERS: dict[int, dict[str, Any]] = {
+    2: {
+        "output": functools.partial(parallel_ranks.gathering, True, "output"),
+        "pre_projection": functools.partial(parallel_ranks.gathering, True, "pre_projection"),
+        "unknown places": parallel_ranks.unknown_places,
+        "edited": functools.partial(parallel_ranks.edited_flux, {"ulysses_degree": 2}),
+        "tensor parallel": parallel_ranks.tensor_parallel,
+        "fully sharded": parallel_ranks.fully_sharded,
+    },
+    4: {"edited": functools.partial(parallel_ranks.edited_flux, {"ulysses_degree": 4})},
+}
+
+
 @functools.cache
 def outcomes(ranks: int) -> list[dict[str, Any]]:
     """Of all cases, on each rank."""
@@ -118,6 +140,7 @@ def outcomes(ranks: int) -> list[dict[str, Any]]:
     for name, (wanted, case) in FLUX_CASES.items():
         if wanted == ranks:
             cases[name] = functools.partial(parallel_ranks.guided_flux, **case)
+    cases.update(OTHERS.get(ranks, {}))
     return on_ranks(ranks, parallel_ranks.every, cases)
 
 
@@ -150,14 +173,20 @@ def test_distributed_tokens_are_guided_as_in_one_process(name: str, ranks: int) 
 
 
 PAIR = {"ulysses_degree": 2}
+ANYTHING = {"ulysses_degree": 4, "ulysses_anything": True}
 UNEVEN = {"text": 5, "call": {"size": (48, 112)}}  # 21 image tokens
+REFERENCES = [
+    Reference(tokens(4, 8, 12, seed=4)),
+    Reference(tokens(4, 8, 12, seed=5), mask=tokens(64, 96) > 0, alpha=-0.3),
+]
+SHORT_REFERENCES = Reference(tokens(4, 6, 14, seed=4))
 FLUX_CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ulysses": (2, {"parallel": PAIR}),
     "ring": (2, {"parallel": {"ring_degree": 2}}),
     "ulysses, 4 ranks": (4, {"parallel": {"ulysses_degree": 4}}),
     "ring, 4 ranks": (4, {"parallel": {"ring_degree": 4}}),
     "both, 4 ranks": (4, {"parallel": {"ring_degree": 2, "ulysses_degree": 2}}),
-    "uneven ulysses": (4, {"parallel": {"ulysses_degree": 4, "ulysses_anything": True}, **UNEVEN}),
+    "uneven ulysses": (4, {"parallel": ANYTHING, **UNEVEN}),
     "uneven ring": (2, {"parallel": {"ring_degree": 2, "ring_anything": True}, **UNEVEN}),
     "others, guidance": (2, {"parallel": PAIR, "reference": "others", "call": {"cfg": True}}),
     "as the authors": (
@@ -166,6 +195,8 @@ FLUX_CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "groups, dropout": (2, {"parallel": PAIR, "groups": 2, "dropout": 0.5}),
     "alpha 0": (2, {"parallel": PAIR, "alpha": 0}),
+    "references": (2, {"parallel": PAIR, "reference": REFERENCES}),
+    "references, uneven": (4, {"parallel": ANYTHING, "reference": SHORT_REFERENCES, **UNEVEN}),
 }
 
 
@@ -194,3 +225,108 @@ def assert_equal_summaries(result: dict[str, Any], expected: dict[str, Any]) -> 
     assert [result[key] for key in ("forwards", "guided", "groups")] == [
         expected[key] for key in ("forwards", "guided", "groups")
     ]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_tokens_of_an_input_image_are_on_the_last_ranks(ranks: int) -> None:
+    """They are not guided; of 4 ranks two and of 2 ranks one hold nothing else."""
+    expected = parallel_ranks.edited_flux(None)
+    for predicted in on_each_rank(ranks, "edited"):
+        torch.testing.assert_close(predicted, expected)
+
+
+@pytest.mark.parametrize("placement", ["output", "pre_projection"])
+def test_attention_that_gathers_its_tokens_again_is_guided_where_it_has_them(
+    placement: str,
+) -> None:
+    expected = parallel_ranks.gathering(False, placement)
+    for guided in on_each_rank(2, placement):
+        torch.testing.assert_close(guided, expected)
+
+
+def test_a_plan_that_leaves_the_text_whole_is_refused() -> None:
+    for error in on_each_rank(2, "unknown places"):
+        assert "FluxTransformer2DModel" in error and "does not split the text" in error
+
+
+def test_tensor_parallelism_is_refused_and_nothing_left_behind() -> None:
+    for error, hooks in on_each_rank(2, "tensor parallel"):
+        assert "FluxTransformer2DModel is tensor-parallel" in error
+        assert "context parallelism" in error
+        assert hooks == 0
+
+
+def test_tensor_parallelism_that_comes_later_is_refused_too() -> None:
+    pipe = flux_pipeline()
+    handle = apply_negtome(pipe, t_end=0)
+    pipe.transformer._parallel_config = SimpleNamespace(tensor_parallel_config=object())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="tensor-parallel"):
+            generate(pipe)
+    handle.remove()
+
+
+def test_sharded_parameters_are_no_tensor_parallelism() -> None:
+    expected = parallel_ranks.guided_flux(None)["guided"]
+    for guided in on_each_rank(2, "fully sharded"):
+        torch.testing.assert_close(guided, expected)
+
+
+def test_shares_have_the_reference_and_every_other_item_once() -> None:
+    shares = [split_with_reference("abcdefgh", rank, 3) for rank in range(3)]
+    assert ["".join(share) for share in shares] == ["abcd", "aef", "agh"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 9])
+def test_shares_are_even(ranks: int) -> None:
+    shares = [split_with_reference(range(7), rank, ranks) for rank in range(ranks)]
+    assert [item for share in shares for item in share[1:]] == list(range(1, 7))
+    assert {share[0] for share in shares} == {0}
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_with_reference([5, 6, 7]) == [5, 6, 7]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert split_with_reference([5, 6, 7]) == [5, 7]
+
+
+def test_wrong_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank 2 is not one of 2"):
+        split_with_reference([1, 2], 2, 2)
+    with pytest.raises(ValueError, match="at least one item"):
+        split_with_reference([], 0, 1)
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "data_parallel.py"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Any]:
+    """Those of the example, by its function, in this process."""
+    spec = importlib.util.spec_from_file_location("data_parallel", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    images = example.generate(None, "a pixel art person", list(range(4)), 2, torch.device("cpu"))
+    return [np.asarray(image).astype(int) for image in images]
+
+
+@pytest.mark.parametrize("options", [[], ["--accelerate"]], ids=["torchrun", "accelerate"])
+def test_data_parallel_pictures_are_those_of_one_process(
+    options: list[str], pictures: list[Any], tmp_path: Path
+) -> None:
+    """Up to one level: a batch of another size rounds its products differently."""
+    from PIL import Image
+
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *(str(EXAMPLE), "--cpu", "--images=4", "--steps=2", f"--output={tmp_path}", *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(4)]
+    for number, expected in enumerate(pictures):
+        with Image.open(tmp_path / f"{number}.png") as image:
+            assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1

@@ -5,6 +5,7 @@ from . import families as _families
 from .api import NegToMeHandle, apply_negtome, negtome_guidance, remove_negtome
 from .encoders import Encoder
 from .layouts import ImageTokens, Layout, known_layouts, register_layout
+from .parallel import split_with_reference
 from .references import Reference
 
 del _families  # importing it fills the table
@@ -22,4 +23,5 @@ __all__ = [
     "negtome_guidance",
     "register_layout",
     "remove_negtome",
+    "split_with_reference",
 ]
