@@ -400,3 +400,27 @@ def error_of(action: Callable[[], Any]) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def family(name: str, parallel: dict[str, Any] | None) -> dict[str, Any]:
+    """As `guided_flux`, for an entry of the tables of families."""
+    from pipeline_families import FAMILIES
+    from pipeline_families_video import FAMILIES as VIDEO_FAMILIES
+
+    entry = {**FAMILIES, **VIDEO_FAMILIES}[name]
+    pipe = entry.build()
+    if parallel:
+        enable_context_parallel(pipe.transformer, **parallel)
+    size = next(iter(entry.grids))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return entry.generate(
+                pipe, 3, size=size, steps=2, cfg=False, captions=(5, 5, 5), seed=0
+            )
+
+    before = run()
+    with negtome_guidance(pipe, threshold=0.1, t_end=0) as handle:
+        guided = run()
+    summary = handle.summary().to_dict()
+    return {"before": before, "guided": guided, "after": run(), "summary": summary}

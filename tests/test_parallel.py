@@ -120,6 +120,8 @@ CASES: dict[str, dict[str, Any]] = {
 CASES = {name: {"threshold": 0.3, **case} for name, case in CASES.items()}
 
 
+FAMILIES = ("flux2", "qwen", "wan")
+BY_TWO = {"ulysses_degree": 2, "ulysses_anything": True}
 OTHERS: dict[int, dict[str, Any]] = {
     2: {
         "output": functools.partial(parallel_ranks.gathering, True, "output"),
@@ -128,6 +130,7 @@ OTHERS: dict[int, dict[str, Any]] = {
         "edited": functools.partial(parallel_ranks.edited_flux, {"ulysses_degree": 2}),
         "tensor parallel": parallel_ranks.tensor_parallel,
         "fully sharded": parallel_ranks.fully_sharded,
+        **{name: functools.partial(parallel_ranks.family, name, BY_TWO) for name in FAMILIES},
     },
     4: {"edited": functools.partial(parallel_ranks.edited_flux, {"ulysses_degree": 4})},
 }
@@ -206,10 +209,23 @@ def test_a_context_parallel_flux_is_guided_as_in_one_process(name: str) -> None:
     ranks, case = FLUX_CASES[name]
     expected = parallel_ranks.guided_flux(**{**case, "parallel": None})
     for result in on_each_rank(ranks, name):
-        torch.testing.assert_close(result["guided"], expected["guided"])
-        assert torch.equal(result["after"], result["before"])
-        assert unchanged(result) == unchanged(expected)
-        assert_equal_summaries(result["summary"], expected["summary"])
+        assert_equal_runs(result, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_context_parallel_families_are_guided_as_in_one_process(name: str) -> None:
+    """Those that diffusers has a plan for and the tests a pipeline."""
+    expected = parallel_ranks.family(name, None)
+    assert not any(unchanged(expected)[1:])
+    for result in on_each_rank(2, name):
+        assert_equal_runs(result, expected)
+
+
+def assert_equal_runs(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(result["guided"], expected["guided"])
+    assert torch.equal(result["after"], result["before"])
+    assert unchanged(result) == unchanged(expected)
+    assert_equal_summaries(result["summary"], expected["summary"])
 
 
 def unchanged(result: dict[str, Any]) -> list[bool]:
