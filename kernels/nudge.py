@@ -114,7 +114,7 @@ def nudge_kernel(
     # Descent on two numbers
     p = ss * 0.0
     q = ss * 0.0
-    taken = 0
+    taken = tl.full((), 0, tl.int32)
     active = finite
     converged = active & (not active)
     on_sphere = converged

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +252,17 @@ def test_compiles_to_one_graph_without_a_new_one_for_new_weights() -> None:
         expected = nudge(latents, undesired=points, beta=beta).latents * 2
         torch.testing.assert_close(step(latents, torch.tensor(beta, device=DEVICE)), expected)
     assert counter.frame_count == 1
+
+
+def test_the_kernel_compiles_for_every_target() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("nudge_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
 
 
 def test_it_is_public() -> None:
