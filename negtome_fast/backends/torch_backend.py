@@ -127,18 +127,22 @@ def match(
         for item in pairing.sources
         for slot in range(pairing.slots)
     ]
+    by_columns: dict[int, list[tuple[int, int, int]]] = {}
+    for pair in pairs:
+        by_columns.setdefault(pair[2] if matching == "paper" else pair[0], []).append(pair)
     (tokens, channels), width = x.shape[1:], _padded(max(reference.shape[1], x.shape[1]))
     elements = tokens * channels + width * channels + tokens * width
-    if x.device.type == "cpu" and pairs and len(pairs) * elements <= SMALL:
-        items, slots, others = torch.tensor(pairs).unbind(1)
-        found = _match_at_once(x, reference, items, others, reference_mask, matching)
+    even = len({len(members) for members in by_columns.values()}) == 1
+    if x.device.type == "cpu" and even and len(pairs) * elements <= SMALL:
+        ordered = [pair for members in by_columns.values() for pair in members]
+        items, slots, others = torch.tensor(ordered).unbind(1)
+        found = _match_at_once(
+            x, reference, list(by_columns), items, others, reference_mask, matching
+        )
         similarity[items, slots], index[items, slots] = found
         return similarity, index
 
     tiles = _Tiles(x, reference)
-    by_columns: dict[int, list[tuple[int, int, int]]] = {}
-    for pair in pairs:
-        by_columns.setdefault(pair[2] if matching == "paper" else pair[0], []).append(pair)
     for shared, members in by_columns.items():
         columns = reference[shared] if matching == "paper" else x[shared]
         allowed = None
@@ -171,32 +175,40 @@ def match(
 def _match_at_once(
     x: Tensor,
     reference: Tensor,
+    shared: list[int],
     items: Tensor,
     others: Tensor,
     reference_mask: Tensor | None,
     matching: str,
 ) -> tuple[Tensor, Tensor]:
-    """Similarity and index `(P, N)` of P pairs of items, as one batched product."""
-    dtype = compute_dtype(x.dtype)
-    rows, columns = x[items].to(dtype), reference[others].to(dtype)
-    gate = None if reference_mask is None else reference_mask[others]
-    if matching == "official":
-        rows, columns = columns, rows
+    """Similarity and index `(P, N)` of P pairs of items, as one batched product.
+
+    As many pairs in a row have each of the `shared` items for their columns.
+    """
+    dtype, paper = compute_dtype(x.dtype), matching == "paper"
+    columns = (reference if paper else x)[shared].to(dtype)
+    rows = (x[items] if paper else reference[others]).to(dtype)
     row_norm = torch.linalg.vector_norm(rows, dim=-1)
     column_norm = torch.linalg.vector_norm(columns, dim=-1)
     usable = column_norm.isfinite()
-    if gate is not None and matching == "paper":
-        usable = usable & gate
-    columns = torch.where(usable[..., None], columns / column_norm.clamp_min(EPSILON)[..., None], 0)
-    ragged = _padded(columns.shape[1]) - columns.shape[1]
-    columns, allowed = F.pad(columns, (0, 0, 0, ragged)), F.pad(usable, (0, ragged))
-    scores = torch.bmm(rows, columns.mT).masked_fill_(~allowed[:, None], NOTHING)
-    value, index = scores.max(dim=2)
+    if reference_mask is not None and paper:
+        usable = usable & reference_mask[shared]
+    columns, ragged = columns / column_norm.clamp_min(EPSILON)[..., None], -columns.shape[1] % RUN
+    if ragged:
+        columns, usable = F.pad(columns, (0, 0, 0, ragged)), F.pad(usable, (0, ragged))
+    if not bool(usable.all()):
+        columns.masked_fill_(~usable[..., None], 0)
+    scores = torch.bmm(rows.reshape(len(shared), -1, x.shape[2]), columns.mT)
+    if not bool(usable.all()):
+        scores.masked_fill_(~usable[:, None], NOTHING)
+    value, index = _row_maximum(scores.flatten(0, 1))
+    value, index = value.view(row_norm.shape), index.view(row_norm.shape)
     found = row_norm.isfinite() & (value > NOTHING)
-    if matching == "official":
-        found &= column_norm.isfinite() & row_norm.isfinite().gather(1, index)
-        if gate is not None:
-            found &= gate
+    if not paper:
+        found &= column_norm.isfinite().repeat_interleave(len(items) // len(shared), dim=0)
+        found &= row_norm.isfinite().gather(1, index.clamp_max(row_norm.shape[1] - 1))
+        if reference_mask is not None:
+            found &= reference_mask[others]
     similarity = value / row_norm.clamp_min(EPSILON)
     return similarity.where(found, NOTHING), index.where(found, -1)
 
@@ -267,16 +279,17 @@ def _push_at_once(
 ) -> None:
     """Move the tokens of all items whose entries of `flat` `(B, S, N)` are not negative."""
     tokens = reference.shape[1]
-    item = torch.arange(x.shape[0])[:, None]
-    original = x.to(alpha.dtype)
+    item, place = (flat >= 0).any(dim=1).nonzero().unbind(1)
+    original = x[item, place].to(alpha.dtype)
     moved = original
-    for number in flat.unbind(1):
+    for number in flat[item, :, place].unbind(1):
         slot, token = number.clamp_min(0) // tokens, number.clamp_min(0) % tokens
         chosen = reference[pairing.reference_item(item, slot), token]
-        step = (original - chosen.to(alpha.dtype)).mul_(alpha[slot][..., None])
-        moved = torch.where((number >= 0)[..., None], step.add_(moved), moved)
-    moves = (flat >= 0).any(dim=1)
-    out.copy_(torch.where(moves[..., None], moved.to(x.dtype), x))
+        step = (original - chosen.to(alpha.dtype)).mul_(alpha[slot][:, None])
+        moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)
+    if out is not x:
+        out.copy_(x)
+    out[item, place] = moved.to(x.dtype)
 
 
 def _push_item(
