@@ -2,8 +2,9 @@
 #   make demo     pictures with and without guidance, on the embedded model
 #   make test     the tests          make lint    ruff and mypy
 #   make bench    the benchmarks     make format  let ruff lay out the code
+#   make pictures the pictures of docs/applications.md
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (for demo, test, bench), PIP_ARGS;
+# Variables: PYTHON (default python3), ARGS (for demo, pictures, test, bench), PIP_ARGS;
 # PIP_ARGS adds options to pip, such as another package index.
 
 PYTHON ?= python3
@@ -13,12 +14,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo pictures test lint format bench clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 demo: $(VENV)/installed-demo
 	$(BIN)/negtome-fast demo $(ARGS)
+
+pictures: $(VENV)/installed-demo
+	$(BIN)/python docs/make_pictures.py $(ARGS)
 
 # One thread in each worker: more would only make the workers wait for each other.
 test: $(VENV)/installed-all

@@ -236,13 +236,14 @@ def generate_command(options: argparse.Namespace) -> int:
     else:
         settings = generate.Settings.from_record(record, **values, guidance=guidance)
     folder = folder or generate.new_folder()
-    warnings.showwarning = _one_line_warning
-    try:
-        result = generate.generate(settings, folder, overwrite=overwrite, progress=not quiet)
-    except KeyboardInterrupt:
-        if (folder / generate.RECORD).is_file():
-            print(f"what was finished is in {folder}", file=sys.stderr)
-        raise
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        try:
+            result = generate.generate(settings, folder, overwrite=overwrite, progress=not quiet)
+        except KeyboardInterrupt:
+            if (folder / generate.RECORD).is_file():
+                print(f"what was finished is in {folder}", file=sys.stderr)
+            raise
     for summary in result.record["summaries"]:
         total = summary["total"]
         print(

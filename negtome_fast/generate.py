@@ -70,13 +70,13 @@ APPLICATIONS: dict[str, Application] = {
     "avoid": Application(
         "away from a protected image",
         {"alpha": 0.9},
-        {"alpha": 0.9, "threshold": 0.65, "t_start": 1000, "t_end": 700},
+        {"alpha": 3.0, "threshold": 0.2, "t_start": 1000, "t_end": 400},
         references=True,
     ),
     "style": Application(
         "away from the style of an image",
         {"alpha": 0.9},
-        {"alpha": 0.9, "threshold": 0.5, "t_start": 1000, "t_end": 700},
+        {"alpha": 1.5, "threshold": 0.65, "t_start": 1000, "t_end": 700},
         references=True,
     ),
     "sharpen": Application(
@@ -88,7 +88,7 @@ APPLICATIONS: dict[str, Application] = {
     "interpolate": Application(
         "toward an image",
         {"alpha": -0.4},
-        {"alpha": -0.4, "threshold": 0.3, "t_start": 1000, "t_end": 700},
+        {"alpha": -0.6, "threshold": 0.3, "t_start": 1000, "t_end": 700},
         references=True,
     ),
 }

@@ -352,6 +352,18 @@ def test_several_prompts_have_the_first_image_as_reference(double: None) -> None
     assert all(not torch.equal(ours[i], plain[i]) for i in (1, 2, 3))
 
 
+def test_guidance_scale_has_their_default_and_positions_are_diffusers() -> None:
+    pipe, text = flux(), torch.zeros(2, TEXT, 16)
+    embeds = {"prompt_embeds": text, "pooled_prompt_embeds": text[:, 0], "output_type": "latent"}
+    with torch.no_grad():
+        pipe(height=32, width=32, num_inference_steps=1, **embeds)
+        assert pipe.guidance_scale == 7.0
+        pipe(None, None, None, None, 1.0, 32, 32, 1, None, 2.5, **embeds)
+        assert pipe.guidance_scale == 2.5
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heigth'"):
+        pipe(heigth=32, **embeds)
+
+
 # The reference picture -------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -103,6 +104,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
                 right; and whatever diffusers raises.
         """
         arguments = NegtomeArgs.of(negtome_args, self._without, type(self).__name__)
+        kwargs = _by_name(super().__call__, args, kwargs)
         embeds, length = kwargs.get("prompt_embeds"), kwargs.get("max_sequence_length", TEXT_TOKENS)
         length = length if embeds is None else embeds.shape[1]
         if arguments.num_lang_tokens not in (TEXT_TOKENS, length):
@@ -110,8 +112,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
                 f"num_lang_tokens={arguments.num_lang_tokens}, but the prompt has {length} tokens; "
                 "leave it out: the text is told from the image by the model's inputs"
             )
-        if len(args) < 11:  # its place in FluxPipeline's signature
-            kwargs.setdefault("guidance_scale", 7.0)
+        kwargs.setdefault("guidance_scale", 7.0)
         dtype = self.transformer.dtype if embeds is None else embeds.dtype
         config = None
         blocks = self._guided_blocks(arguments)
@@ -129,7 +130,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
             for name in ("height", "width")
         ]
         return self._guided_call(
-            functools.partial(super().__call__, *args, **kwargs),
+            functools.partial(super().__call__, **kwargs),
             arguments,
             config,
             self.transformer,
@@ -193,6 +194,7 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
                 right; and whatever diffusers raises.
         """
         arguments = NegtomeArgs.of(negtome_args, self._without, type(self).__name__)
+        kwargs = _by_name(super().__call__, args, kwargs)
         if kwargs.get("generator") is None:
             kwargs["generator"] = torch.Generator(self._execution_device).manual_seed(seed)
         blocks = ["up_blocks"] if arguments.blocks is None else arguments.blocks
@@ -217,7 +219,7 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
             return _resized(at_latents, grid).flatten() > 0
 
         return self._guided_call(
-            functools.partial(super().__call__, *args, **kwargs),
+            functools.partial(super().__call__, **kwargs),
             arguments,
             config,
             self.unet,
@@ -300,6 +302,15 @@ def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
             scheduler.step = real_step
         else:
             del scheduler.step
+
+
+def _by_name(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a pipeline's call by their names."""
+    given = dict(inspect.signature(call).bind_partial(*args, **kwargs).arguments)
+    further = given.pop("kwargs", {})
+    return {**given, **further}
 
 
 def _picture_of(arguments: NegtomeArgs) -> Any:
