@@ -495,14 +495,14 @@ class ModelHooks:
         tokens = frames * height * width
         self._tokens = ImageTokens(tokens, tokens, (height, width), frames)
 
-    def _after_attention(self, output: Any, number: torch.Tensor) -> Any:
+    def _after_attention(self, output: Any, number: torch.Tensor | int) -> Any:
         if not self.guidance.active:
             return None
         if isinstance(output, tuple):
             return (self._guide(output[0], number, True), *output[1:])
         return self._guide(output, number, False)
 
-    def _before_projection(self, args: tuple[Any, ...], number: torch.Tensor) -> Any:
+    def _before_projection(self, args: tuple[Any, ...], number: torch.Tensor | int) -> Any:
         if not self.guidance.active:
             return None
         return (self._guide(args[0], number, False), *args[1:])
@@ -553,7 +553,9 @@ class ModelHooks:
             return projection[0]
         return projection if isinstance(projection, nn.Module) else None
 
-    def _guide(self, tokens: torch.Tensor, number: torch.Tensor, all_image: bool) -> torch.Tensor:
+    def _guide(
+        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool
+    ) -> torch.Tensor:
         differentiable = _differentiable(tokens)
         if torch.compiler.is_compiling() and not differentiable:
             return torch.ops.negtome_fast.guide_block(tokens, number, all_image)
@@ -561,15 +563,21 @@ class ModelHooks:
 
     @_outside_of_graphs
     def guide_block(
-        self, tokens: torch.Tensor, number: torch.Tensor, all_image: bool, inplace: bool
+        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool, inplace: bool
     ) -> torch.Tensor:
-        """The attention tokens (B, S, D) of a block with their image part guided."""
+        """The attention tokens (B, S, D) of a block with their image part guided.
+
+        Args:
+            number: of the block; a tensor on the CPU where compiled code names it.
+            all_image: the tokens are all image, however many they are.
+            inplace: the tokens may be written into where the block's outputs are exclusive.
+        """
         module, block = self._places[int(number)]
         inplace = inplace and module in self._exclusive
         attended = self._attended_channels(module, tokens)
         if attended < tokens.shape[2]:
             part = tokens[..., :attended]
-            guided = self.guide_block(part, number, all_image, inplace=False)
+            guided = self.guide_block(part, number, all_image, inplace)
             return tokens if guided is part else torch.cat([guided, tokens[..., attended:]], dim=2)
         if self._holds_single_frames(tokens):
             assert self._shape is not None
@@ -584,6 +592,9 @@ class ModelHooks:
             return self._guide_scattered(tokens, block, starts, count)
         start, stop = starts[0], starts[0] + count
         whole = (start, stop) == (0, tokens.shape[1])
+        if not (whole or inplace or _differentiable(tokens) or self.guidance.recording):
+            # A copy of all tokens that is written into, rather than new images to join with text.
+            tokens, inplace = tokens.clone(), True
         image = tokens if whole else tokens[:, start:stop]
         guided = self.guidance.apply(image, block=block, grid=grid, inplace=inplace, shards=shards)
         if guided is image:
@@ -742,18 +753,20 @@ class ModelHooks:
 class BlockHook:
     """The hook after an attention module, or before its output projection.
 
-    One object per block, which differs from the others by a tensor only: compiled code that looks
-    at its hooks then serves all blocks.
+    One object per block, which for compiled code differs from the others by a tensor only: what
+    looks at its hooks then serves all blocks.
     """
 
     def __init__(self, owner: ModelHooks, number: torch.Tensor) -> None:
         self.owner = owner
         self.number = number
+        self.place = int(number)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        number = self.number if torch.compiler.is_compiling() else self.place
         if output:
-            return self.owner._after_attention(output[0], self.number)
-        return self.owner._before_projection(args, self.number)
+            return self.owner._after_attention(output[0], number)
+        return self.owner._before_projection(args, number)
 
 
 class _Unguided:
