@@ -2,9 +2,9 @@
 
     j*(i) = argmax over allowed j of <x_i, r_j> / max(|r_j|, 1e-12)
 
-The source norm does not change the argmax, so only columns are scaled inside the loop; the row is
-scaled once at the end. `scale_kernel` prepares the columns, `match_kernel` returns similarity and
-index, `fused_kernel` thresholds and pushes in the same launch.
+`tile_kernel` walks the tiles of all similarity matrices and raises one 64-bit key a source token to
+the best (score, token) of each tile: the maximum does not depend on the order in which tiles
+finish. `rows.py` holds the kernel in which a program owns its rows; docs/kernels.md says why both.
 """
 
 from __future__ import annotations
@@ -12,85 +12,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What a scale says instead of 1 / norm, where a token must not be matched.
-MASKED = tl.constexpr(-1.0)
-NON_FINITE = tl.constexpr(-2.0)
+from .shared import (
+    MASKED,
+    NON_FINITE,
+    RUNTIME_SIZES,
+    accumulate,
+    candidates,
+    exact_cosine,
+    inverse_norm,
+    multiply,
+    pair_of,
+    reference_item,
+    source_item,
+)
 
-# Sizes that change from call to call, and strides of what is read once: not even their value 1 or a
-# factor 16 is compiled in.
-RUNTIME_SIZES = [
-    "N",
-    "M",
-    "slots",
-    "group_size",
-    "reference_step",
-    "stride_alpha",
-    "stride_threshold",
-    "stride_vb",
-    "stride_vn",
-]
-
-
-# ---------------------------------------------------------------------------------------------
-# Pairing, as kernels/pairing.py defines it
-# ---------------------------------------------------------------------------------------------
-@triton.jit
-def source_item(program, group_size, MODE: tl.constexpr):
-    """The source item that program number `program` owns: every item, or all but group heads."""
-    item = program
-    if MODE == "first":
-        item = program // (group_size - 1) * group_size + program % (group_size - 1) + 1
-    return item
-
-
-@triton.jit
-def reference_item(item, slot, group_size, reference_step, MODE: tl.constexpr):
-    """The reference item that source `item` meets in `slot` (a scalar or a tensor)."""
-    if MODE == "external":
-        result = item * reference_step + slot
-    elif MODE == "first":
-        result = item - item % group_size + slot
-    else:
-        position = item % group_size
-        result = item - position + slot + (slot >= position).to(tl.int32)
-    return result
+# What a key says before any tile has offered a candidate: below every packed candidate.
+NO_KEY = tl.constexpr(-(2**63))
 
 
 # ---------------------------------------------------------------------------------------------
-# Inverse norms
+# Keys: (score, token) as one integer whose order is "larger score, then lower token"
 # ---------------------------------------------------------------------------------------------
 @triton.jit
-def inverse_norm(
-    row_pointers,
-    row_inside,
-    stride_d,
-    D,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`1 / max(|row|, 1e-12)` in fp32 for BLOCK_M rows, NON_FINITE where the norm is not finite."""
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        channels = start + tl.arange(0, BLOCK_K)
-        row = tl.load(
-            row_pointers[:, None] + (channels.to(tl.int64) * stride_d)[None, :],
-            mask=row_inside[:, None] & (channels < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        squares += tl.sum(row * row, axis=1)
-    norm = tl.sqrt(squares)
-    # A comparison with NaN is false: NaN and infinity both end up as NON_FINITE.
-    return tl.where(norm < float("inf"), 1.0 / tl.maximum(norm, 1e-12), NON_FINITE)
+def pack(score, token):
+    """int64 keys of fp32 scores, never NaN, and int32 tokens, never negative."""
+    # -0.0 and 0.0 tie; their bits do not.
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    # Negative floats grow towards zero as their bits shrink: flip all but the sign.
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    # The largest number for token 0.
+    return (ordered << 32) | (token ^ 0x7FFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["M", "item_step", "stride_mb", "stride_mm"])
+@triton.jit
+def unpack(key):
+    """The int32 tokens of keys, -1 where no candidate was ever offered."""
+    token = (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+    return tl.where(key == NO_KEY, -1, token)
+
+
+@triton.jit
+def offer(key_pointers, score, token, inside):
+    """Raise keys in memory to the candidates that are better; -inf is no candidate."""
+    tl.atomic_max(
+        key_pointers,
+        pack(score, token),
+        mask=inside & (score > float("-inf")),
+        sem="relaxed",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Before matching: column scales, and keys without candidates
+# ---------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["M", "item_step", "keys", "stride_mb", "stride_mm"])
 def scale_kernel(
     tokens_ptr,
     mask_ptr,
     scale_ptr,
+    key_ptr,
     M,
     D,
     item_step,
+    keys,
     stride_tb,
     stride_tm,
     stride_td,
@@ -102,13 +86,23 @@ def scale_kernel(
     """Column scales: tokens (P, M, D), mask (P, M) uint8 or None -> scale (P, M) fp32, contiguous.
 
     scale = 1 / max(|token|, 1e-12), or MASKED, or NON_FINITE. Program (i, p) owns BLOCK_M tokens
-    of item `p * item_step`: with reference "first" only the heads of the groups are needed.
+    of item `p * item_step`: with reference "first" only the heads of the groups are needed. All
+    programs together set `keys` int64 keys at key_ptr to NO_KEY, which saves a launch.
     """
     item = (tl.program_id(1) * item_step).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tokens < M
     pointers = tokens_ptr + item * stride_tb + tokens.to(tl.int64) * stride_tm
-    scale = inverse_norm(pointers, inside, stride_td, D, BLOCK_M, BLOCK_K)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        channels = start + tl.arange(0, BLOCK_K)
+        token = tl.load(
+            pointers[:, None] + (channels.to(tl.int64) * stride_td)[None, :],
+            mask=inside[:, None] & (channels < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        squares += tl.sum(token * token, axis=1)
+    scale = inverse_norm(squares)
     if mask_ptr is not None:
         allowed = tl.load(
             mask_ptr + item * stride_mb + tokens.to(tl.int64) * stride_mm, mask=inside, other=0
@@ -116,103 +110,167 @@ def scale_kernel(
         scale = tl.where((allowed != 0) | (scale == NON_FINITE), scale, MASKED)
     tl.store(scale_ptr + item * M + tokens, scale, mask=inside)
 
-
-# ---------------------------------------------------------------------------------------------
-# The one rounding
-# ---------------------------------------------------------------------------------------------
-@triton.jit
-def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Finite fp32 `value` in `dtype`, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter truncates to bf16, and carries wrongly where asked to round.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = value.to(dtype)
-    return result
+    if key_ptr is not None:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        for start in range(program * BLOCK_K, keys, programs * BLOCK_K):
+            key = start + tl.arange(0, BLOCK_K)
+            empty = tl.full((BLOCK_K,), NO_KEY, tl.int64)
+            tl.store(key_ptr + key, empty, mask=key < keys)
 
 
 # ---------------------------------------------------------------------------------------------
-# The walk over one reference item, shared by all kernels that match
+# Tiles
 # ---------------------------------------------------------------------------------------------
-@triton.jit
-def best_column(
-    row_pointers,
-    row_inside,
-    stride_rd,
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def tile_kernel(
+    row_ptr,
     column_ptr,
-    stride_cm,
-    stride_cd,
+    row_descriptor,
+    column_descriptor,
     scale_ptr,
+    key_ptr,
+    N,
     M,
     D,
+    slots,
+    products,
+    group_size,
+    reference_step,
+    stride_rb,
+    stride_rn,
+    stride_rd,
+    stride_cb,
+    stride_cm,
+    stride_cd,
+    MODE: tl.constexpr,
+    OFFICIAL: tl.constexpr,
+    PAIRS: tl.constexpr,
+    UNION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Maximum and argmax over the M columns of one item, for BLOCK_M rows.
+    """Raise the keys (B, C, N), or (B, 1, N) with UNION, to the best candidates of all tiles.
 
-    row_pointers (BLOCK_M,); column_ptr and scale_ptr point at the item's first token and scale.
-    Returns (BLOCK_M,) fp32, the maximum of <row, column> * scale, -inf where no column is allowed;
-    and (BLOCK_M,) int32, the lowest column that reaches it, -1 where none is allowed.
+    rows (., N, D) and columns (., M, D), any strides, or 3-d tensor descriptors of them with blocks
+    of one item; scale (., M) fp32 contiguous, the column scales of the side that is searched.
+
+    paper:    rows are source tokens, columns reference tokens.
+    official: rows are reference tokens, columns source tokens (N == M).
+    PAIRS:    mode "others", where rows and columns are the same tensor: one tile serves both items
+              of a pair, its row maxima one of them, its column maxima the other.
+    UNION:    one key for all slots, whose token is slot * M + token (paper only).
+
+    `products` matrices are cut into tiles, and program p takes the tiles p, p + programs, ...;
+    within a matrix GROUP blocks of rows go through all columns before the next ones, so that
+    programs that run together share both sides in the L2 cache.
     """
-    ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.float32
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    index = tl.full((BLOCK_M,), -1, tl.int32)
-    for first in range(0, M, BLOCK_N):
-        columns = first + tl.arange(0, BLOCK_N)
-        column_inside = columns < M
-        column_pointers = column_ptr + columns.to(tl.int64) * stride_cm
+    row_blocks = tl.cdiv(N, BLOCK_M)
+    column_blocks = tl.cdiv(M, BLOCK_N)
+    tiles = row_blocks * column_blocks
+    for task in range(tl.program_id(0), products * tiles, tl.num_programs(0)):
+        # Which items
+        product = task // tiles
+        if PAIRS:
+            pairs = group_size * (group_size - 1) // 2
+            group = product // pairs * group_size
+            first, second = pair_of(product % pairs, group_size)
+            row_item, column_item = group + first, group + second
+            # A row of item a finds its match in item b: a's for paper, b's for official matching,
+            # where rows are reference tokens. The columns' matches go the other way.
+            row_slot = second - (second > first).to(tl.int32)
+            column_slot = first - (first > second).to(tl.int32)
+            row_owner, column_owner = row_item, column_item
+            if OFFICIAL:
+                row_owner, column_owner = column_item, row_item
+                row_slot, column_slot = column_slot, row_slot
+        else:
+            row_slot = product % slots
+            row_owner = source_item(product // slots, group_size, MODE)
+            other = reference_item(row_owner, row_slot, group_size, reference_step, MODE)
+            row_item, column_item = row_owner, other
+            if OFFICIAL:
+                row_item, column_item = other, row_owner
 
-        product = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-        for start in range(0, D, BLOCK_K):
-            channels = start + tl.arange(0, BLOCK_K)
-            channel_inside = channels < D
-            offsets = channels.to(tl.int64)
-            rows = tl.load(
-                row_pointers[:, None] + (offsets * stride_rd)[None, :],
-                mask=row_inside[:, None] & channel_inside[None, :],
-                other=0.0,
+        # Which tile
+        tile = task % tiles
+        band = tile // (GROUP * column_blocks) * GROUP
+        height = tl.minimum(row_blocks - band, GROUP)
+        within = tile % (GROUP * column_blocks)
+        first_row = (band + within % height) * BLOCK_M
+        first_column = within // height * BLOCK_N
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = first_column + tl.arange(0, BLOCK_N)
+
+        # Product
+        if row_descriptor is not None:
+            ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.float32
+            similarities = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+            for start in range(0, D, BLOCK_K):
+                row_block = row_descriptor.load([row_item, first_row, start])
+                column_block = column_descriptor.load([column_item, first_column, start])
+                row_block = row_block.reshape(BLOCK_M, BLOCK_K)
+                column_block = column_block.reshape(BLOCK_N, BLOCK_K)
+                similarities = accumulate(similarities, row_block, column_block.T, INTERPRETED)
+            similarities = similarities.to(tl.float32)
+        else:
+            row_pointers = row_ptr + row_item.to(tl.int64) * stride_rb
+            column_pointers = column_ptr + column_item.to(tl.int64) * stride_cb
+            similarities = multiply(
+                row_pointers + tl.minimum(rows, N - 1).to(tl.int64) * stride_rn,
+                stride_rd,
+                column_pointers + tl.minimum(columns, M - 1).to(tl.int64) * stride_cm,
+                stride_cd,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                INTERPRETED,
             )
-            cols = tl.load(
-                column_pointers[None, :] + (offsets * stride_cd)[:, None],
-                mask=column_inside[None, :] & channel_inside[:, None],
-                other=0.0,
+
+        # Best column of every row
+        scale = tl.load(
+            scale_ptr + column_item.to(tl.int64) * M + columns, mask=columns < M, other=MASKED
+        )
+        offered = candidates(similarities, scale[None, :])
+        best, position = tl.max(offered, axis=1, return_indices=True)
+        token = first_column + position
+        line = row_owner.to(tl.int64)
+        if UNION:
+            token += row_slot * M
+        else:
+            line = line * slots + row_slot
+        offer(key_ptr + line * N + rows, best, token, rows < N)
+
+        # Best row of every column
+        if PAIRS:
+            scale = tl.load(
+                scale_ptr + row_item.to(tl.int64) * N + rows, mask=rows < N, other=MASKED
             )
-            if INTERPRETED:
-                # The interpreter multiplies the raw bits of bf16 operands, and its BLAS rounds
-                # equal columns differently by their place in the tile, which would break ties.
-                rows = rows.to(tl.float64)
-                cols = cols.to(tl.float64)
-            # Without "ieee" fp32 operands would be rounded to TF32.
-            product = tl.dot(rows, cols, product, input_precision="ieee", out_dtype=ACCUMULATOR)
-
-        # Padded, masked and non-finite columns carry a negative scale. NaN can then only come from
-        # a row that is itself not finite; -inf keeps compiled and interpreted maxima alike.
-        scale = tl.load(scale_ptr + columns, mask=column_inside, other=MASKED)
-        similarity = product.to(tl.float32) * scale[None, :]
-        usable = (scale >= 0.0)[None, :] & (similarity == similarity)
-        similarity = tl.where(usable, similarity, float("-inf"))
-
-        value, position = tl.max(similarity, axis=1, return_indices=True)
-        # Strictly greater, as earlier tiles hold lower indices.
-        better = value > best
-        best = tl.where(better, value, best)
-        index = tl.where(better, first + position, index)
-    return best, index
+            offered = candidates(similarities, scale[:, None])
+            best, position = tl.max(offered, axis=0, return_indices=True)
+            token = first_row + position
+            line = column_owner.to(tl.int64)
+            if UNION:
+                token += column_slot * N
+            else:
+                line = line * slots + column_slot
+            offer(key_ptr + line * M + columns, best, token, columns < M)
 
 
 # ---------------------------------------------------------------------------------------------
-# Match alone
+# From keys to similarity and index
 # ---------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
-def match_kernel(
+def resolve_kernel(
     x_ptr,
     reference_ptr,
     x_scale_ptr,
     reference_scale_ptr,
+    key_ptr,
     similarity_ptr,
     index_ptr,
     N,
@@ -229,205 +287,58 @@ def match_kernel(
     stride_rd,
     MODE: tl.constexpr,
     OFFICIAL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Similarity and index per source item and slot; program (i, s, c) owns BLOCK_M tokens.
+    """keys (B, C, N) -> similarity (B, C, N) fp32 and index (B, C, N) int64; -inf, -1: no match.
 
-    x (B, N, D), reference (P, M, D), scales (B, N) and (P, M) fp32, contiguous ->
-    similarity (B, C, N) fp32 and index (B, C, N) int64, contiguous; -inf and -1 where no match.
+    Program (i, b) owns BLOCK_M tokens of item b in all slots. The similarity is the cosine,
+    recomputed in fp32 from the two tokens.
 
-    paper:    rows are source tokens, columns reference tokens; x_scale_ptr is not read.
-    official: rows are reference tokens, columns source tokens (N == M); the mask, folded into the
-              reference scale, gates rows. A match that points at a non-finite r[i*] is none.
+    paper:    x_scale_ptr is not read.
+    official: the mask, folded into the reference scale, gates rows; a match that points at a
+              non-finite r[i*], or belongs to a non-finite x_j, is none.
     """
-    item = source_item(tl.program_id(1), group_size, MODE)
-    slot = tl.program_id(2)
-    other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
-    item = item.to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = rows < N
-    x_item = x_ptr + item * stride_xb
-    reference_of_item = reference_ptr + other * stride_rb
-
-    if OFFICIAL:
-        row_scale = tl.load(reference_scale_ptr + other * M + rows, mask=row_inside, other=MASKED)
-        source_scale = tl.load(x_scale_ptr + item * N + rows, mask=row_inside, other=NON_FINITE)
-        row_scale = tl.where(source_scale >= 0.0, row_scale, NON_FINITE)
-        best, index = best_column(
-            reference_of_item + rows.to(tl.int64) * stride_rm,
-            row_inside,
-            stride_rd,
-            x_item,
-            stride_xn,
-            stride_xd,
-            x_scale_ptr + item * N,
-            N,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INTERPRETED,
-        )
-        target_scale = tl.load(
-            reference_scale_ptr + other * M + index, mask=index >= 0, other=NON_FINITE
-        )
-        found = (index >= 0) & (row_scale >= 0.0) & (target_scale != NON_FINITE)
-    else:
-        row_pointers = x_item + rows.to(tl.int64) * stride_xn
-        best, index = best_column(
-            row_pointers,
-            row_inside,
-            stride_xd,
-            reference_of_item,
-            stride_rm,
-            stride_rd,
-            reference_scale_ptr + other * M,
-            M,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INTERPRETED,
-        )
-        row_scale = inverse_norm(row_pointers, row_inside, stride_xd, D, BLOCK_M, BLOCK_K)
-        found = (index >= 0) & (row_scale >= 0.0)
-
-    output = (item * slots + slot) * N + rows
-    similarity = tl.where(found, best * row_scale, float("-inf"))
-    tl.store(similarity_ptr + output, similarity, mask=row_inside)
-    tl.store(index_ptr + output, tl.where(found, index, -1).to(tl.int64), mask=row_inside)
-
-
-# ---------------------------------------------------------------------------------------------
-# Match, threshold and push in one launch
-# ---------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
-def fused_kernel(
-    x_ptr,
-    reference_ptr,
-    reference_scale_ptr,
-    alpha_ptr,
-    threshold_ptr,
-    movable_ptr,
-    out_ptr,
-    similarity_ptr,
-    pushed_ptr,
-    N,
-    M,
-    D,
-    slots,
-    group_size,
-    reference_step,
-    stride_xb,
-    stride_xn,
-    stride_xd,
-    stride_rb,
-    stride_rm,
-    stride_rd,
-    stride_ob,
-    stride_on,
-    stride_od,
-    stride_alpha,
-    stride_threshold,
-    stride_vb,
-    stride_vn,
-    MODE: tl.constexpr,
-    INPLACE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Paper matching, nearest of all slots; program (i, s) owns BLOCK_M tokens of one source item.
-
-    y_i = x_i + alpha_c (x_i - r_cj) where cos(x_i, r_cj) > threshold_c, else y_i = x_i;
-    (c, j) is the best match over all slots and tokens, lowest slot and then lowest token on ties.
-
-    x, out (B, N, D), reference (P, M, D), any strides; reference_scale (P, M) from scale_kernel;
-    alpha, threshold fp32 with stride 0 or 1 over the slots; movable (B, N) uint8 or None;
-    similarity (B, 1, N) fp32 and pushed (B, 1, N) int64 = slot * M + token, -1 where not pushed.
-    INPLACE writes only the rows that change.
-    """
-    # Which rows
-    item = source_item(tl.program_id(1), group_size, MODE)
+    item = tl.program_id(1)
     wide_item = item.to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < N
-    row_pointers = x_ptr + wide_item * stride_xb + rows.to(tl.int64) * stride_xn
-
-    # Match
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    index = tl.full((BLOCK_M,), -1, tl.int32)
-    best_slot = tl.zeros((BLOCK_M,), tl.int32)
+    wide_rows = rows.to(tl.int64)
     for slot in range(slots):
+        line = (wide_item * slots + slot) * N + rows
+        token = unpack(tl.load(key_ptr + line, mask=row_inside, other=NO_KEY)).to(tl.int64)
+        found = row_inside & (token >= 0)
         other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
-        value, position = best_column(
-            row_pointers,
-            row_inside,
-            stride_xd,
-            reference_ptr + other * stride_rb,
-            stride_rm,
-            stride_rd,
-            reference_scale_ptr + other * M,
-            M,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INTERPRETED,
-        )
-        better = value > best
-        best = tl.where(better, value, best)
-        index = tl.where(better, position, index)
-        best_slot = tl.where(better, slot, best_slot)
-
-    # Threshold
-    row_scale = inverse_norm(row_pointers, row_inside, stride_xd, D, BLOCK_M, BLOCK_K)
-    found = (index >= 0) & (row_scale >= 0.0)
-    similarity = tl.where(found, best * row_scale, float("-inf"))
-    alpha = tl.load(alpha_ptr + best_slot * stride_alpha)
-    threshold = tl.load(threshold_ptr + best_slot * stride_threshold)
-    moved = found & (similarity > threshold) & row_inside
-    if movable_ptr is not None:
-        movable = tl.load(
-            movable_ptr + wide_item * stride_vb + rows.to(tl.int64) * stride_vn,
-            mask=row_inside,
-            other=0,
-        )
-        moved = moved & (movable != 0)
-    output = wide_item * N + rows
-    pushed = tl.where(moved, best_slot.to(tl.int64) * M + index, -1)
-    tl.store(similarity_ptr + output, similarity, mask=row_inside)
-    tl.store(pushed_ptr + output, pushed, mask=row_inside)
-
-    # Push
-    target = reference_item(item, best_slot, group_size, reference_step, MODE).to(tl.int64)
-    target_pointers = reference_ptr + target * stride_rb + index.to(tl.int64) * stride_rm
-    out_pointers = out_ptr + wide_item * stride_ob + rows.to(tl.int64) * stride_on
-    written = row_inside
-    if INPLACE:
-        written = moved
-    for start in range(0, D, BLOCK_K):
-        channels = start + tl.arange(0, BLOCK_K)
-        channel_inside = (channels < D)[None, :]
-        offsets = channels.to(tl.int64)
-        source = tl.load(
-            row_pointers[:, None] + (offsets * stride_xd)[None, :],
-            mask=written[:, None] & channel_inside,
-            other=0.0,
-        )
-        matched = tl.load(
-            target_pointers[:, None] + (offsets * stride_rd)[None, :],
-            mask=moved[:, None] & channel_inside,
-            other=0.0,
-        ).to(tl.float32)
-        exact = source.to(tl.float32)
-        result = exact + alpha[:, None] * (exact - matched)
-        tl.store(
-            out_pointers[:, None] + (offsets * stride_od)[None, :],
-            tl.where(moved[:, None], round_to(result, source.dtype, INTERPRETED), source),
-            mask=written[:, None] & channel_inside,
-        )
+        if OFFICIAL:
+            gate = tl.load(reference_scale_ptr + other * M + rows, mask=found, other=MASKED)
+            source_scale = tl.load(x_scale_ptr + wide_item * N + rows, mask=found, other=NON_FINITE)
+            away_scale = tl.load(reference_scale_ptr + other * M + token, mask=found, other=0.0)
+            found = found & (gate >= 0.0) & (source_scale >= 0.0) & (away_scale != NON_FINITE)
+            match_scale = tl.load(x_scale_ptr + wide_item * N + token, mask=found, other=0.0)
+            similarity = exact_cosine(
+                reference_ptr + other * stride_rb + wide_rows * stride_rm,
+                stride_rd,
+                x_ptr + wide_item * stride_xb + token * stride_xn,
+                stride_xd,
+                match_scale,
+                found,
+                D,
+                BLOCK_M,
+                BLOCK_K,
+            )
+        else:
+            match_scale = tl.load(reference_scale_ptr + other * M + token, mask=found, other=0.0)
+            similarity = exact_cosine(
+                x_ptr + wide_item * stride_xb + wide_rows * stride_xn,
+                stride_xd,
+                reference_ptr + other * stride_rb + token * stride_rm,
+                stride_rd,
+                match_scale,
+                found,
+                D,
+                BLOCK_M,
+                BLOCK_K,
+            )
+        found = similarity > float("-inf")
+        tl.store(similarity_ptr + line, similarity, mask=row_inside)
+        tl.store(index_ptr + line, tl.where(found, token, -1), mask=row_inside)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .match import round_to
+from .shared import round_to
 
 TINY = tl.constexpr(1e-12)
 

@@ -3,7 +3,8 @@
     nearest: y_i = x_i + [s_c > threshold_c] alpha_c (x_i - r_c), c the slot of largest similarity
     sum:     y_i = x_i + sum over slots c of [s_c > threshold_c] alpha_c (x_i - r_c)
 
-Serves what the fused kernel of match.py does not: official matching and combine="sum".
+`finish_kernel` ends the matching of tile_kernel: nearest, paper matching. `push_kernel` takes
+similarities and indices, for official matching and combine="sum".
 """
 
 from __future__ import annotations
@@ -11,7 +12,97 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .match import RUNTIME_SIZES, reference_item, round_to, source_item
+from .match import NO_KEY, unpack
+from .shared import RUNTIME_SIZES, push_match, reference_item, round_to
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def finish_kernel(
+    x_ptr,
+    reference_ptr,
+    reference_scale_ptr,
+    key_ptr,
+    alpha_ptr,
+    threshold_ptr,
+    movable_ptr,
+    out_ptr,
+    similarity_ptr,
+    pushed_ptr,
+    N,
+    M,
+    D,
+    slots,
+    group_size,
+    reference_step,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    stride_rb,
+    stride_rm,
+    stride_rd,
+    stride_ob,
+    stride_on,
+    stride_od,
+    stride_alpha,
+    stride_threshold,
+    stride_vb,
+    stride_vn,
+    MODE: tl.constexpr,
+    INPLACE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Push from keys (B, 1, N) of the union of all slots; program (i, b) owns BLOCK_M tokens.
+
+    Arguments as for rows_kernel. The cosine that meets the threshold is recomputed in fp32 from the
+    two tokens, so that it does not depend on the tiles.
+    """
+    item = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = rows < N
+    key = tl.load(key_ptr + item.to(tl.int64) * N + rows, mask=row_inside, other=NO_KEY)
+    # Group heads of mode "first" were offered no candidate: their keys say so.
+    match = unpack(key)
+    push_match(
+        x_ptr,
+        reference_ptr,
+        reference_scale_ptr,
+        alpha_ptr,
+        threshold_ptr,
+        movable_ptr,
+        out_ptr,
+        similarity_ptr,
+        pushed_ptr,
+        item,
+        rows,
+        row_inside,
+        match // M,
+        tl.where(match >= 0, match % M, -1),
+        N,
+        M,
+        D,
+        group_size,
+        reference_step,
+        stride_xb,
+        stride_xn,
+        stride_xd,
+        stride_rb,
+        stride_rm,
+        stride_rd,
+        stride_ob,
+        stride_on,
+        stride_od,
+        stride_alpha,
+        stride_threshold,
+        stride_vb,
+        stride_vn,
+        MODE,
+        INPLACE,
+        INTERPRETED,
+        BLOCK_M,
+        BLOCK_K,
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -52,7 +143,7 @@ def push_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, s) owns BLOCK_M tokens of one source item.
+    """Program (i, b) owns BLOCK_M tokens of item b.
 
     x, out (B, N, D), reference (P, M, D), any strides; match_similarity (B, C, N) fp32 and
     match_index (B, C, N) int64, contiguous, -1 where no match; alpha, threshold fp32 with stride
@@ -61,7 +152,7 @@ def push_kernel(
     slot * M + token, -1 where not pushed. INPLACE writes only the rows that change.
     """
     # Which rows
-    item = source_item(tl.program_id(1), group_size, MODE)
+    item = tl.program_id(1)
     wide_item = item.to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < N

@@ -1,134 +1,286 @@
-"""Launch configurations of all kernels, in one place.
+"""Launch configurations of all kernels, from one table per architecture: `tuned/<arch>.json`.
 
-`configuration` answers from `tuned/<arch>.json` where that file has an entry, else by heuristic:
-a few configurations per architecture and width of the inputs, all of them compiled by `aot.py` for
-every target without spills. No configuration changes a result beyond the order of additions.
+`plan` answers with the entry nearest to the problem (`distance`), so that every shape is served and
+no shape is ever tuned while it runs. A file of the same name in the folder that the environment
+variable NEGTOME_FAST_TUNED names comes before the shipped one. No configuration changes a result
+beyond the order of additions.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-KERNELS = ("scale", "match", "fused", "push")
+#: scale: column scales. rows: match and push, a program owns its rows. tiles, pairs: match by
+#: tiles, pairs the symmetric form for "others". finish: push what tiles found. resolve: keys to
+#: similarity and index. push: push from similarity and index. nudge: embedding nudging (nudge.py).
+KERNELS = ("scale", "rows", "tiles", "pairs", "finish", "resolve", "push", "nudge")
+#: The kernels that an entry of a table configures, and how paper matching may be launched.
+TUNED = ("rows", "tiles", "pairs", "finish")
+KINDS = ("rows", "tiles")
 DTYPES = ("float32", "bfloat16", "float16")
 INTERPRETED = "interpreted"
+FOLDER = Path(__file__).parent / "tuned"
+FOLDER_VARIABLE = "NEGTOME_FAST_TUNED"
+SCHEMA = 1
 
 
 class Config(NamedTuple):
-    """BLOCK_M rows own a program, BLOCK_N columns a tile, BLOCK_K channels a step."""
+    """BLOCK_M rows by BLOCK_N columns, BLOCK_K channels a step; the rest is for tiles and pairs.
+
+    GROUP blocks of rows go through all columns before the next ones. RESIDENT programs are launched
+    for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow them.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    GROUP: int = 8
+    RESIDENT: int = 1
+    DESCRIPTORS: int = 0
+
+    def cap(self) -> dict[str, int]:
+        """The launch option, on NVIDIA, that lets RESIDENT programs share the 65,536 registers."""
+        if self.RESIDENT == 1:
+            return {}
+        return {"maxnreg": 65536 // (self.RESIDENT * self.num_warps * 32) // 8 * 8}
 
     def meta(self, *names: str) -> dict[str, int]:
-        """Keyword arguments of a launch: the named blocks, `num_warps` and `num_stages`."""
+        """Keyword arguments of a launch: the named fields, `num_warps` and `num_stages`."""
         fields = self._asdict()
         return {name: fields[name] for name in (*names, "num_warps", "num_stages")}
 
 
-# One row of a token is read and reduced, or written: bound by memory, the same everywhere.
-_SCALE = Config(16, 0, 128, 4, 1)
-_PUSH = Config(8, 0, 256, 4, 1)
+class Problem(NamedTuple):
+    """What a table is asked for: `products` matrices of N source by M reference tokens."""
 
-# Matching, per family of architectures and bytes of an element: (large, small). The small one keeps
-# more multiprocessors busy when there are few rows.
-_MATCH: dict[str, dict[int, tuple[Config, Config]]] = {
-    "sm_80": {
-        2: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 4)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 64, 16, 4, 2)),
-    },
-    "sm_90": {
-        2: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 32, 16, 4, 2)),
-    },
-    "sm_100": {
-        2: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 64, 32, 8, 2)),
-    },
-    "gfx942": {
-        2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)),
-        4: (Config(64, 64, 16, 8, 2), Config(32, 32, 16, 4, 2)),
-    },
+    dtype: str
+    products: int
+    N: int
+    M: int
+    D: int
+
+
+class Plan(NamedTuple):
+    """How to launch: the kind for paper matching with push, and a configuration for each kernel."""
+
+    kind: str
+    scale: Config
+    rows: Config
+    tiles: Config
+    pairs: Config
+    finish: Config
+    resolve: Config
+    push: Config
+    nudge: Config
+
+    def configuration(self, kernel: str) -> Config:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+        config: Config = getattr(self, kernel)
+        return config
+
+
+#: One item a program, BLOCK_K values a step; a narrower item takes a block of its own width.
+NUDGE = Config(1, 0, 4096, 8, 1)
+
+# One row of a token is read and reduced, or written: bound by memory, and not on the path that
+# counts, so they are the same everywhere.
+_STREAMING = {
+    "scale": Config(16, 0, 128, 4, 1),
+    "resolve": Config(8, 0, 256, 4, 1),
+    "push": Config(8, 0, 256, 4, 1),
+    "nudge": NUDGE,
 }
 
 # Large enough that numpy, not the interpreter, does the work; small enough that tests meet several
 # tiles and several steps.
-_INTERPRETED = {
-    "scale": Config(64, 0, 128, 1, 1),
-    "match": Config(64, 64, 128, 1, 1),
-    "fused": Config(64, 64, 128, 1, 1),
-    "push": Config(64, 0, 128, 1, 1),
-}
+_INTERPRETED = Plan(
+    "rows",
+    scale=Config(64, 0, 128, 1, 1),
+    rows=Config(64, 64, 128, 1, 1),
+    tiles=Config(64, 64, 128, 1, 1, GROUP=2),
+    pairs=Config(64, 64, 128, 1, 1, GROUP=2),
+    finish=Config(64, 0, 128, 1, 1),
+    resolve=Config(64, 0, 128, 1, 1),
+    push=Config(64, 0, 128, 1, 1),
+    nudge=NUDGE,
+)
 
-# Rows below which the small configuration is chosen.
-_FEW_ROWS = 2048
+# Whose table serves an architecture without one of its own. sm_86, sm_120 and sm_121 have 99 KiB of
+# shared memory, as sm_89 has.
+_FAMILIES = {"sm_86": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89", "sm_103": "sm_100"}
 
 
-def _family(arch: str) -> str:
-    """The architecture whose configurations serve `arch`, such as `sm_90` or `gfx942`."""
-    if arch in _MATCH:
+def family(arch: str) -> str:
+    """The architecture whose shipped table serves `arch`, such as `sm_90` or `gfx942`."""
+    if (FOLDER / f"{arch}.json").is_file():
         return arch
     if arch.startswith("gfx"):
         return "gfx942"
-    # sm_86, sm_89 and sm_120 have 99 KiB of shared memory, which the sm_80 blocks respect.
-    return "sm_80"
+    return _FAMILIES.get(arch, "sm_80")
+
+
+def table_path(arch: str) -> Path:
+    """The file that serves `arch`: the user's own, else the shipped one of its family."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and (Path(folder) / f"{arch}.json").is_file():
+        return Path(folder) / f"{arch}.json"
+    return FOLDER / f"{family(arch)}.json"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a table
+# ---------------------------------------------------------------------------------------------
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _config(value: Any, where: str) -> Config:
+    expected = f"{len(Config._fields)} integers {list(Config._fields)}"
+    if not isinstance(value, list) or len(value) != len(Config._fields):
+        raise ValueError(f"{where} must be {expected}, got {value!r}")
+    if not all(_whole(number, 0) for number in value):
+        raise ValueError(f"{where} must be {expected}, none negative, got {value!r}")
+    config = Config(*value)
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
+        number = getattr(config, name)
+        if number & (number - 1) or (number == 0 and name != "BLOCK_N"):
+            raise ValueError(f"{where}: {name} must be a power of two, got {number}")
+    if min(config.num_stages, config.GROUP, config.RESIDENT) < 1:
+        raise ValueError(f"{where}: num_stages, GROUP and RESIDENT must be at least 1")
+    return config
+
+
+def check(table: Any, source: str) -> list[dict[str, Any]]:
+    """The entries of a table, once all of it is known to be right.
+
+    Raises:
+        ValueError: names `source`, the entry and what is wrong with it.
+    """
+    if not isinstance(table, Mapping) or table.get("schema") != SCHEMA:
+        raise ValueError(f'{source}: not a tuning table of schema {SCHEMA} ("schema": {SCHEMA})')
+    if table.get("fields") != list(Config._fields):
+        raise ValueError(f'{source}: "fields" must be {list(Config._fields)}')
+    entries = table.get("entries")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{source}: "entries" must be a list that is not empty')
+    widths = set()
+    for number, entry in enumerate(entries):
+        where = f"{source}: entry {number}"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{where} is not an object")
+        if entry.get("dtype") not in DTYPES:
+            raise ValueError(f"{where}: dtype must be one of {DTYPES}, got {entry.get('dtype')!r}")
+        for name in ("products", "N", "M", "D"):
+            if not _whole(entry.get(name), 1):
+                raise ValueError(f"{where}: {name} must be a positive integer")
+        if entry.get("kind") not in KINDS:
+            raise ValueError(f"{where}: kind must be one of {KINDS}, got {entry.get('kind')!r}")
+        if not isinstance(entry.get("measured"), bool):
+            raise ValueError(f'{where}: "measured" must be true or false')
+        for kernel in TUNED:
+            _config(entry.get(kernel), f"{where}: {kernel}")
+        widths.add(element_size(entry["dtype"]))
+    if widths != {2, 4}:
+        raise ValueError(f"{source}: needs entries for 2-byte dtypes and for float32")
+    return list(entries)
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of one element."""
+    return 4 if dtype == "float32" else 2
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checked table of a file. Raises OSError, or ValueError that names the file."""
+    try:
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    check(table, str(path))
+    return table
 
 
 @functools.cache
-def _tuned(arch: str) -> dict[str, list[dict[str, object]]]:
-    """Measured entries: {"kernel/dtype": [{"N": .., "M": .., "D": .., "config": [5 integers]}]}."""
-    path = Path(__file__).parent / "tuned" / f"{arch}.json"
-    if not path.is_file():
-        return {}
-    entries: dict[str, list[dict[str, object]]] = json.loads(path.read_text(encoding="utf-8"))
-    return entries
+def _entries(path: Path) -> tuple[tuple[Problem, Plan], ...]:
+    found = []
+    for entry in load(path)["entries"]:
+        problem = Problem(*(entry[name] for name in Problem._fields))
+        configs = {kernel: Config(*entry[kernel]) for kernel in TUNED}
+        found.append((problem, Plan(entry["kind"], **_STREAMING, **configs)))
+    return tuple(found)
 
 
-def _choices(kernel: str, arch: str, dtype: str) -> tuple[Config, ...]:
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    if arch == INTERPRETED:
-        return (_INTERPRETED[kernel],)
-    if kernel == "scale":
-        return (_SCALE,)
-    if kernel == "push":
-        return (_PUSH,)
-    return _MATCH[_family(arch)][4 if dtype == "float32" else 2]
+# ---------------------------------------------------------------------------------------------
+# Asking a table
+# ---------------------------------------------------------------------------------------------
+def distance(a: Problem, b: Problem) -> float:
+    """How far two problems are from each other; infinite where their elements differ in size.
+
+    Sums |log2| of three ratios: of the tokens of all products, which say how many programs there
+    are; of N * M, how much each of them has to do; and of D, how long its loop is. A factor of two
+    in any of them is 1, and the other 2-byte dtype costs 0.01.
+    """
+    if element_size(a.dtype) != element_size(b.dtype):
+        return math.inf
+    far = 0.0 if a.dtype == b.dtype else 0.01
+    for first, second in (
+        (a.products * a.N, b.products * b.N),
+        (a.N * a.M, b.N * b.M),
+        (a.D, b.D),
+    ):
+        far += abs(math.log2(first / second))
+    return far
 
 
 @functools.lru_cache(maxsize=1024)
-def configuration(kernel: str, arch: str, dtype: str, N: int, M: int, D: int) -> Config:
-    """The configuration of one launch.
+def plan(arch: str, dtype: str, products: int, N: int, M: int, D: int) -> Plan:
+    """The plan of the nearest entry; of equally near ones, the first in the file.
 
     Args:
-        kernel: one of `KERNELS`.
-        arch: `"sm_90"`, `"gfx942"`, ..., or `INTERPRETED`; unknown ones get a conservative choice.
+        arch: `"sm_90"`, `"gfx942"`, ..., or `INTERPRETED`; unknown ones get a conservative table.
         dtype: one of `DTYPES`.
+        products: pairs of a source item and a reference item that are compared.
         N, M, D: source tokens, reference tokens, channels.
+
+    Raises:
+        ValueError: an unknown dtype, or a table that is not right.
     """
-    for entry in _tuned(arch).get(f"{kernel}/{dtype}", ()):
-        if (entry["N"], entry["M"], entry["D"]) == (N, M, D):
-            return Config(*entry["config"])  # type: ignore[misc]
-    choices = _choices(kernel, arch, dtype)
-    return choices[-1] if N < _FEW_ROWS else choices[0]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if arch == INTERPRETED:
+        return _INTERPRETED
+    problem = Problem(dtype, max(products, 1), max(N, 1), max(M, 1), max(D, 1))
+    return min(_entries(table_path(arch)), key=lambda entry: distance(entry[0], problem))[1]
+
+
+def forget() -> None:
+    """Read tables again at the next question: a file has changed."""
+    _entries.cache_clear()
+    plan.cache_clear()
 
 
 def shipped_configurations(arch: str) -> Iterator[tuple[str, str, Config]]:
-    """Every (kernel, dtype, config) that `configuration` can return for `arch`, once each."""
+    """Every (kernel, dtype, config) that `plan` can return for `arch`, once each."""
+    if arch == INTERPRETED:
+        plans = [(Problem(dtype, 1, 1, 1, 1), _INTERPRETED) for dtype in DTYPES]
+    else:
+        plans = list(_entries(table_path(arch)))
     for kernel in KERNELS:
         for dtype in DTYPES:
-            tuned = (
-                Config(*entry["config"])  # type: ignore[misc]
-                for entry in _tuned(arch).get(f"{kernel}/{dtype}", ())
+            size = element_size(dtype)
+            configs = (
+                chosen.configuration(kernel)
+                for problem, chosen in plans
+                if element_size(problem.dtype) == size
             )
-            for config in dict.fromkeys((*_choices(kernel, arch, dtype), *tuned)):
+            for config in dict.fromkeys(configs):
                 yield kernel, dtype, config

@@ -1,4 +1,4 @@
-"""The command `negtome-fast`: generate, demo, info, bench. Bad input is one line, exit code 2."""
+"""The command `negtome-fast`: generate, demo, tune, info, bench. Bad input: one line, code 2."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("output/demo.png"), help="the picture")
 
     _add_generate(commands)
+
+    tune = commands.add_parser(
+        "tune",
+        help="search launch configurations on this GPU and write its tuning table",
+        description="Measures on the current GPU; needs one, except with --dry-run.",
+    )
+    tune.add_argument(
+        "--shapes", nargs="+", metavar="BxNxD[/GROUPS]", help="default: FLUX, SDXL, SD3 and Wan"
+    )
+    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tune.add_argument("--quick", action="store_true", help="only the most promising ones")
+    tune.add_argument("--seconds", type=float, help="stop after these; fewer than 300: --quick")
+    tune.add_argument("--out", type=Path, help="the table; default: that of the package")
+    tune.add_argument("--dry-run", action="store_true", help="compile and list, measure nothing")
+    tune.add_argument("--arch", help="of --dry-run, such as sm_90 (default) or gfx942")
 
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
@@ -322,6 +337,28 @@ def bench_command(arguments: Sequence[str]) -> int:
     return bench_main(arguments, prog="negtome-fast bench")
 
 
+def tune_command(options: argparse.Namespace) -> int:
+    from . import tune
+    from .kernels import aot
+
+    shapes = [tune.parse_shape(text) for text in options.shapes or ()] or list(tune.SHAPES)
+    if options.dry_run:
+        arch = options.arch or "sm_90"
+        if arch not in aot.TARGETS:
+            raise ValueError(f"--arch must be one of {', '.join(aot.TARGETS)}, got {arch!r}")
+        print(tune.dry_run(shapes, options.dtype, arch, options.quick))
+        return 0
+    if options.arch:
+        raise ValueError("--arch is for --dry-run; tuning is for the GPU that measures")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    path = tune.run(shapes, options.dtype, options.quick, options.out, options.seconds, say)
+    print(f"written to {path}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a bad report, 2 for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -331,8 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if is_bench:
             return bench_command(arguments[1:])
-        commands = {"demo": demo_command, "generate": generate_command, "info": info_command}
-        return commands[options.command](options)
+        run = {
+            "demo": demo_command,
+            "generate": generate_command,
+            "tune": tune_command,
+            "info": info_command,
+        }
+        return run[options.command](options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

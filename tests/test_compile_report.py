@@ -5,25 +5,32 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
 from negtome_fast.kernels import aot, tuning
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 ROW: dict[str, Any] = {
     "target": "sm_80",
-    "kernel": "fused",
+    "kernel": "tiles",
+    "variant": "paper",
     "dtype": "bfloat16",
-    "config": [64, 64, 32, 4, 4],
-    "constants": {"MODE": "first", "INPLACE": True},
+    "config": [64, 64, 32, 4, 4, 8, 2, 0],
     "registers": 168,
     "spills": 0,
     "shared": 32768,
     "shared_limit": 166912,
     "matrix_instructions": 16,
+    "narrow_offsets": 0,
+    "programs": 3,
+    "occupancy": 0.19,
     "error": None,
 }
 
@@ -39,25 +46,71 @@ def test_every_shipped_configuration_compiles_well(target: str) -> None:
     compiled = {(row["kernel"], row["dtype"], *row["config"]) for row in rows}
     shipped = {(kernel, dtype, *c) for kernel, dtype, c in tuning.shipped_configurations(target)}
     assert compiled == shipped
-    fused = {tuple(row["constants"].values()) for row in rows if row["kernel"] == "fused"}
-    assert fused == {("others", False), ("first", True), ("external", False)}
+    by_descriptors = {tuple(r["config"]) for r in rows if "descriptors" in r["variant"]}
+    assert by_descriptors == {c for *_, c in tuning.shipped_configurations(target) if c.DESCRIPTORS}
 
     # Neither failures, spills, too much shared memory, nor half precision without tensor cores.
     wrong = [row for row in rows if aot.problems(row)]
     assert not wrong, "\n" + aot.table(wrong)
-    if target.startswith("sm_"):
-        # Elsewhere matrix instructions are exact in fp32; these would round to TF32.
-        rounded = [r for r in rows if r["dtype"] == "float32" and r["matrix_instructions"]]
-        assert not rounded, "\n" + aot.table(rounded)
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if f"Triton {triton.__version__}" in text:  # another compiler gives another table
+        command = "python -m negtome_fast.kernels.aot --write docs/kernels.md"
+        assert aot.in_document(text, target, rows) == text, f"out of date; run {command}"
 
 
-def test_report_shows_what_is_wrong_with_a_row() -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"spills": 8}, ["spills 8"]),
+        ({"shared": 10**6}, ["1000000 bytes of shared memory exceed 166912"]),
+        ({"matrix_instructions": 0}, ["no tensor-core instruction"]),
+        ({"dtype": "float32"}, ["fp32 rounded to TF32"]),
+        ({"programs": 1}, ["1 programs fit a multiprocessor, not 2"]),
+        ({"narrow_offsets": 3}, ["3 offsets of 32 bits into tokens"]),
+        ({"error": "does not compile", "spills": 8}, ["does not compile"]),
+    ],
+)
+def test_report_shows_what_is_wrong_with_a_row(change: dict[str, Any], expected: list[str]) -> None:
     assert aot.problems(ROW) == []
-    row = {**ROW, "spills": 8, "shared": 10**6}
-    assert aot.problems(row) == ["spills 8", "1000000 bytes of shared memory exceed 166912"]
-    assert aot.problems({**ROW, "matrix_instructions": 0}) == ["no tensor-core instruction"]
-    assert aot.problems({**row, "error": "does not compile"}) == ["does not compile"]
-    assert "fused+first+inplace" in aot.table([row]) and "spills 8" in aot.table([row])
+    row = {**ROW, **change}
+    assert aot.problems(row) == expected
+    assert "tiles (paper)" in aot.table([row]) and expected[0] in aot.table([row])
+
+
+def test_table_of_one_target_is_replaced_in_the_document() -> None:
+    text = "above\n<!-- begin: sm_80 -->\nold\n<!-- end: sm_80 -->\nbelow\n"
+    new = aot.in_document(text, "sm_80", [ROW])
+    assert new.startswith("above\n") and new.endswith("\nbelow\n") and "old" not in new
+    assert (
+        "| tiles (paper) | bfloat16 | 64x64x32 | 4 | 4 | 168 | 0 | 32 KiB | 16 | 3 | 19% |" in new
+    )
+    assert aot.in_document(new, "sm_80", [ROW]) == new
+    assert aot.in_document(new, "sm_80", [{**ROW, "spills": 8}]) != new
+    with pytest.raises(ValueError, match="no markers"):
+        aot.in_document(text, "sm_90", [ROW])
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "programs"),
+    [
+        # As NVIDIA's occupancy calculator has it: limited by registers, shared memory, warps.
+        ("sm_90", 128, 96 * 1024, 8, 2),
+        ("sm_90", 129, 0, 8, 1),
+        ("sm_90", 32, 113 * 1024, 4, 2),
+        ("sm_90", 32, 114 * 1024, 4, 1),
+        ("sm_80", 255, 0, 8, 1),
+        ("sm_80", 24, 0, 8, 8),
+        ("sm_89", 24, 0, 8, 6),
+        ("sm_89", 24, 49 * 1024, 8, 2),
+        ("gfx942", 128, 32 * 1024, 8, 2),
+        ("gfx942", 256, 1024, 8, 1),
+    ],
+)
+def test_resident_programs(
+    target: str, registers: int, shared: int, warps: int, programs: int
+) -> None:
+    assert aot.resident_programs(aot.TARGETS[target], registers, shared, warps) == programs
 
 
 def test_unknown_names_are_one_clear_line() -> None:

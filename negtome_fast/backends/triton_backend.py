@@ -1,8 +1,9 @@
 """The operator on Triton: allocates, chooses grids and configurations, launches kernels/.
 
-Paper matching with combine="nearest" is two launches: column scales, then match, threshold and push
-fused. Everything else matches first and pushes in a further launch. Nothing here waits for the
-device, and inputs are taken with the strides that they have.
+Paper matching with combine="nearest" is column scales and then, as the tuning table says, either
+one launch in which programs own rows, or tiles and a push. Everything else is scales, tiles,
+similarities, push. Nothing here waits for the device or measures anything, and inputs are taken
+with the strides that they have; so every call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def _interpreting() -> bool:
     """Whether the kernels are interpreted: settled when Triton first decorates them."""
     from triton.runtime import JITFunction
 
-    from ..kernels.match import match_kernel
+    from ..kernels.match import tile_kernel
 
-    return not isinstance(match_kernel, JITFunction)
+    return not isinstance(tile_kernel, JITFunction)
 
 
 @functools.cache
@@ -43,6 +44,11 @@ def _arch(index: int) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 # Answers of `available` that cannot change any more, as every call of the operator asks twice.
@@ -107,12 +113,16 @@ def _launch_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _config(kernel: str, x: Tensor, M: int) -> tuning.Config:
-    if _interpreting():
-        arch = tuning.INTERPRETED
-    else:
-        arch = _arch(x.device.index)
-    return tuning.configuration(kernel, arch, _DTYPES[x.dtype], x.shape[1], M, x.shape[2])
+def _plan(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
+    arch = tuning.INTERPRETED if _interpreting() else _arch(x.device.index)
+    products = len(pairing.sources) * pairing.slots
+    return tuning.plan(arch, _DTYPES[x.dtype], products, x.shape[1], M, x.shape[2])
+
+
+def _programs(x: Tensor, config: tuning.Config, tasks: int) -> int:
+    """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
+    multiprocessors = 3 if _interpreting() else _multiprocessors(x.device.index)
+    return min(tasks, multiprocessors * config.RESIDENT)
 
 
 def _blocks(length: int, block: int) -> int:
@@ -162,40 +172,130 @@ def _same_view(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _fill_group_heads(pairing: Pairing, *fills: tuple[Tensor, float]) -> None:
-    """With reference "first" no program owns item 0 of a group: it has no match."""
-    if pairing.mode == "first":
-        for tensor, value in fills:
-            tensor[:: pairing.group_size].fill_(value)
+def _descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
+    """A tensor descriptor with blocks (1, rows, channels), None where it cannot express `tokens`.
+
+    Tensor maps need 16-byte aligned items and tokens, channels that follow each other, and items
+    that do not interleave.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    items, length, width = tokens.shape
+    stride_b, stride_n, stride_d = tokens.stride()
+    if items == 1:
+        stride_b = length * stride_n
+    if length == 1:
+        stride_n = stride_b
+    aligned = all(stride * tokens.element_size() % 16 == 0 for stride in (stride_b, stride_n))
+    if not aligned or tokens.data_ptr() % 16 or stride_d != 1:
+        return None
+    if stride_n < width or stride_b < length * stride_n or stride_b % stride_n:
+        return None
+    if max(stride_b, stride_n) * tokens.element_size() >= 2**40:
+        return None
+    strides = [stride_b, stride_n, stride_d]
+    return TensorDescriptor(tokens, [items, length, width], strides, [1, rows, channels])
 
 
 # ---------------------------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------------------------
-def _scales(tokens: Tensor, mask: Tensor | None, item_step: int = 1) -> Tensor:
-    """Column scales (P, M) fp32 of tokens (P, M, D); only items 0, item_step, ... are written."""
+def _scales(
+    tokens: Tensor,
+    mask: Tensor | None,
+    plan: tuning.Plan,
+    item_step: int = 1,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Column scales (P, M) fp32 of tokens (P, M, D); only items 0, item_step, ... are written.
+
+    The same launch empties `keys`.
+    """
     from ..kernels.match import scale_kernel
 
     items, M, D = tokens.shape
     scale = torch.empty((items, M), dtype=torch.float32, device=tokens.device)
-    config = _config("scale", tokens, M)
     mask, *mask_strides = _bytes(mask)
-    scale_kernel[(_blocks(M, config.BLOCK_M), _blocks(items, item_step))](
+    scale_kernel[(_blocks(M, plan.scale.BLOCK_M), _blocks(items, item_step))](
         tokens,
         mask,
         scale,
+        keys,
         M,
         D,
         item_step,
+        0 if keys is None else keys.numel(),
         *tokens.stride(),
         *mask_strides,
-        **config.meta("BLOCK_M", "BLOCK_K"),
+        **plan.scale.meta("BLOCK_M", "BLOCK_K"),
     )
     return scale
 
 
-def _reference_scales(reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
-    return _scales(reference, mask, pairing.group_size if pairing.mode == "first" else 1)
+def _reference_scales(
+    reference: Tensor,
+    mask: Tensor | None,
+    pairing: Pairing,
+    plan: tuning.Plan,
+    keys: Tensor | None = None,
+) -> Tensor:
+    step = pairing.group_size if pairing.mode == "first" else 1
+    return _scales(reference, mask, plan, step, keys)
+
+
+def _tiles(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    official: bool,
+    scale: Tensor,
+    keys: Tensor,
+    plan: tuning.Plan,
+) -> None:
+    """Raise `keys` (B, C, N), or (B, 1, N) for the best of all slots, to the best candidates."""
+    from ..kernels.match import tile_kernel
+
+    pairs = pairing.mode == "others"
+    if pairs:
+        products = pairing.groups * (pairing.group_size * (pairing.group_size - 1) // 2)
+    else:
+        products = len(pairing.sources) * pairing.slots
+    config = plan.pairs if pairs else plan.tiles
+    rows, columns = (reference, x) if official else (x, reference)
+    N, M, D = x.shape[1], reference.shape[1], x.shape[2]
+    tasks = products * _blocks(N, config.BLOCK_M) * _blocks(M, config.BLOCK_N)
+    if tasks == 0:
+        return
+    row_descriptor = column_descriptor = None
+    if config.DESCRIPTORS:
+        row_descriptor = _descriptor(rows, config.BLOCK_M, config.BLOCK_K)
+        column_descriptor = _descriptor(columns, config.BLOCK_N, config.BLOCK_K)
+        if row_descriptor is None or column_descriptor is None:
+            row_descriptor = column_descriptor = None
+    tile_kernel[(_programs(x, config, tasks),)](
+        rows,
+        columns,
+        row_descriptor,
+        column_descriptor,
+        scale,
+        keys,
+        N,
+        M,
+        D,
+        pairing.slots,
+        products,
+        pairing.group_size,
+        _reference_step(pairing),
+        *rows.stride(),
+        *columns.stride(),
+        MODE=pairing.mode,
+        OFFICIAL=official,
+        PAIRS=pairs,
+        UNION=keys.shape[1] != pairing.slots,
+        INTERPRETED=_interpreting(),
+        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
+        **({} if _interpreting() or torch.version.hip else config.cap()),
+    )
 
 
 def _match(
@@ -205,27 +305,28 @@ def _match(
     reference_mask: Tensor | None,
     matching: str,
 ) -> tuple[Tensor, Tensor]:
-    from ..kernels.match import match_kernel
+    from ..kernels.match import resolve_kernel
 
     B, N, D = x.shape
     M = reference.shape[1]
     shape = (B, pairing.slots, N)
     similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
     index = torch.empty(shape, dtype=torch.int64, device=x.device)
-    _fill_group_heads(pairing, (similarity, float("-inf")), (index, -1))
-    sources = len(pairing.sources)
-    if sources == 0 or N == 0:
+    if 0 in shape:
         return similarity, index
     official = matching == "official"
-    reference_scale = _reference_scales(reference, reference_mask, pairing)
+    plan = _plan(x, M, pairing)
+    keys = torch.empty(shape, dtype=torch.int64, device=x.device)
+    reference_scale = _reference_scales(reference, reference_mask, pairing, plan, keys)
     # The paper's matching needs no source scale before the walk; it does not read this argument.
-    x_scale = _scales(x, None) if official else reference_scale
-    config = _config("match", x, M)
-    match_kernel[(_blocks(N, config.BLOCK_M), sources, pairing.slots)](
+    x_scale = _scales(x, None, plan) if official else reference_scale
+    _tiles(x, reference, pairing, official, x_scale, keys, plan)
+    resolve_kernel[(_blocks(N, plan.resolve.BLOCK_M), B)](
         x,
         reference,
         x_scale,
         reference_scale,
+        keys,
         similarity,
         index,
         N,
@@ -238,8 +339,7 @@ def _match(
         *reference.stride(),
         MODE=pairing.mode,
         OFFICIAL=official,
-        INTERPRETED=_interpreting(),
-        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        **plan.resolve.meta("BLOCK_M", "BLOCK_K"),
     )
     return similarity, index
 
@@ -308,9 +408,6 @@ def guide(
         if pairing.mode != "first" and _overlap(out, reference):
             target = torch.empty_like(x)
         inplace = _same_view(target, x)
-        if pairing.mode == "first" and not inplace:
-            heads = slice(None, None, pairing.group_size)
-            target[heads].copy_(x[heads])
         results = _guide(
             x,
             reference,
@@ -343,15 +440,13 @@ def _guide(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """`guide` where `out` shares no memory with a reference that moves."""
-    from ..kernels.match import fused_kernel
-    from ..kernels.push import push_kernel
-
     B, N, D = x.shape
     M = reference.shape[1]
-    sources = len(pairing.sources)
     total = combine == "sum"
-    pushed = torch.empty((B, pairing.slots if total else 1, N), dtype=torch.int64, device=x.device)
-    _fill_group_heads(pairing, (pushed, -1))
+    shape = (B, pairing.slots if total else 1, N)
+    pushed = torch.empty(shape, dtype=torch.int64, device=x.device)
+    if N == 0:
+        return torch.empty(shape, dtype=torch.float32, device=x.device), pushed
     alpha, stride_alpha = _per_slot(alpha, x)
     threshold, stride_threshold = _per_slot(threshold, x)
     movable, *movable_strides = _bytes(movable)
@@ -364,43 +459,49 @@ def _guide(
         stride_threshold,
         *movable_strides,
     )
+    constants = {"MODE": pairing.mode, "INPLACE": inplace, "INTERPRETED": _interpreting()}
+    plan = _plan(x, M, pairing)
 
     if matching == "paper" and not total:
-        similarity = torch.empty((B, 1, N), dtype=torch.float32, device=x.device)
-        _fill_group_heads(pairing, (similarity, float("-inf")))
-        if sources == 0 or N == 0:
+        from ..kernels.push import finish_kernel
+        from ..kernels.rows import rows_kernel
+
+        similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
+        tail = (alpha, threshold, movable, out, similarity, pushed, *sizes, *strides)
+        # A key of the union of all slots has 31 bits for slot and token.
+        if plan.kind == "rows" or pairing.slots * M >= 2**31:
+            scale = _reference_scales(reference, reference_mask, pairing, plan)
+            rows_kernel[(_blocks(N, plan.rows.BLOCK_M), B)](
+                x,
+                reference,
+                scale,
+                *tail,
+                **constants,
+                **plan.rows.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+            )
             return similarity, pushed
-        reference_scale = _reference_scales(reference, reference_mask, pairing)
-        config = _config("fused", x, M)
-        fused_kernel[(_blocks(N, config.BLOCK_M), sources)](
+        keys = torch.empty(shape, dtype=torch.int64, device=x.device)
+        scale = _reference_scales(reference, reference_mask, pairing, plan, keys)
+        _tiles(x, reference, pairing, False, scale, keys, plan)
+        finish_kernel[(_blocks(N, plan.finish.BLOCK_M), B)](
             x,
             reference,
-            reference_scale,
-            alpha,
-            threshold,
-            movable,
-            out,
-            similarity,
-            pushed,
-            *sizes,
-            *strides,
-            MODE=pairing.mode,
-            INPLACE=inplace,
-            INTERPRETED=_interpreting(),
-            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+            scale,
+            keys,
+            *tail,
+            **constants,
+            **plan.finish.meta("BLOCK_M", "BLOCK_K"),
         )
         return similarity, pushed
+
+    from ..kernels.push import push_kernel
 
     match_similarity, match_index = _match(x, reference, pairing, reference_mask, matching)
     if total:
         similarity = match_similarity
     else:
-        similarity = torch.empty((B, 1, N), dtype=torch.float32, device=x.device)
-        _fill_group_heads(pairing, (similarity, float("-inf")))
-    if sources == 0 or N == 0:
-        return similarity, pushed
-    config = _config("push", x, M)
-    push_kernel[(_blocks(N, config.BLOCK_M), sources)](
+        similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
+    push_kernel[(_blocks(N, plan.push.BLOCK_M), B)](
         x,
         reference,
         match_similarity,
@@ -413,10 +514,8 @@ def _guide(
         pushed,
         *sizes,
         *strides,
-        MODE=pairing.mode,
         SUM=total,
-        INPLACE=inplace,
-        INTERPRETED=_interpreting(),
-        **config.meta("BLOCK_M", "BLOCK_K"),
+        **constants,
+        **plan.push.meta("BLOCK_M", "BLOCK_K"),
     )
     return similarity, pushed

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends.triton_backend import _interpreting, _launch_device, _require
+from ..kernels.tuning import NUDGE
 from .torch_backend import mean_of_points
-
-BLOCK = 4096
 
 
 def nudge(
@@ -57,7 +56,7 @@ def nudge(
             *(0 if m is None or m.shape[0] == 1 else m.stride(0) for m in means),
             OBJECTIVE=objective,
             INTERPRETED=_interpreting(),
-            BLOCK=min(BLOCK, 1 << max(width - 1, 1).bit_length()),
-            num_warps=8,
+            BLOCK=min(NUDGE.BLOCK_K, 1 << max(width - 1, 1).bit_length()),
+            num_warps=NUDGE.num_warps,
         )
     return distance, taken, reason
