@@ -108,7 +108,7 @@ def test_rehearsal_of_all_models(
     assert end_to_end.main([*options, "--models", "flux", "sdxl", "wan", "embedded"]) == 0
     result = json.loads(out.read_text())
     names = {model["name"].split()[0] for model in result["models"]}
-    assert {"FLUX.1-dev", "SDXL", "tiny-flux-avatars,"} <= names
+    assert {"FLUX.1-dev", "SDXL", "Wan", "tiny-flux-avatars,"} == names
     for model in result["models"]:
         assert model["step"]["blocks"] > 0 and 0 < model["guided_steps"] < model["steps"]
         assert model["step"]["ours"]["seconds"]["median"] > 0
