@@ -233,7 +233,7 @@ def forced(kind: str, **configurations: Config) -> Iterator[None]:
     def plan(*problem: Any) -> tuning.Plan:
         return original(*problem)._replace(kind=kind, **configurations)
 
-    tuning.plan = plan  # type: ignore[assignment]
+    tuning.plan = plan
     try:
         yield
     finally:
