@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,22 +35,64 @@ def as_they_are(latents: Tensor) -> Tensor:
 def pack_2x2(latents: Tensor) -> Tensor:
     """FLUX: (B, C, h, w), or of one frame, to tokens (B, h/2 * w/2, 4 C)."""
     if latents.ndim == 5:
-        latents = latents.flatten(1, 2)
+        latents = latents.squeeze(2)
     items, channels, height, width = latents.shape
     patches = latents.view(items, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(items, -1, 4 * channels)
 
 
+def pack_pixels(latents: Tensor) -> Tensor:
+    """A token for each place: (B, C, h, w) or (B, C, F, h, w) to (B, F * h * w, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def one_frame(latents: Tensor) -> Tensor:
+    """Z-Image: images are videos of one frame, (B, C, 1, h, w)."""
+    return latents[:, :, None]
+
+
+def frames_first(latents: Tensor) -> Tensor:
+    """CogVideoX: (B, F, C, h, w)."""
+    return latents.transpose(1, 2)
+
+
+def channels_last(latents: Tensor) -> Tensor:
+    """Kandinsky 5: (B, F, h, w, C)."""
+    return latents.movedim(1, -1)
+
+
 def normalise(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's latents on the scale of the denoiser, by what the VAE's configuration tells."""
-    config = vae.config
-    scale = getattr(config, "scaling_factor", None) or 1.0
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
-        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * scale
+    """The VAE's latents on the scale of the denoiser, by what the VAE tells of them."""
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    if _told(vae, "latents_mean") is None or _told(vae, "latents_std") is None:
+        return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * scale
+    return standardise(vae, latents) * scale
+
+
+def standardise(vae: Any, latents: Tensor) -> Tensor:
+    """By the mean and standard deviation of each channel alone."""
     shape = (1, -1, *[1] * (latents.ndim - 2))
-    mean, std = (latents.new_tensor(value).view(shape) for value in (mean, std))
-    return (latents - mean) / std * scale
+    mean, std = (
+        torch.as_tensor(_told(vae, name)).to(latents).view(shape)
+        for name in ("latents_mean", "latents_std")
+    )
+    return (latents - mean) / std
+
+
+def _told(vae: Any, name: str) -> Any:
+    value = getattr(vae.config, name, None)
+    return getattr(vae, name, None) if value is None else value
+
+
+def patchify_and_normalise(vae: Any, latents: Tensor) -> Tensor:
+    """FLUX.2: (B, C, h, w) to (B, 4 C, h/2, w/2), then by the statistics of a batch norm."""
+    items, channels, height, width = latents.shape
+    patches = latents.view(items, channels, height // 2, 2, width // 2, 2)
+    patches = patches.permute(0, 1, 3, 5, 2, 4).reshape(items, 4 * channels, height // 2, -1)
+    mean, variance = (
+        value.to(patches).view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var)
+    )
+    return (patches - mean) / (variance + getattr(vae.config, "batch_norm_eps", vae.bn.eps)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -58,18 +100,21 @@ class Encoder:
     """How pictures become the latents of a family.
 
     Attributes:
-        video: the VAE takes (1, 3, F, H, W), also of one frame; else (1, 3, H, W).
+        takes: what the VAE does: an `"image"` (1, 3, H, W); a `"video"` (1, 3, F, H, W), also of
+            one frame; or the `"frames"` of a video as images (F, 3, H, W).
         normalise: (vae, its latents) -> latents on the denoiser's scale.
         pack: those to the order of the model's argument, (1, tokens, channels) or (1, ...).
         packing: latents that a packed token has in each direction.
         frame_axis: of latents that are not packed and have frames.
+        grid_axes: their height and width.
     """
 
-    video: bool = False
+    takes: Literal["image", "video", "frames"] = "image"
     normalise: Callable[[Any, Tensor], Tensor] = normalise
     pack: Callable[[Tensor], Tensor] = as_they_are
     packing: int = 1
     frame_axis: int = 2
+    grid_axes: tuple[int, int] = (-2, -1)
 
     def size(
         self, pipe: Any, latents: Tensor, grid: Grid | None, frames: int
@@ -81,7 +126,7 @@ class Encoder:
         """
         packing = self.packing
         if latents.ndim != 3:
-            packing, grid = 1, (latents.shape[-2], latents.shape[-1])
+            packing, grid = 1, (latents.shape[self.grid_axes[0]], latents.shape[self.grid_axes[1]])
             frames = latents.shape[self.frame_axis] if latents.ndim == 5 else 1
         if grid is None:
             raise ValueError("the size of this run is not known; give the reference as latents")
@@ -98,7 +143,8 @@ class Encoder:
         # SDXL's VAE overflows in fp16; pipelines decode with it in fp32 as well.
         upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         device = getattr(pipe, "_execution_device", weights.device)
-        pixels = pixels.transpose(0, 1)[None] if self.video else pixels[:1]
+        if self.takes == "video":
+            pixels = pixels.transpose(0, 1)[None]
         try:
             if upcast:
                 vae.to(torch.float32)
@@ -107,6 +153,8 @@ class Encoder:
             if upcast:
                 vae.to(dtype)
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        if self.takes == "frames":
+            latents = latents.transpose(0, 1)[None]
         return self.pack(self.normalise(vae, latents.float()))
 
 
@@ -121,7 +169,73 @@ def _factor(pipe: Any, names: tuple[str, ...], default: int | None = None) -> in
 
 
 IMAGE = Encoder()
-"""Latents (B, C, h, w) of a VAE for images: Stable Diffusion, PixArt, Sana, SD3 and others."""
+"""Latents (B, C, h, w) of a VAE for images."""
 
 PACKED = Encoder(pack=pack_2x2, packing=2)
 """FLUX.1: the same, packed into tokens of 2 x 2 latents."""
+
+PACKED_FRAME = Encoder(takes="video", pack=pack_2x2, packing=2)
+"""Qwen-Image: as FLUX.1, from a VAE for videos."""
+
+VIDEO = Encoder(takes="video")
+"""Latents (B, C, F, h, w) of a VAE for videos."""
+
+FRAMES = Encoder(takes="frames")
+"""Latents (B, C, F, h, w) of a VAE for images."""
+
+FRAMES_FIRST = Encoder(takes="video", pack=frames_first, frame_axis=1)
+"""CogVideoX: (B, F, C, h, w)."""
+
+PACKED_VIDEO = Encoder(takes="video", pack=pack_pixels)
+"""LTX-Video: a token for each latent."""
+
+ENCODERS = {
+    "UNet2DConditionModel": IMAGE,
+    "SD3Transformer2DModel": IMAGE,
+    "PixArtTransformer2DModel": IMAGE,
+    "SanaTransformer2DModel": IMAGE,
+    "HunyuanDiT2DModel": IMAGE,
+    "HunyuanImageTransformer2DModel": IMAGE,
+    "AuraFlowTransformer2DModel": IMAGE,
+    "Lumina2Transformer2DModel": IMAGE,
+    "OmniGenTransformer2DModel": IMAGE,
+    "CogView3PlusTransformer2DModel": IMAGE,
+    "CogView4Transformer2DModel": IMAGE,
+    "GlmImageTransformer2DModel": Encoder(normalise=standardise),
+    "HiDreamImageTransformer2DModel": IMAGE,
+    "ErnieImageTransformer2DModel": Encoder(normalise=patchify_and_normalise),
+    "ZImageTransformer2DModel": Encoder(pack=one_frame),
+    "FluxTransformer2DModel": PACKED,
+    "ChromaTransformer2DModel": PACKED,
+    "LongCatImageTransformer2DModel": PACKED,
+    "OvisImageTransformer2DModel": PACKED,
+    "BriaTransformer2DModel": PACKED,
+    "BriaFiboTransformer2DModel": Encoder(takes="video", pack=pack_pixels),
+    "Flux2Transformer2DModel": Encoder(
+        normalise=patchify_and_normalise, pack=pack_pixels, packing=2
+    ),
+    "QwenImageTransformer2DModel": PACKED_FRAME,
+    "Krea2Transformer2DModel": PACKED_FRAME,
+    "WanTransformer3DModel": VIDEO,
+    "WanVACETransformer3DModel": VIDEO,
+    "SkyReelsV2Transformer3DModel": VIDEO,
+    "HunyuanVideoTransformer3DModel": VIDEO,
+    "HunyuanVideo15Transformer3DModel": VIDEO,
+    "HunyuanVideoFramepackTransformer3DModel": VIDEO,
+    "EasyAnimateTransformer3DModel": VIDEO,
+    "MochiTransformer3DModel": VIDEO,
+    "AllegroTransformer3DModel": VIDEO,
+    "CogVideoXTransformer3DModel": FRAMES_FIRST,
+    "ConsisIDTransformer3DModel": FRAMES_FIRST,
+    "LTXVideoTransformer3DModel": PACKED_VIDEO,
+    "LTX2VideoTransformer3DModel": PACKED_VIDEO,
+    "LatteTransformer3DModel": FRAMES,
+    "UNetMotionModel": FRAMES,
+    "UNet3DConditionModel": FRAMES,
+    "ChronoEditTransformer3DModel": VIDEO,
+    "SanaVideoTransformer3DModel": VIDEO,
+    "Kandinsky5Transformer3DModel": Encoder(
+        takes="video", pack=channels_last, frame_axis=1, grid_axes=(2, 3)
+    ),
+}
+"""Class name of the denoiser -> its encoder, for the layouts of `families`."""

@@ -91,12 +91,22 @@ class PipelineClock:
         return given if isinstance(given, torch.Generator) else None
 
     def scheduler_at(self, timestep: float, rounding: float) -> tuple[Any, torch.Tensor] | None:
-        """A copy of the scheduler at a timestep, and that timestep (1,); the scheduler stays."""
-        pipe = self._pipe()
-        if pipe is None or self.locate(timestep, rounding) is None:
+        """A copy of the scheduler at a timestep, and that timestep (1,); the scheduler stays.
+
+        None where it has no such timestep, and no count of its own steps in a run that goes on.
+        """
+        scheduler: Any = getattr(self._pipe(), "scheduler", None)
+        if self.locate(timestep, rounding) is not None:
+            index = min(
+                range(len(self._timesteps)), key=lambda i: abs(self._timesteps[i] - timestep)
+            )
+        elif self.running and hasattr(scheduler, "step_index") and self._timesteps:
+            # Schedulers that are inverted have a scale of their own.
+            index = scheduler.step_index
+            index = (scheduler.begin_index or 0) if index is None else index
+        else:
             return None
-        index = min(range(len(self._timesteps)), key=lambda i: abs(self._timesteps[i] - timestep))
-        scheduler = copy.copy(pipe.scheduler)
+        scheduler = copy.copy(scheduler)
         for name, value in (("_step_index", index), ("_begin_index", 0)):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, value)
@@ -240,6 +250,7 @@ class ModelHooks:
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
     # Of the forward that is going on, or of the grid module inside it.
     _tokens = PerThread[ImageTokens | None](None)
+    _items = PerThread(0)
     _shards = PerThread[TokenShards | None](None)
     _exclusive = PerThread[frozenset[nn.Module]](frozenset())
 
@@ -399,7 +410,7 @@ class ModelHooks:
             if captions is not self._captions:
                 self._captions = captions
                 self._run_tokens = self.layout.image_tokens(model, arguments)
-            self._tokens = self._run_tokens
+            self._tokens, self._items = self._run_tokens, latents.shape[0]
             self._shards = token_shards(model, self.layout, self._run_tokens)
             self._hook_projections()
             self._exclusive = self._find_exclusive()
@@ -431,7 +442,8 @@ class ModelHooks:
             )
         refuse_stateful(call.arguments, self.model_name)
         clock, name = self._clock, self._latents_name(call.arguments)
-        channels = getattr(getattr(model, "config", None), "out_channels", None)
+        config = getattr(model, "config", None)
+        channels = getattr(config, "out_channels", getattr(config, "out_visual_dim", None))
         given = references.latents(
             clock.pipe if clock else None,
             latents,
@@ -441,17 +453,20 @@ class ModelHooks:
             clock.generator() if clock else None,
         )
         tokens, room = self._tokens, batch // groups
+        frame_axis = self.layout.encode.frame_axis if self.layout.encode else 2
+        frames = tokens.frames if tokens and self.layout.grid_modules else 1
+        lists = isinstance(call.arguments[name], (list, tuple))
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), room):
             some = given[first : first + room]
             items = torch.tensor([group * room for group in range(groups) for _ in some])
+            self._items = len(items)
             selected = inspect.BoundArguments(call.signature, copy.copy(call.arguments))
             for key, value in list(call.arguments.items())[1:]:  # all but self
-                lists = isinstance(call.arguments[name], (list, tuple))
-                chosen = select_items(value, batch, items, key, lists)
-                selected.arguments[key] = (
-                    with_latents(chosen, some * groups) if key == name else chosen
-                )
+                chosen = select_items(value, batch, items, key, lists, frames)
+                if key == name:
+                    chosen = with_latents(chosen, some * groups, tokens, frame_axis)
+                selected.arguments[key] = chosen
             if tokens is not None and tokens.starts is not None and len(tokens.starts) == batch:
                 starts = tuple(tokens.starts[item] for item in items.tolist())
                 self._tokens = replace(tokens, starts=starts)
@@ -461,7 +476,7 @@ class ModelHooks:
                 torch.random.fork_rng(devices),
             ):
                 model.forward(*selected.args[1:], **selected.kwargs)
-            self._tokens = tokens
+            self._tokens, self._items = tokens, batch
 
     @_outside_of_graphs
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -580,8 +595,7 @@ class ModelHooks:
             guided = self.guide_block(part, number, all_image, inplace)
             return tokens if guided is part else torch.cat([guided, tokens[..., attended:]], dim=2)
         if self._holds_single_frames(tokens):
-            assert self._shape is not None
-            videos = tokens.reshape(self._shape[0], -1, tokens.shape[2])
+            videos = tokens.reshape(self._items, -1, tokens.shape[2])
             guided = self.guide_block(videos, number, all_image, inplace)
             return tokens if guided is videos else guided.reshape(tokens.shape)
         shards = self._shards_of(module)
@@ -612,9 +626,9 @@ class ModelHooks:
     def _holds_single_frames(self, tokens: torch.Tensor) -> bool:
         """Whether the items are the frames of the videos, in order: (B * F, H * W, D)."""
         image = self._tokens
-        if image is None or image.frames == 1 or self._shape is None:
+        if image is None or image.frames == 1:
             return False
-        one_frame = (self._shape[0] * image.frames, image.stream // image.frames)
+        one_frame = (self._items * image.frames, image.stream // image.frames)
         return tokens.ndim == 3 and tokens.shape[:2] == one_frame
 
     def _guide_scattered(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,7 +31,16 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 
 _WITHOUT_BATCH = {"img_ids": 2, "txt_ids": 2}
 """Arguments that have no items where they have this many dimensions."""
-_NEVER_BATCHED = ("image_rotary_emb", "rope_interpolation_scale")
+_NEVER_BATCHED = (
+    "image_rotary_emb",
+    "rope_interpolation_scale",
+    "visual_rope_pos",
+    "text_rope_pos",
+    "indices_*",
+)
+"""Places of tokens, of which there may be as many as items by chance."""
+_BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
+"""HiDream has the states of several layers of its text encoder, (layers, B, tokens, channels)."""
 _CACHES = ("kv_cache", "past_key_values")
 
 
@@ -221,17 +231,16 @@ class References:
 def _fits(
     candidate: Tensor, latents: Tensor, tokens: ImageTokens | None, channels: int | None
 ) -> bool:
-    """Whether these are latents (1, ...) of the part of `latents` that is generated.
+    """Whether these are latents (1, ...) of the run, or of the part of them that is generated.
 
-    Edit pipelines append the tokens or channels of their conditions.
+    Edit pipelines add the tokens or channels of their conditions.
     """
     if candidate.ndim != latents.ndim or candidate.shape[0] != 1:
         return False
     for axis in range(1, latents.ndim):
         own, run = candidate.shape[axis], latents.shape[axis]
-        if latents.ndim == 3 and axis == 1 and tokens is not None:
-            run = tokens.generated
-        if own != run and not (own == channels and own < run):
+        generated = latents.ndim == 3 and axis == 1 and tokens and own == tokens.generated
+        if own != run and not generated and not (own == channels and own < run):
             return False
     return True
 
@@ -267,6 +276,8 @@ def at_timestep(
         )
     rule, timestep = scheduler
     if noise is not None:
+        if getattr(rule.config, "invert_sigmas", False):  # from 0 (noise) to 1: Mochi, OmniGen
+            clean, noise = noise, clean
         add = getattr(rule, "scale_noise", None)
         if add is not None:
             clean = add(clean, timestep, noise)
@@ -281,7 +292,14 @@ def at_timestep(
     return clean if scale is None else scale(clean, timestep[0])
 
 
-def select_items(value: Any, batch: int, items: Tensor, name: str = "", lists: bool = False) -> Any:
+def select_items(
+    value: Any,
+    batch: int,
+    items: Tensor,
+    name: str = "",
+    lists: bool = False,
+    frames: int = 1,
+) -> Any:
     """An argument of the model's forward for these items of its batch.
 
     Tensors whose first dimension is the batch, inside of mappings, tuples and lists; and lists of
@@ -290,37 +308,66 @@ def select_items(value: Any, batch: int, items: Tensor, name: str = "", lists: b
     Args:
         lists: a list has an entry for each item, whatever its entries look like: so in models
             whose latents are a list. Else a list of batches is one of ControlNet's, say.
+        frames: of each item, where arguments may have batch * frames entries.
     """
-    if name in _NEVER_BATCHED:
+    if any(fnmatchcase(name, pattern) for pattern in _NEVER_BATCHED):
         return value
     if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != batch or value.ndim == _WITHOUT_BATCH.get(name):
+        axis = _BATCH_AXIS.get(name, 0)
+        batched = value.ndim > axis and value.shape[axis] == batch
+        if axis == 0 and frames > 1 and value.ndim > 1 and value.shape[0] == batch * frames:
+            by_item = value.unflatten(0, (batch, frames))
+            return by_item.index_select(0, items.to(value.device)).flatten(0, 1)
+        if not batched or value.ndim == _WITHOUT_BATCH.get(name):
             return value
-        return value.index_select(0, items.to(value.device))
+        return value.index_select(axis, items.to(value.device))
     if isinstance(value, Mapping):
-        return {k: select_items(v, batch, items, str(k), lists) for k, v in value.items()}
+        return {k: select_items(v, batch, items, str(k), lists, frames) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         batches = all(isinstance(v, Tensor) and v.ndim and v.shape[0] == batch for v in value)
         if isinstance(value, list) and len(value) == batch and (lists or not batches):
             return [value[item] for item in items.tolist()]
-        selected = (select_items(entry, batch, items, name, lists) for entry in value)
+        selected = (select_items(entry, batch, items, name, lists, frames) for entry in value)
         return type(value)(*selected) if hasattr(value, "_fields") else type(value)(selected)
     return value
 
 
-def with_latents(value: Any, references: Sequence[Tensor]) -> Any:
+def with_latents(
+    value: Any,
+    references: Sequence[Tensor],
+    tokens: ImageTokens | None = None,
+    frame_axis: int = 2,
+) -> Any:
     """The model's latents, a tensor (B, ...) or a list of B, with those of the references in them.
 
-    What an edit pipeline appended, tokens or channels, stays.
+    The conditions of edit and image-to-video pipelines stay: channels and tokens that come after,
+    tokens and frames that come before what is generated.
+
+    Args:
+        references: one (1, ...) for each item, of what is generated or of all.
+        tokens: the image tokens, where known.
+        frame_axis: of latents with frames.
     """
     if isinstance(value, (list, tuple)):
+        # A list in the place of an item holds its conditions, and the generated image at its end.
         return [
-            with_latents(item[None], [reference])[0]
-            for item, reference in zip(value, references, strict=True)
+            [*item[:-1], with_latents(item[-1][None], [own])[0]]
+            if isinstance(item, (list, tuple))
+            else with_latents(item[None], [own])[0]
+            for item, own in zip(value, references, strict=True)
         ]
-    value = value.clone()
-    own = torch.cat(list(references))
-    value[tuple(slice(0, size) for size in own.shape)] = own
+    own, value = torch.cat(list(references)), value.clone()
+    place = [slice(0, size) for size in own.shape]
+    source = [slice(None)] * own.ndim
+    if tokens is not None and own.ndim == 3:
+        place[1] = slice(tokens.first, tokens.first + tokens.generated)
+        if own.shape[1] != tokens.generated:
+            source[1] = place[1]
+    elif tokens is not None and tokens.grid is not None and own.ndim == 5:
+        given = tokens.first // (tokens.grid[0] * tokens.grid[1])
+        if own.shape[frame_axis] == tokens.frames + given:
+            place[frame_axis] = source[frame_axis] = slice(given, None)
+    value[tuple(place)] = own[tuple(source)]
     return value
 
 

@@ -1,5 +1,8 @@
 """The table of the model classes that are known: one entry each, by kind of architecture."""
 
+from dataclasses import replace
+
+from ..encoders import ENCODERS
 from ..layouts import Layout, register_layout
 from . import cross_attention, flux, mmdit, single_stream, unet, video
 
@@ -14,4 +17,4 @@ FAMILIES: dict[str, Layout] = {
 """Class name of the denoiser -> its layout."""
 
 for _name, _layout in FAMILIES.items():
-    register_layout(_name, _layout)
+    register_layout(_name, replace(_layout, encode=_layout.encode or ENCODERS.get(_name)))

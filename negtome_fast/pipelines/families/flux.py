@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .. import encoders
 from ..layouts import ImageTokens, Layout, as_it_is, times_1000
 
 
@@ -51,7 +50,6 @@ LAYOUTS = {
         BUILT_LIKE_FLUX,
         family="FLUX.1 (dev, schnell, Kontext)",
         preset="flux",
-        encode=encoders.PACKED,
     ),
     "Flux2Transformer2DModel": replace(BUILT_LIKE_FLUX, family="FLUX.2 (dev, Klein)"),
     "ChromaTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Chroma"),

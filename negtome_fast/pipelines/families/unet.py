@@ -1,6 +1,5 @@
 """UNets: every resolution has a grid of its own, told by the modules around the attention."""
 
-from .. import encoders
 from ..layouts import Layout
 
 LAYOUTS = {
@@ -11,6 +10,5 @@ LAYOUTS = {
         blocks=("*.attn1", "*.attn2"),
         fresh_outputs=True,
         preset="sdxl",
-        encode=encoders.IMAGE,
     ),
 }
