@@ -376,11 +376,20 @@ def refuse_stateful(arguments: Mapping[str, Any], model: str) -> None:
     for name, value in arguments.items():
         if isinstance(value, Mapping):
             refuse_stateful(value, model)
-        elif any(cache in name for cache in _CACHES) and value is not None:
+        elif any(cache in name for cache in _CACHES) and not _is_idle(value):
             raise ValueError(
                 f"{model} is called with a cache, {name}, which the references' forward would "
                 "change; references need a pipeline without it"
             )
+
+
+def _is_idle(cache: Any) -> bool:
+    """Whether a cache holds nothing and is not filled: GLM-Image's where nothing is edited."""
+    layers = getattr(cache, "caches", None)
+    return cache is None or (
+        isinstance(layers, list)
+        and all(layer.mode != "write" and not layer.k_caches for layer in layers)
+    )
 
 
 def _frames(source: Any, what: str) -> tuple[Image, ...]:
