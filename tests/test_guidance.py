@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from negtome_fast import config
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import match_tokens, negtome
-from negtome_fast.guidance import Guidance, _BlockStatistics
+from negtome_fast.guidance import Guidance, ReferenceSettings, _BlockStatistics
 
 
 class TinyDiT(nn.Module):
@@ -273,3 +273,114 @@ def test_no_file_of_the_guidance_imports_diffusers() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.startswith("diffusers") for name in names), file.name
+
+
+@torch.no_grad()
+def sample_with_references(guidance: Guidance, references: Tensor, images: int = 3) -> Tensor:
+    """As `sample`, with a forward of the references before each guided one."""
+    model = TinyDiT()
+    x = torch.randn(images, 24, 16, generator=torch.Generator().manual_seed(1))
+    for i in range(5):
+        t = 1000 * (1 - i / 5)
+        if guidance.begin_step(t, step=i, num_steps=5, grid=(4, 6)):
+            with guidance.record():
+                model(references, t, guidance)
+        x = x - model(x, t, guidance) / 5
+        guidance.end_step()
+    return x
+
+
+def test_a_hand_written_loop_takes_references_from_outside() -> None:
+    """The first image of a batch, given as the reference of the others."""
+    config = NegToMeConfig(threshold=0.2, t_end=900)
+    inside = sample(Guidance(config))
+    start = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(1))
+    guidance = Guidance(config, [ReferenceSettings()])
+    outside = sample_with_references(guidance, start[:1])
+    torch.testing.assert_close(outside[1:], inside[1:], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(outside[1], sample(None)[1])
+    assert guidance.summary().forwards == 5 and guidance.summary().guided == 1
+
+
+def recorded(guidance: Guidance, x: Tensor, references: Tensor, **step: Any) -> Tensor:
+    guidance.begin_step(1000, **step)
+    with guidance.record():
+        assert guidance.recording and guidance.apply(references) is references
+    assert not guidance.recording
+    return guidance.apply(x)
+
+
+@pytest.mark.parametrize("combine", ["nearest", "sum"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_each_group_has_the_references_in_its_own_conditioning(combine: Any, groups: int) -> None:
+    x, references = tokens(4), torch.randn(2 * groups, 24, 16, generator=generator())
+    settings = [ReferenceSettings(alpha=2.0, threshold=0.6), ReferenceSettings(alpha=-0.5)]
+    guidance = Guidance(NegToMeConfig(threshold=0.5, combine=combine), settings)
+    expected = [
+        negtome(
+            part,
+            references[2 * g : 2 * g + 2],
+            alpha=torch.tensor([2.0, -0.5]),
+            threshold=torch.tensor([0.6, 0.5]),
+            combine=combine,
+        )
+        for g, part in enumerate(x.chunk(groups))
+    ]
+    torch.testing.assert_close(
+        recorded(guidance, x, references, groups=groups), torch.cat(expected)
+    )
+    moved = (torch.cat(expected) != x).any(dim=2).float().mean().item()
+    (row,) = guidance.summary().rows
+    assert row.pushed == row.matched == pytest.approx(moved) and 0 < moved < 1
+
+
+def test_matches_are_counted_by_the_threshold_of_their_reference_also_with_dropout() -> None:
+    settings = [ReferenceSettings(threshold=0.5), ReferenceSettings(threshold=0.2)]
+    shares = []
+    for dropout in (0.0, 0.5):
+        guidance = Guidance(NegToMeConfig(dropout=dropout), settings)
+        recorded(guidance, tokens(), torch.randn(2, 24, 16, generator=generator()))
+        total = guidance.summary().total
+        shares.append((total.matched, total.pushed))
+    assert shares[0][0] == shares[0][1] == shares[1][0] > shares[1][1] > 0
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+def test_a_mask_follows_the_grid_of_the_block() -> None:
+    mask = torch.zeros(40, 60, dtype=torch.bool)
+    mask[:20, :30] = True
+    guidance = Guidance(NegToMeConfig(threshold=-1, alpha=-1), [ReferenceSettings(mask=mask)])
+    for height, width in ((4, 6), (2, 3)):
+        references = torch.randn(1, height * width, 16, generator=generator())
+        with torch.no_grad():
+            pulled = recorded(guidance, references.flip(1) * 2, references, grid=(height, width))
+        allowed = references.unflatten(1, (height, width))[:, : height // 2, : width // 2]
+        places = allowed.flatten(1, 2) if width % 2 == 0 else references[:, :2]
+        distance = (pulled[0][:, None] - places[0]).norm(dim=2).min(dim=1).values
+        assert distance.max() < 1e-5
+    with pytest.raises(ValueError, match="token grid of block is not known"):
+        recorded(guidance, tokens(), tokens(1))
+
+
+def test_references_that_were_not_recorded_are_reported() -> None:
+    guidance = Guidance(NegToMeConfig(), [ReferenceSettings(), ReferenceSettings()])
+    with pytest.raises(RuntimeError, match="begin_step returned True"), guidance.record():
+        pass
+    guidance.begin_step(1000)
+    with guidance.record(0, 1):
+        guidance.apply(tokens(1))
+    with pytest.raises(RuntimeError, match=r"guidance\.record"):
+        guidance.apply(tokens())
+    with pytest.raises(ValueError, match="batch of 1"), guidance.record(1, 1):
+        guidance.apply(tokens(2))
+    with pytest.raises(RuntimeError, match=r"references=\["), Guidance().record():
+        pass
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 3), "m"])
+def test_a_mask_that_cannot_be_one_is_refused(mask: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="mask of a reference"):
+        ReferenceSettings(mask=mask)

@@ -31,8 +31,8 @@ SINGLE_PRECISION = ("kandinsky 5",)
 """Families whose models compute parts in fp32, whatever they are given."""
 
 
-LATENTS_ONLY: tuple[str, ...] = ()
-"""Families whose references must be given as latents."""
+LATENTS_ONLY = ("CosmosTransformer3DModel",)
+"""Families whose references must be given as latents: Cosmos scales its latents by itself."""
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -149,8 +149,10 @@ def test_latents_are_normalised_by_what_the_vae_tells() -> None:
     )
     wan = vae_of(latents_mean=mean, latents_std=std)
     torch.testing.assert_close(encoders.normalise(wan, VIDEO), expected)
-    ltx = vae_of(scaling_factor=2.0)
-    ltx.latents_mean, ltx.latents_std = torch.tensor(mean), torch.tensor(std)
+    ltx = nn.Module()
+    ltx.config = vae_of(scaling_factor=2.0).config
+    ltx.register_buffer("latents_mean", torch.tensor(mean))
+    ltx.register_buffer("latents_std", torch.tensor(std))
     torch.testing.assert_close(encoders.normalise(ltx, VIDEO), expected * 2)
     glm = vae_of(scaling_factor=0.18, latents_mean=mean, latents_std=std)
     torch.testing.assert_close(encoders.standardise(glm, VIDEO), expected)
@@ -179,6 +181,15 @@ def test_an_inverted_schedule_is_noised_the_other_way_round() -> None:
         assert share > 0.5
 
 
+def test_sigmas_that_are_no_shares_are_refused() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[80.0, 1.0])
+    with pytest.raises(ValueError, match=r"above 1.*noise=False"):
+        at_timestep(LATENTS, LATENTS, (scheduler, scheduler.timesteps[:1]))
+
+
 def frames(count: int) -> list[Image.Image]:
     random = np.random.default_rng(0)
     return [
@@ -204,9 +215,7 @@ def test_a_video_is_pushed_away_from_a_video(source: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipe.transformer, "forward", record)
 
     def run() -> Tensor:
-        return family.generate(
-            pipe, 1, size=(64, 96), steps=1, cfg=False, captions=(TEXT,), seed=7
-        )
+        return family.generate(pipe, 1, size=(64, 96), steps=1, cfg=False, captions=(TEXT,), seed=7)
 
     with torch.no_grad():
         plain = run()

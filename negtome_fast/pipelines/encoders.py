@@ -80,8 +80,9 @@ def standardise(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _told(vae: Any, name: str) -> Any:
+    """Of the VAE's configuration, or a buffer of its own (LTX-Video)."""
     value = getattr(vae.config, name, None)
-    return getattr(vae, name, None) if value is None else value
+    return getattr(vae, "_buffers", {}).get(name) if value is None else value
 
 
 def patchify_and_normalise(vae: Any, latents: Tensor) -> Tensor:
@@ -232,6 +233,7 @@ ENCODERS = {
     "LatteTransformer3DModel": FRAMES,
     "UNetMotionModel": FRAMES,
     "UNet3DConditionModel": FRAMES,
+    "UNetSpatioTemporalConditionModel": Encoder(takes="frames", pack=frames_first, frame_axis=1),
     "ChronoEditTransformer3DModel": VIDEO,
     "SanaVideoTransformer3DModel": VIDEO,
     "Kandinsky5Transformer3DModel": Encoder(

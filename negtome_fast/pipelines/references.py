@@ -120,7 +120,7 @@ class LoadedReference:
 class References:
     """The references of one guided model, and what is known of them in this run."""
 
-    # Of the run: clean latents and noise, both (1, ...) and wide, by the shape of the run.
+    # Of the run: clean latents and noise, each (1, ...) in fp32 or fp64, for runs of this key.
     _key = PerThread[tuple[Any, ...] | None](None)
     _clean = PerThread[Sequence[Tensor]](())
     _noise = PerThread[Sequence[Tensor]](())
@@ -154,7 +154,7 @@ class References:
 
     def begin_run(self) -> None:
         """Has the noise drawn anew; pictures that were encoded at this size are kept."""
-        self._noise = []
+        self._noise = ()
 
     @torch.no_grad()
     def latents(
@@ -175,13 +175,14 @@ class References:
             scheduler: its copy at this step, and the timestep (1,); None where not known.
             generator: the caller's.
         """
-        key = (tuple(latents.shape[1:]), tokens and tokens.generated, latents.device)
+        place = (tokens.generated, tokens.grid, tokens.frames) if tokens else None
+        key = (tuple(latents.shape[1:]), place, latents.device)
         if key != self._key:
             self._clean = [
                 self._encode(number, reference, pipe, latents, tokens, channels)
                 for number, reference in enumerate(self._references)
             ]
-            self._key, self._noise = key, []
+            self._key, self._noise = key, ()
         if not self._noise:
             self._noise = draw_noise(self._clean, generator)
         return [
@@ -280,6 +281,12 @@ def at_timestep(
             clean, noise = noise, clean
         add = getattr(rule, "scale_noise", None)
         if add is not None:
+            if rule.sigmas[rule.step_index or 0] > 1:
+                raise ValueError(
+                    f"this {type(rule).__name__} has sigmas above 1, as Cosmos has, whose pipeline "
+                    "scales its latents itself; use Reference(noise=False) with latents at the "
+                    "scale of the model's input"
+                )
             clean = add(clean, timestep, noise)
         elif hasattr(rule, "add_noise"):
             clean = rule.add_noise(clean, noise, timestep)
