@@ -215,7 +215,12 @@ ENCODERS = {
     "Flux2Transformer2DModel": Encoder(
         normalise=patchify_and_normalise, pack=pack_pixels, packing=2
     ),
+    "PRXTransformer2DModel": IMAGE,
     "QwenImageTransformer2DModel": PACKED_FRAME,
+    "QwenImage21Transformer2DModel": Encoder(
+        takes="video", normalise=standardise, pack=pack_pixels
+    ),
+    "NucleusMoEImageTransformer2DModel": PACKED_FRAME,
     "Krea2Transformer2DModel": PACKED_FRAME,
     "WanTransformer3DModel": VIDEO,
     "WanVACETransformer3DModel": VIDEO,
