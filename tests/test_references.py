@@ -550,3 +550,44 @@ def test_pictures_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(red, torch.tensor([0.0, 100.0, 200.0]), atol=1.0, rtol=0)
     still = Reference(tmp_path / "folder" / "4.png").load().pixels((3, 8, 12))
     assert still.shape == (3, 3, 8, 12) and torch.equal(still[0], still[2])
+
+
+def test_pictures_of_another_aspect_are_encoded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 64 x 32 and 32 x 64 pixels have equally many tokens."""
+    from negtome_fast import models
+
+    pipe = models.load_pipeline()
+    sizes: list[tuple[int, ...]] = []
+    encode = pipe.vae.encode
+
+    def record(pixels: Tensor) -> Any:
+        sizes.append(tuple(pixels.shape[-2:]))
+        return encode(pixels)
+
+    monkeypatch.setattr(pipe.vae, "encode", record)
+    call: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent"}
+    with negtome_guidance(pipe, ALWAYS, reference=Reference(PICTURE)):
+        for height, width in ((64, 32), (64, 32), (32, 64)):
+            pipe("a pixel art person", height=height, width=width, guidance_scale=1.0, **call)
+    assert sizes == [(64, 32), (32, 64)]
+
+
+def test_a_picture_is_avoided_or_approached_by_the_embedded_model(tmp_path: Path) -> None:
+    """By its features, over four seeds: further away with alpha 0.9, nearer with -0.5."""
+    from negtome_fast import models
+    from negtome_fast.evaluation.metrics import FeatureExtractor
+
+    pipe, features = models.load_pipeline(), FeatureExtractor()
+    prompt = "a pixel art person"
+    (avoided,) = models.generate(pipe, prompt, [100], output_type="pil")
+    avoided.save(tmp_path / "avoided.png")
+    pixels = torch.from_numpy(np.array(avoided)).permute(2, 0, 1)[None] / 255
+
+    def similarity(alpha: float) -> float:
+        reference = Reference(tmp_path / "avoided.png", alpha=alpha)
+        with negtome_guidance(pipe, t_end=750, reference=reference):
+            images = models.generate(pipe, prompt, range(4), steps=10)
+        return torch.cosine_similarity(features(images), features(pixels)).mean().item()
+
+    away, neutral, toward = (similarity(alpha) for alpha in (0.9, 0.0, -0.5))
+    assert away < neutral - 0.01 < neutral < toward - 0.01
