@@ -529,7 +529,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/tiny-flux-avatars/pipeline"))
     parser.add_argument("--images", type=int, default=20_000, help="rendered training images")
     parser.add_argument("--vae-steps", type=int, default=2_400)
-    parser.add_argument("--steps", type=int, default=4_000, help="transformer steps")
+    parser.add_argument("--steps", type=int, default=2_800, help="transformer steps")
     parser.add_argument("--reader-steps", type=int, default=900)
     parser.add_argument("--balanced-images", type=int, default=6_000, help="for VAE and reader")
     parser.add_argument("--unusual-images", type=int, default=10_000, help="for the words")
