@@ -508,7 +508,7 @@ PICTURE = Image.fromarray(np.full((10, 14, 3), 200, dtype=np.uint8))
         (Reference(torch.zeros(24, 16), alpha=float("nan")), ValueError, "alpha"),
         (Reference(torch.zeros(24, 16), threshold=2), ValueError, "cosine"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_a_reference_is_refused_before_the_run(
     flux: Any, reference: Any, error: type[Exception], message: str
