@@ -1,4 +1,4 @@
-"""Compiles the nudging kernel for targets that need not be there; prints what it compiled.
+"""Compiles what the compile report leaves out of the nudging kernel: "paper", and no trace.
 
 Run by test_nudge.py in a process of its own: kernels that were imported to be interpreted cannot
 be compiled any more.

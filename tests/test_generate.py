@@ -346,7 +346,7 @@ def test_distilled_models_have_two_scales() -> None:
 
 class NoNegative:
     def __call__(self, prompt: str, generator: Any = None, num_inference_steps: int = 1) -> None:
-        raise NotImplementedError
+        """Never called: only its arguments are looked at."""
 
 
 def test_an_argument_that_a_pipeline_lacks_is_named() -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 BATCH = 32
 
 
@@ -216,6 +215,8 @@ class ReferenceBank:
 
 def _named(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(images, (str, Path)):
+        from ..pipelines.references import IMAGE_SUFFIXES
+
         folder = Path(images)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")

@@ -93,10 +93,10 @@ class PixelDistance(_Nearest):
     ) -> None:
         super().__init__(bank, _checked(threshold, 0, 1), name)
         self.size = size
-        self._points = _resized(bank.pixels, size)
+        self._points = resized(bank.pixels, size)
 
     def judge(self, images: Tensor) -> list[Verdict]:
-        images = _resized(_images(images), self.size)
+        images = resized(_images(images), self.size)
         score, index = select_nearest(images, self._points.to(images.device))
         return self._verdicts(score / images[0].numel() ** 0.5, index, above=False)
 
@@ -131,9 +131,9 @@ class LatentDistance(_Nearest):
         images = _images(images)
         size = (self._size,) * 2 if self._size else tuple(images.shape[-2:])
         if size not in self._points:
-            pixels = _resized(self.bank.pixels.to(images.device), size)
+            pixels = resized(self.bank.pixels.to(images.device), size)
             self._points[size] = torch.cat([self._encode(p).float() for p in pixels.split(BATCH)])
-        latents = self._encode(_resized(images, size)).float()
+        latents = self._encode(resized(images, size)).float()
         score, index = select_nearest(latents, self._points[size])
         return self._verdicts(score / latents[0].numel() ** 0.5, index, above=False)
 
@@ -278,7 +278,8 @@ def _images(images: Tensor) -> Tensor:
     return images.float()
 
 
-def _resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
     size = (size, size) if isinstance(size, int) else size
     if tuple(images.shape[-2:]) == size:
         return images

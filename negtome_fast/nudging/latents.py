@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.layouts import Layout
-from .filters import _resized
+from .filters import resized
 
 
 class LatentPoints:
@@ -44,7 +44,7 @@ class LatentPoints:
         def encoded(picture: Tensor) -> Tensor:
             key = picture.numpy().tobytes()
             if key not in known:
-                known[key] = encode(pipe, _resized(picture[None], size) * 2 - 1)[0]
+                known[key] = encode(pipe, resized(picture[None], size) * 2 - 1)[0]
             return known[key]
 
         self._clean = torch.stack(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import NegToMeConfig
 from .bank import ReferenceBank
-from .filters import Filter, Verdict, _resized, judge
+from .filters import Filter, Verdict, judge, resized
 from .objective import nudge
 from .selection import select_nearest
 
@@ -371,7 +371,8 @@ class _Steering:
             None if bank is None else _nearest(bank, images, schedule.nearest)
             for bank in self._banks
         ]
-        self._distance = torch.zeros(len(images))
+        # Read when the attempt is over, so that no step waits for the device.
+        self._moves: list[tuple[list[int], Tensor]] = []
 
     def batches(self) -> Iterator[list[int]]:
         """Places of images that can be generated together."""
@@ -423,7 +424,7 @@ class _Steering:
             names[0],
             names[1] if nudged else (),
             self._schedule.beta * self._factor if nudged else None,
-            float(self._distance[place]) if nudged else 0.0,
+            sum(float(d[places.index(place)]) for places, d in self._moves if place in places),
         )
 
     def _callback(self, places: list[int]) -> Callable[..., dict[str, Any]]:
@@ -465,7 +466,7 @@ class _Steering:
                 * self._factor
                 * latents.flatten(1).float().norm(dim=1).clamp_min(1e-6),
             )
-            self._distance[places] += result.distance.float().cpu()
+            self._moves.append((places, result.distance))
             return {"latents": result.latents}
 
         return move
@@ -478,4 +479,4 @@ def _preset(layout: Layout) -> NegToMeConfig:
 def _nearest(bank: ReferenceBank, images: Tensor, count: int) -> Tensor:
     """Rows `(B, count)` of the bank that are nearest in pixels, at 64 pixels a side."""
     count = min(count, len(bank))
-    return select_nearest(_resized(images, 64), _resized(bank.pixels, 64), count)[1]
+    return select_nearest(resized(images, 64), resized(bank.pixels, 64), count)[1]
