@@ -101,12 +101,13 @@ class Condition:
         if self.references:
             values["references"] = [_reference_identity(r) for r in self.references]
         if self.baseline is not None:
+            name = self.baseline.name
             if not is_dataclass(self.baseline) or isinstance(self.baseline, type):
                 raise TypeError(
                     f"the baseline {self.baseline!r} must be a dataclass, whose fields are what "
                     "decides its images"
                 )
-            values["baseline"] = {"name": self.baseline.name, **asdict(self.baseline)}
+            values["baseline"] = {"name": name, **asdict(self.baseline)}
         return values
 
 
