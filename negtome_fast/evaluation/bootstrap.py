@@ -122,7 +122,7 @@ def paired_bootstrap(
             f"paired samples must be as many on both sides, got {len(samples_a)} and "
             f"{len(samples_b)}"
         )
-    plan = _Plan.of(len(samples_a), strata, blocks, draws, seed)
+    plan = Plan.of(len(samples_a), strata, blocks, draws, seed)
     (value_a, drawn_a), (value_b, drawn_b) = (
         plan.apply(statistic, samples, within_strata) for samples in (samples_a, samples_b)
     )
@@ -142,7 +142,7 @@ def bootstrap(
     seed: int = 0,
 ) -> Interval:
     """Interval of `statistic` of one condition, for error bars; see `paired_bootstrap`."""
-    plan = _Plan.of(len(samples), strata, blocks, draws, seed)
+    plan = Plan.of(len(samples), strata, blocks, draws, seed)
     value, drawn = plan.apply(statistic, samples, within_strata)
     return plan.interval(value, drawn)
 
@@ -155,8 +155,12 @@ class _Stratum:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is drawn, the same for both sides."""
+class Plan:
+    """What is drawn, the same for both sides.
+
+    For what depends on several statistics or conditions at once, such as a frontier: `apply` gives
+    the draws of each, in which draw i is of the same items, and `interval` or `ratio` the rest.
+    """
 
     samples: int
     strata: list[_Stratum] = field(repr=False)
@@ -169,7 +173,8 @@ class _Plan:
         blocks: Sequence[Hashable] | None,
         draws: int,
         seed: int,
-    ) -> _Plan:
+    ) -> Plan:
+        """See `paired_bootstrap`."""
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         for name, labels in (("strata", strata), ("blocks", blocks)):
