@@ -72,6 +72,7 @@ setup(
             "tiny_flux_avatars/**/*.txt",
             "tiny_flux_avatars/**/NOTICE",
         ],
+        "negtome_fast.integrations.comfyui": ["pyproject.toml", "example_workflows/*.json"],
         "negtome_fast.kernels": ["tuned/*.json"],
     },
     include_package_data=False,
