@@ -38,6 +38,14 @@ EVAL = [
     "resvg-py>=0.3",
     "matplotlib>=3.8",
 ]
+# Their networks need a torchvision that fits the installed torch, so they are not in `all`.
+METRICS = [
+    "torchmetrics>=1.4",
+    "torch-fidelity>=0.3",
+    "torchvision",
+    "dreamsim>=0.2",
+    "transformers>=4.56",
+]
 NUDGE = ["imagehash>=4.3", "pillow>=10.0", "safetensors>=0.4.3"]
 FAISS = ["faiss-cpu>=1.8"]
 DEV = [
@@ -50,6 +58,7 @@ DEV = [
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "torchao>=0.13",
+    "torchmetrics>=1.4",
 ]
 
 setup(
@@ -86,6 +95,7 @@ setup(
         "diffusers": DIFFUSERS,
         "demo": DEMO,
         "eval": EVAL,
+        "metrics": METRICS,
         "dev": DEV,
         "nudge": NUDGE,
         "faiss": FAISS,
