@@ -8,6 +8,10 @@ fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest"
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +30,52 @@ PUSH_ROWS = 1024
 #: Elements up to which all pairs of items are matched, or all items pushed, at once: for small
 #: problems the calls cost more than the arithmetic.
 SMALL = 4 * 2**20
+#: Elements up to which all tokens are pushed and those that stay are put back.
+TINY = 2**20
+
+
+class _Pairs(NamedTuple):
+    """All pairs `(item, slot, reference item)`, by the item whose tokens are columns.
+
+    `even`: as many pairs for each, so that one batched product serves all; then the tensors `(P,)`
+    are their parts.
+    """
+
+    by_columns: dict[int, list[tuple[int, int, int]]]
+    even: bool
+    items: Tensor
+    slots: Tensor
+    others: Tensor
+
+
+@lru_cache(maxsize=64)
+def _pairs(pairing: Pairing, matching: str) -> _Pairs:
+    by_columns: dict[int, list[tuple[int, int, int]]] = {}
+    for item in pairing.sources:
+        for slot in range(pairing.slots):
+            pair = (item, slot, pairing.reference_item(item, slot))
+            by_columns.setdefault(pair[2] if matching == "paper" else item, []).append(pair)
+    even = len({len(members) for members in by_columns.values()}) == 1
+    flat = [pair for members in by_columns.values() for pair in members]
+    with torch.inference_mode(False):
+        parts = torch.tensor(flat, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return _Pairs(by_columns, even, *parts)
+
+
+@lru_cache(maxsize=64)
+def _reference_items(pairing: Pairing) -> Tensor:
+    """Reference item of every item and slot, `(B, slots)`; also of items that do not move."""
+    rows = [
+        [pairing.reference_item(item, slot) for slot in range(pairing.slots)]
+        for item in range(pairing.items)
+    ]
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+def _all_finite(norms: Tensor) -> bool:
+    """Whether all norms are; a NaN is the maximum of whatever it is among."""
+    return norms.numel() == 0 or math.isfinite(float(norms.amax()))
 
 
 def _padded(columns: int) -> int:
@@ -72,7 +122,7 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
     looked for only in the run of columns that holds the maximum.
     """
     rows, columns = scores.shape
-    if scores.device.type != "cpu":
+    if scores.device.type != "cpu" or columns == RUN:
         return scores.max(dim=1)
     runs = scores.view(rows, columns // RUN, RUN)
     run = runs.amax(dim=2).max(dim=1).indices
@@ -122,28 +172,14 @@ def match(
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
-    pairs = [
-        (item, slot, pairing.reference_item(item, slot))
-        for item in pairing.sources
-        for slot in range(pairing.slots)
-    ]
-    by_columns: dict[int, list[tuple[int, int, int]]] = {}
-    for pair in pairs:
-        by_columns.setdefault(pair[2] if matching == "paper" else pair[0], []).append(pair)
-    (tokens, channels), width = x.shape[1:], _padded(max(reference.shape[1], x.shape[1]))
-    elements = tokens * channels + width * channels + tokens * width
-    even = len({len(members) for members in by_columns.values()}) == 1
-    if x.device.type == "cpu" and even and len(pairs) * elements <= SMALL:
-        ordered = [pair for members in by_columns.values() for pair in members]
-        items, slots, others = torch.tensor(ordered).unbind(1)
-        found = _match_at_once(
-            x, reference, list(by_columns), items, others, reference_mask, matching
-        )
-        similarity[items, slots], index[items, slots] = found
+    pairs = _pairs(pairing, matching)
+    if _fits_at_once(x, reference, pairs):
+        found = _match_at_once(x, reference, pairs, reference_mask, matching)
+        similarity[pairs.items, pairs.slots], index[pairs.items, pairs.slots] = found
         return similarity, index
 
     tiles = _Tiles(x, reference)
-    for shared, members in by_columns.items():
+    for shared, members in pairs.by_columns.items():
         columns = reference[shared] if matching == "paper" else x[shared]
         allowed = None
         if reference_mask is not None and matching == "paper":
@@ -154,7 +190,7 @@ def match(
         ]
         _search(columns, allowed, searches, tiles)
 
-    for item, slot, other in pairs:
+    for item, slot, other in (pair for part in pairs.by_columns.values() for pair in part):
         rows = x[item] if matching == "paper" else reference[other]
         best, chosen = similarity[item, slot], index[item, slot]
         for first in range(0, rows.shape[0], PUSH_ROWS):
@@ -172,44 +208,56 @@ def match(
     return similarity, index
 
 
+def _fits_at_once(x: Tensor, reference: Tensor, pairs: _Pairs) -> bool:
+    (tokens, channels), width = x.shape[1:], _padded(max(reference.shape[1], x.shape[1]))
+    elements = tokens * channels + width * channels + tokens * width
+    return x.device.type == "cpu" and pairs.even and len(pairs.items) * elements <= SMALL
+
+
 def _match_at_once(
     x: Tensor,
     reference: Tensor,
-    shared: list[int],
-    items: Tensor,
-    others: Tensor,
+    pairs: _Pairs,
     reference_mask: Tensor | None,
     matching: str,
 ) -> tuple[Tensor, Tensor]:
-    """Similarity and index `(P, N)` of P pairs of items, as one batched product.
-
-    As many pairs in a row have each of the `shared` items for their columns.
-    """
-    dtype, paper = compute_dtype(x.dtype), matching == "paper"
-    columns = (reference if paper else x)[shared].to(dtype)
-    rows = (x[items] if paper else reference[others]).to(dtype)
-    row_norm = torch.linalg.vector_norm(rows, dim=-1)
-    column_norm = torch.linalg.vector_norm(columns, dim=-1)
-    usable = column_norm.isfinite()
-    if reference_mask is not None and paper:
-        usable = usable & reference_mask[shared]
+    """Similarity and index `(P, N)` of P pairs of items, as one batched product."""
+    dtype, paper, shared = compute_dtype(x.dtype), matching == "paper", list(pairs.by_columns)
+    rows, columns = (x, reference) if paper else (reference, x)
+    which = pairs.items if paper else pairs.others
+    row_norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
+    column_norm = (
+        row_norm if x is reference else torch.linalg.vector_norm(columns, dim=-1, dtype=dtype)
+    )
+    rows, row_norm = rows[which].to(dtype), row_norm[which]
+    columns, column_norm = columns[shared].to(dtype), column_norm[shared]
+    allowed = reference_mask[shared] if reference_mask is not None and paper else None
+    gates = reference_mask[pairs.others] if reference_mask is not None and not paper else None
+    excluded = None
+    if allowed is not None or not _all_finite(column_norm):
+        usable = column_norm.isfinite()
+        excluded = ~(usable if allowed is None else usable & allowed)
     columns, ragged = columns / column_norm.clamp_min(EPSILON)[..., None], -columns.shape[1] % RUN
+    if excluded is not None:
+        columns.masked_fill_(excluded[..., None], 0)
     if ragged:
-        columns, usable = F.pad(columns, (0, 0, 0, ragged)), F.pad(usable, (0, ragged))
-    if not bool(usable.all()):
-        columns.masked_fill_(~usable[..., None], 0)
+        columns = F.pad(columns, (0, 0, 0, ragged))
     scores = torch.bmm(rows.reshape(len(shared), -1, x.shape[2]), columns.mT)
-    if not bool(usable.all()):
-        scores.masked_fill_(~usable[:, None], NOTHING)
+    if ragged:
+        scores[..., -ragged:] = NOTHING
+    if excluded is not None:
+        scores[..., : excluded.shape[1]].masked_fill_(excluded[:, None], NOTHING)
     value, index = _row_maximum(scores.flatten(0, 1))
     value, index = value.view(row_norm.shape), index.view(row_norm.shape)
+    similarity = value / row_norm.clamp_min(EPSILON)
+    if excluded is None and gates is None and _all_finite(row_norm):
+        return similarity, index
     found = row_norm.isfinite() & (value > NOTHING)
     if not paper:
-        found &= column_norm.isfinite().repeat_interleave(len(items) // len(shared), dim=0)
+        found &= column_norm.isfinite().repeat_interleave(len(pairs.items) // len(shared), dim=0)
         found &= row_norm.isfinite().gather(1, index.clamp_max(row_norm.shape[1] - 1))
-        if reference_mask is not None:
-            found &= reference_mask[others]
-    similarity = value / row_norm.clamp_min(EPSILON)
+        if gates is not None:
+            found &= gates
     return similarity.where(found, NOTHING), index.where(found, -1)
 
 
@@ -253,16 +301,17 @@ def guide(
     alpha = alpha.to(x.device, dtype).expand(pairing.slots)
     threshold = threshold.to(x.device, dtype).expand(pairing.slots)
     similarity, index = match(x, reference, pairing, reference_mask, matching)
-    pushed = (similarity > threshold[:, None]) & (index >= 0)
+    pushed = similarity > threshold[:, None]
     if movable is not None:
         pushed &= movable[:, None]
-    slots = torch.arange(pairing.slots, device=x.device)[:, None]
-    if combine == "nearest" and pairing.slots > 1:
-        similarity, best_slot = similarity.max(dim=1, keepdim=True)
-        pushed &= slots == best_slot
-    flat = torch.where(pushed, slots * tokens + index, -1)
-    if combine == "nearest" and pairing.slots > 1:
-        flat = flat.amax(dim=1, keepdim=True)
+    flat = index
+    if pairing.slots > 1:
+        slots = torch.arange(pairing.slots, device=x.device)[:, None]
+        flat = index + slots * tokens
+        if combine == "nearest":
+            similarity, best_slot = similarity.max(dim=1, keepdim=True)
+            flat, pushed = flat.gather(1, best_slot), pushed.gather(1, best_slot)
+    flat = torch.where(pushed, flat, -1)
 
     if x.device.type == "cpu" and x.numel() <= SMALL:
         _push_at_once(x, reference, pairing, alpha, flat, out)
@@ -279,6 +328,20 @@ def _push_at_once(
 ) -> None:
     """Move the tokens of all items whose entries of `flat` `(B, S, N)` are not negative."""
     tokens = reference.shape[1]
+    if flat.shape[1] == 1 and x.numel() <= TINY:
+        number = flat[:, 0]
+        token = number.clamp_min(0)
+        item = _reference_items(pairing)
+        if pairing.slots > 1:
+            slot, token = token // tokens, token % tokens
+            strength, item = alpha[slot][..., None], item.gather(1, slot)
+        else:
+            strength = alpha
+        original = x.to(alpha.dtype)
+        step = (original - reference[item, token].to(alpha.dtype)).mul_(strength)
+        moved = step.add_(original).to(x.dtype)
+        torch.where((number >= 0)[..., None], moved, x, out=out)
+        return
     item, place = (flat >= 0).any(dim=1).nonzero().unbind(1)
     original = x[item, place].to(alpha.dtype)
     moved = original
