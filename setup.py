@@ -74,6 +74,7 @@ setup(
     package_dir={"negtome_fast.kernels": "kernels"},
     package_data={
         "negtome_fast": ["py.typed"],
+        "negtome_fast.export": ["template.h"],
         "negtome_fast.models": [
             "tiny_flux_avatars/**/*.json",
             "tiny_flux_avatars/**/*.safetensors",

@@ -161,9 +161,17 @@ def _require_triton() -> None:
 
 
 def compile_kernel(
-    kernel: str, dtype: str, config: tuning.Config, constants: dict[str, Any], target: Target
+    kernel: str,
+    dtype: str,
+    config: tuning.Config,
+    constants: dict[str, Any],
+    target: Target,
+    divisible: bool = True,
 ) -> Any:
-    """Compile one kernel for `target`; the result's `asm` holds its code in every stage."""
+    """Compile one kernel for `target`; the result's `asm` holds its code in every stage.
+
+    `divisible`: channels and strides are multiples of 16, as those of models are.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -190,7 +198,7 @@ def compile_kernel(
             signature[name] = _FIXED[name]
         else:
             signature[name] = "i32"
-            if not parameter.do_not_specialize:
+            if divisible and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if kernel in ("tiles", "pairs") and target.backend == "cuda":
@@ -326,18 +334,29 @@ def compile_all(
     ]
 
 
-def _in_process(arguments: Sequence[str], given: str | None = None) -> list[dict[str, Any]]:
-    """What this file prints with `--json`, in a process whose kernels are not interpreted."""
+def run_compiling(module: str, arguments: Sequence[str], given: str | None = None) -> str:
+    """What `python -m module` prints, in a process whose kernels are not interpreted.
+
+    Raises RuntimeError with the last line of its errors where it fails, and without Triton.
+    """
+    _require_triton()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", f"{__package__}.aot", "--json", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
         command, env=environment, input=given, capture_output=True, text=True, check=False
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"compiling the kernels ({' '.join(arguments)}) failed: {lines[-1]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return done.stdout
+
+
+def _in_process(arguments: Sequence[str], given: str | None = None) -> list[dict[str, Any]]:
+    """What this file prints with `--json`, where kernels are not interpreted."""
+    rows: list[dict[str, Any]] = json.loads(
+        run_compiling(f"{__package__}.aot", ["--json", *arguments], given)
+    )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The command `negtome-fast`: generate, demo, tune, info, bench. Bad input: one line, code 2."""
+"""The command `negtome-fast`; bad input: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("output/demo.png"), help="the picture")
 
     _add_generate(commands)
+    _add_web(commands)
 
     tune = commands.add_parser(
         "tune",
@@ -61,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, help="the table; default: that of the package")
     tune.add_argument("--dry-run", action="store_true", help="compile and list, measure nothing")
     tune.add_argument("--arch", help="of --dry-run, such as sm_90 (default) or gfx942")
+
+    _add_export(commands)
 
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
@@ -222,6 +225,70 @@ def _add_generate(commands: Any) -> None:
     machine.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="compile the kernels for programs without Python; needs no GPU",
+        description="Kernels, a C header that launches them, and a description in JSON: "
+        "docs/export.md. The options fix what negtome_fast.negtome chooses at run time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    export.add_argument("--target", required=True, help="sm_80, sm_89, sm_90, sm_100 or gfx942")
+    export.add_argument("--dtype", required=True, help="bf16, fp16 or fp32")
+    export.add_argument("--channels", required=True, type=int, help="of the tokens")
+    export.add_argument("--reference", choices=("first", "others", "external"), default="first")
+    export.add_argument("--matching", choices=("paper", "official"), default="paper")
+    export.add_argument("--combine", choices=("nearest", "sum"), default="nearest")
+    export.add_argument("--inplace", action="store_true", help="write into the tokens")
+    export.add_argument("--reference-mask", action="store_true", help="calls hand over one")
+    export.add_argument("--source-mask", action="store_true", help="calls hand over one")
+    export.add_argument(
+        "--kind",
+        choices=("auto", "rows", "tiles"),
+        default="auto",
+        help="how to launch; auto: as the tuning table says for --items of --tokens",
+    )
+    export.add_argument("--items", type=int, default=4, help="of the batch")
+    export.add_argument("--tokens", type=int, default=4096, help="of an item")
+    export.add_argument("--assembly", action="store_true", help="also write PTX or AMD assembly")
+    export.add_argument("--out", type=Path, default=Path("output/export"), help="folder")
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from . import export
+
+    values = {f.name: getattr(options, f.name) for f in fields(export.Operator)}
+    for path in export.export(export.Operator(**values), options.out, options.assembly):
+        print(path)
+    return 0
+
+
+def _add_web(commands: Any) -> None:
+    web = commands.add_parser(
+        "web",
+        help="a page in the browser: images without and with guidance",
+        argument_default=argparse.SUPPRESS,
+    )
+    web.add_argument("--model", help="folder or Hub id; default: the embedded tiny-flux-avatars")
+    web.add_argument("--host", help="address to listen at; default 127.0.0.1, this machine alone")
+    web.add_argument("--port", type=int, help="default 7860; 0: a free one")
+    web.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    web.add_argument("--device", help="default: a GPU if there is one")
+    web.add_argument("--offload", choices=("model", "sequential", "group"))
+    web.add_argument("--vae-tiling", action=argparse.BooleanOptionalAction)
+    web.add_argument("--revision", help="of the model on the Hub")
+    web.add_argument("--variant", help="of the model's files, such as fp16")
+
+
+def web_command(options: argparse.Namespace) -> int:
+    from . import generate, web
+
+    values = {name: value for name, value in vars(options).items() if name != "command"}
+    place = {name: values.pop(name) for name in ("host", "port") if name in values}
+    web.serve(generate.Settings(**values), **place)
+    return 0
+
+
 def generate_command(options: argparse.Namespace) -> int:
     from . import generate
     from .config import NegToMeConfig
@@ -371,7 +438,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = {
             "demo": demo_command,
             "generate": generate_command,
+            "web": web_command,
             "tune": tune_command,
+            "export": export_command,
             "info": info_command,
         }
         return run[options.command](options)
