@@ -47,9 +47,12 @@ METRICS = [
     "transformers>=4.56",
 ]
 NUDGE = ["imagehash>=4.3", "pillow>=10.0", "safetensors>=0.4.3"]
+# Not in "all": gradio needs a Pillow below 13, which tests run on.
+WEB = [*DEMO, "gradio>=6.31", "matplotlib>=3.8"]
 FAISS = ["faiss-cpu>=1.8"]
 DEV = [
     "hypothesis>=6.100",
+    "kernels>=0.17",
     "mypy>=1.11",
     "peft>=0.17",
     "pre-commit>=3.5",
@@ -75,6 +78,7 @@ setup(
     package_data={
         "negtome_fast": ["py.typed"],
         "negtome_fast.export": ["template.h"],
+        "negtome_fast.integrations.hf_kernel": ["files/*"],
         "negtome_fast.models": [
             "tiny_flux_avatars/**/*.json",
             "tiny_flux_avatars/**/*.safetensors",
@@ -100,6 +104,7 @@ setup(
         "dev": DEV,
         "nudge": NUDGE,
         "faiss": FAISS,
+        "web": WEB,
         "all": sorted({*EVAL, *NUDGE, *FAISS, *DEV}),
     },
     entry_points={"console_scripts": ["negtome-fast = negtome_fast.cli:main"]},

@@ -324,7 +324,7 @@ def generate(
     if pipe is None:
         pipe = load_pipeline(settings)
     call = call_arguments(pipe, settings)
-    config = _config(pipe, settings)
+    config = configuration(pipe, settings)
     run = _Run(settings, folder, pipe, call, config, progress)
     with run.recording():
         for number, prompt in enumerate(settings.prompts):
@@ -469,7 +469,7 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     return arguments
 
 
-def _config(pipe: Any, settings: Settings) -> NegToMeConfig:
+def configuration(pipe: Any, settings: Settings) -> NegToMeConfig:
     """The whole configuration: the authors' for the family, the preset's and the caller's."""
     from .pipelines import negtome_guidance
 
