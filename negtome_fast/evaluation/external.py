@@ -296,6 +296,7 @@ def clip_score(
         metric = CLIPScore(model_name_or_path=model).to(device)
     except ImportError as error:
         raise _missing("CLIPScore", error) from error
+    metric.model = _Projections(metric.model)
 
     def measure(batch: Batch) -> float:
         assert batch.prompts is not None  # `needs` was looked at
@@ -307,6 +308,27 @@ def clip_score(
         return float(metric.compute())
 
     return Metric("CLIPScore", "higher", measure, ("prompts",))
+
+
+class _Projections(nn.Module):
+    """A CLIP model as torchmetrics 1.9 expects it: transformers 5 wraps features in an output."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, *args: Any) -> Tensor:
+        return self._tensor(self.model.get_image_features(*args))
+
+    def get_text_features(self, *args: Any) -> Tensor:
+        return self._tensor(self.model.get_text_features(*args))
+
+    @staticmethod
+    def _tensor(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def lpips(
