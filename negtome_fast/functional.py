@@ -150,7 +150,7 @@ def guide_tokens(
         backend,
     )
     if not inplace:
-        return ops.guide(x, *arguments)
+        return ops.run_guide(x, *arguments)
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(
             f"inplace=True needs tokens of their own memory; x {tuple(x.shape)} is expanded "
@@ -160,7 +160,7 @@ def guide_tokens(
         x.requires_grad or (isinstance(reference, Tensor) and reference.requires_grad)
     ):
         raise ValueError("inplace=True is not differentiable; use inplace=False or torch.no_grad()")
-    similarity, pushed = ops.guide_(x, *arguments)
+    similarity, pushed = ops.run_guide_(x, *arguments)
     return x, similarity, pushed
 
 
@@ -367,7 +367,7 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
     given, value = value, value.detach().to(_parameter_dtype(x))
     # On an accelerator the values are not looked at: that would wait for the device.
     if value.device.type == "cpu" and _is_real(value):
-        if not bool(value.isfinite().all()):
+        if not all(math.isfinite(number) for number in value.reshape(-1).tolist()):
             raise ValueError(f"{name} must be finite in fp32, got {given.tolist()}")
         if x.device.type != "cpu" and value.dim() == 0:
             # Known on the host: the argument of a fill, where a copy would wait for the device.

@@ -26,6 +26,9 @@ Grid = tuple[int, int]
 T = TypeVar("T")
 _counting = threading.Lock()
 
+SEEN_TOKENS = 2**20
+"""Tokens whose matches are kept at most, 12 bytes each, before they are counted."""
+
 
 class Here(threading.local):
     """What `PerThread` attributes of one object hold; a copy of it holds nothing."""
@@ -175,59 +178,86 @@ class GuidanceSummary:
         return "\n".join(lines)
 
 
-class _BlockStatistics:
-    """Sums of one block, kept on its device so that no block waits for the device."""
+@dataclass(frozen=True)
+class _Seen:
+    """What one call of `apply` found, kept until many are counted together.
 
-    def __init__(self, device: torch.device) -> None:
-        self.calls = 0
-        self.grid: Grid | None = None
+    Attributes:
+        block, grid: of the call.
+        similarity, pushed: (B, S, N) as `guide_tokens` returns them.
+        threshold: () or (S,).
+        matched: (B, N) where one threshold a slot does not tell it, else None.
+    """
+
+    block: str
+    grid: Grid | None
+    similarity: torch.Tensor
+    pushed: torch.Tensor
+    threshold: torch.Tensor
+    matched: torch.Tensor | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Calls of one kind can be stacked."""
+        shapes = (self.similarity.shape, self.pushed.shape, self.similarity.dtype)
+        return (*shapes, self.similarity.device, id(self.threshold), self.matched is None)
+
+
+class _Statistics:
+    """Sums of all blocks, kept on their device so that nothing waits for it.
+
+    Blocks that are counted together have one row each of the same tensors.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, tuple[int, Grid | None]] = {}
+        self._sums: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def notice(self, block: str, grid: Grid | None) -> None:
+        """Counts a call of a block; blocks are listed in the order of their first."""
+        self._blocks[block] = (self._blocks.get(block, (0, None))[0] + 1, grid)
+
+    def add(self, blocks: tuple[str, ...], counts: torch.Tensor, similarity: torch.Tensor) -> None:
+        """Adds sums (K, 3) and (K,) of K calls, as `_sums` returns them."""
+        known = self._sums.get(blocks)
         with torch.inference_mode(False):  # else no later run outside of that mode could add to it
-            self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-            self.similarity = torch.zeros((), dtype=torch.float32, device=device)
+            if known is None:
+                known = torch.zeros_like(counts), torch.zeros_like(similarity)
+            if known[0].device != counts.device:  # the model was moved; what it counted stays
+                known = known[0].to(counts.device), known[1].to(counts.device)
+        known[0].add_(counts)
+        known[1].add_(similarity)
+        self._sums[blocks] = known
 
-    def add(
-        self,
-        similarity: torch.Tensor,
-        pushed: torch.Tensor,
-        threshold: torch.Tensor,
-        grid: Grid | None,
-        matched: torch.Tensor | None = None,
-    ) -> None:
-        """Adds a call; `matched` (B, N) where one threshold a slot does not tell it."""
-        self.add_sums(*_sums(similarity, pushed, threshold, matched), grid)
-
-    def add_sums(self, counts: torch.Tensor, similarity: torch.Tensor, grid: Grid | None) -> None:
-        self.calls += 1
-        self.grid = grid
-        if self.counts.device != similarity.device:  # the model was moved; what it counted stays
-            with torch.inference_mode(False):
-                self.counts = self.counts.to(similarity.device)
-                self.similarity = self.similarity.to(similarity.device)
-        self.counts += counts
-        self.similarity += similarity
-
-    def row(self, block: str) -> BlockRow:
-        tokens, matched, pushed = self.counts.tolist()
-        share = 1 / max(tokens, 1)
-        similarity = self.similarity.item() * share
-        return BlockRow(
-            block, self.grid, self.calls, tokens, matched * share, pushed * share, similarity
-        )
+    def rows(self) -> tuple[BlockRow, ...]:
+        """Reads the sums from the device."""
+        totals = {block: [0, 0, 0, 0.0] for block in self._blocks}
+        for blocks, (counts, similarity) in self._sums.items():
+            for block, three, one in zip(blocks, counts.tolist(), similarity.tolist(), strict=True):
+                totals[block] = [a + b for a, b in zip(totals[block], [*three, one], strict=True)]
+        rows = []
+        for block, (calls, grid) in self._blocks.items():
+            tokens, matched, pushed, similarity = totals[block]
+            share = 1 / max(tokens, 1)
+            shares = matched * share, pushed * share, similarity * share
+            rows.append(BlockRow(block, grid, calls, int(tokens), *shares))
+        return tuple(rows)
 
 
-def _sums(
-    similarity: torch.Tensor,
-    pushed: torch.Tensor,
-    threshold: torch.Tensor,
-    matched: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers (3,) of tokens compared, matched and pushed, and the sum of their similarities."""
-    best = similarity.detach().amax(dim=1)
+def _sums(seen: Sequence[_Seen]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of K calls of one kind: numbers (K, 3) of tokens compared, matched and pushed, and the sum
+    (K,) of their similarities."""
+    similarity = torch.stack([one.similarity for one in seen]).detach()
+    pushed = torch.stack([one.pushed for one in seen])
+    best = similarity.amax(dim=2)
     compared = best > -torch.inf
-    if matched is None:
-        matched = (similarity.detach() > threshold[..., None]).any(dim=1)
-    counts = [compared.sum(), matched.sum(), (pushed >= 0).any(dim=1).sum()]
-    return torch.stack(counts), torch.where(compared, best, 0.0).sum()
+    told = [one.matched for one in seen if one.matched is not None]
+    if told:
+        matched = torch.stack(told)
+    else:
+        matched = (similarity > seen[0].threshold[..., None]).any(dim=2)
+    counts = [part.sum(dim=(1, 2)) for part in (compared, matched, (pushed >= 0).any(dim=2))]
+    return torch.stack(counts, dim=1), torch.where(compared, best, 0.0).sum(dim=(1, 2)).float()
 
 
 @dataclass
@@ -235,7 +265,6 @@ class _Share:
     """What one rank counted in a block whose tokens are distributed over several."""
 
     block: str
-    grid: Grid | None
     counts: torch.Tensor
     similarity: torch.Tensor
     shards: TokenShards
@@ -255,6 +284,8 @@ class _Step:
     calls: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     shares: list[_Share] = field(default_factory=list)
+    seen: list[_Seen] = field(default_factory=list)
+    seen_tokens: int = 0
 
 
 class Guidance:
@@ -323,7 +354,7 @@ class Guidance:
 
     def reset(self) -> None:
         """Forgets the statistics."""
-        self._statistics: dict[str, _BlockStatistics] = {}
+        self._statistics = _Statistics()
         self._forwards = 0
         self._guided = 0
         self._groups: int | None = None
@@ -365,6 +396,8 @@ class Guidance:
             tolerance = rounding if tolerance is None else tolerance
         active = self.config.includes_step(timestep, step, num_steps, tolerance or 0.0)
         groups = self.config.groups or groups
+        if self._step is not None:  # one that nobody closed
+            self._count_seen(self._step)
         self._step = _Step(active, groups, grid)
         with _counting:
             self._forwards += 1
@@ -376,7 +409,10 @@ class Guidance:
     def end_step(self, *, completed: bool = True) -> None:
         """Closes the forward; may be called at any time, with completed=False after an error."""
         step, self._step = self._step, None
-        if not completed or step is None or not step.active:
+        if step is None or not step.active:
+            return
+        self._count_seen(step)
+        if not completed:
             return
         self._sum_over_ranks(step.shares)
         if step.guided_blocks:
@@ -517,13 +553,28 @@ class Guidance:
         threshold: torch.Tensor,
         matched: torch.Tensor | None = None,
     ) -> None:
-        if shards is None:
+        seen = _Seen(block, grid, similarity, pushed, threshold, matched)
+        with _counting:
+            self._statistics.notice(block, grid)
+        if shards is not None:
+            counts, total = _sums([seen])
+            step.shares.append(_Share(block, counts[0], total[0], shards))
+            return
+        step.seen.append(seen)
+        step.seen_tokens += similarity.numel()
+        if step.seen_tokens > SEEN_TOKENS:
+            self._count_seen(step)
+
+    def _count_seen(self, step: _Step) -> None:
+        """Adds what this step found to the statistics, in a few operations for all blocks."""
+        kinds: dict[tuple[Any, ...], list[_Seen]] = {}
+        for one in step.seen:
+            kinds.setdefault(one.kind, []).append(one)
+        step.seen, step.seen_tokens = [], 0
+        for seen in kinds.values():
+            sums = _sums(seen)
             with _counting:
-                statistics = self._statistics_of(block, similarity.device)
-                statistics.add(similarity, pushed, threshold, grid, matched)
-        else:
-            sums = _sums(similarity, pushed, threshold, matched)
-            step.shares.append(_Share(block, grid, *sums, shards))
+                self._statistics.add(tuple(one.block for one in seen), *sums)
 
     def _keep(self, step: _Step, image_tokens: torch.Tensor, block: str) -> None:
         which, groups = step.recording, step.groups
@@ -631,13 +682,9 @@ class Guidance:
 
     def summary(self) -> GuidanceSummary:
         """Reads the statistics from the device; the only call that waits for it."""
-        rows = tuple(self._rows())
-        return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
-
-    def _statistics_of(self, block: str, device: torch.device) -> _BlockStatistics:
-        if block not in self._statistics:
-            self._statistics[block] = _BlockStatistics(device)
-        return self._statistics[block]
+        if self._step is not None:
+            self._count_seen(self._step)
+        return GuidanceSummary(self._statistics.rows(), self._forwards, self._guided, self._groups)
 
     def _sum_over_ranks(self, shares: list[_Share]) -> None:
         """Adds what all ranks counted in this forward, in one exchange for all blocks.
@@ -648,18 +695,14 @@ class Guidance:
             return
         rows = [torch.cat([one.counts.double(), one.similarity.double()[None]]) for one in shares]
         totals = shares[0].shards.sum(torch.stack(rows))
-        for one, total in zip(shares, totals, strict=True):
-            counts, similarity = total[:3].to(torch.int64), total[3].float()
-            self._statistics_of(one.block, total.device).add_sums(counts, similarity, one.grid)
+        counts, similarity = totals[:, :3].to(torch.int64), totals[:, 3].float()
+        with _counting:
+            self._statistics.add(tuple(one.block for one in shares), counts, similarity)
 
     def _includes_block(self, block: str) -> bool:
         if block not in self._included:
             self._included[block] = self.config.includes_block(block)
         return self._included[block]
-
-    def _rows(self) -> Iterator[BlockRow]:
-        for block, statistics in self._statistics.items():
-            yield statistics.row(block)
 
     def _setting(self, name: str) -> tuple[float, ...]:
         """The configuration's alpha or threshold, or that of each reference."""

@@ -127,6 +127,26 @@ def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
+def nothing_watches(*tensors: Tensor | None) -> bool:
+    """Whether an operator may run without torch's dispatcher, which costs more than a small match.
+
+    Nobody would see it: nothing is compiled, traced, differentiated or transformed, no mode is on,
+    and the tensors are plain ones.
+    """
+    plain = not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+    return plain and all(
+        type(tensor) is Tensor and not (tensor.requires_grad and torch.is_grad_enabled())
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
 _PAIRING = "str pairing_mode, int groups, bool per_item, str matching"
 _ARGUMENTS = (
     "Tensor? reference, Tensor alpha, Tensor threshold, Tensor? reference_mask, Tensor? movable, "
@@ -232,6 +252,28 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         else:
             grad_reference = grad_reference.to(grad.dtype)
     return grad_x.to(grad.dtype), grad_reference, *([None] * 10)
+
+
+def run_guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`guide`, at once where nothing watches."""
+    call = _Call(*arguments)
+    if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
+        result: tuple[Tensor, Tensor, Tensor] = guide(*arguments)
+        return result
+    with torch.no_grad():
+        out = call.x.new_empty(call.x.shape)
+        return out, *call.run(out)
+
+
+def run_guide_(*arguments: Any) -> Any:
+    """`guide_`, at once where nothing watches."""
+    call = _Call(*arguments)
+    if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
+        return guide_(*arguments)
+    with torch.no_grad():
+        result = call.run(call.x)
+    torch.autograd.graph.increment_version(call.x)
+    return result
 
 
 guide.register_autograd(_backward, setup_context=_save_for_backward)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from negtome_fast import config
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import match_tokens, negtome
-from negtome_fast.guidance import Guidance, ReferenceSettings, _BlockStatistics
+from negtome_fast.guidance import Guidance, ReferenceSettings, _Statistics
 
 
 class TinyDiT(nn.Module):
@@ -201,14 +201,34 @@ def test_inference_mode_may_change_between_runs(inference_first: bool) -> None:
 
 
 def test_counts_survive_a_move_to_another_device() -> None:
-    statistics = _BlockStatistics(torch.device("meta"))
-    similarity = torch.ones(1, 1, 5)
-    statistics.counts = torch.zeros(3, dtype=torch.int64)
-    statistics.similarity = torch.zeros((), dtype=torch.float32)
-    statistics.add(similarity, torch.zeros(1, 1, 5), torch.tensor(0.5), None)
-    elsewhere = [tensor.to("meta") for tensor in (similarity, similarity, torch.tensor(0.5))]
-    statistics.add(*elsewhere, None)
-    assert statistics.calls == 2 and statistics.counts.device.type == "meta"
+    statistics = _Statistics()
+    for device in ("cpu", "meta"):
+        counts = torch.ones(1, 3, dtype=torch.int64, device=device)
+        statistics.add(("block",), counts, torch.ones(1, device=device))
+    (sums,) = statistics._sums.values()
+    assert [part.device.type for part in sums] == ["meta", "meta"]
+
+
+def test_a_step_is_counted_together_and_the_count_is_that_of_every_block() -> None:
+    torch.manual_seed(0)
+    tokens = [torch.randn(2, 6, 8), torch.randn(2, 10, 8), torch.randn(2, 6, 8)]
+    guidance = Guidance(NegToMeConfig(threshold=0.2, reference="others"))
+    for repeat in range(2):
+        guidance.begin_step(1000)
+        for number, block in enumerate(tokens):
+            guidance.apply(block + repeat, block=f"blocks.{number}", grid=(2, block.shape[1] // 2))
+        if repeat:  # one step is closed by the next or by reading the summary, not by its owner
+            break
+    rows = guidance.summary().rows
+    assert [(row.block, row.calls, row.tokens) for row in rows] == [
+        ("blocks.0", 2, 24),
+        ("blocks.1", 2, 40),
+        ("blocks.2", 2, 24),
+    ]
+    for row, block in zip(rows, tokens, strict=True):
+        similarity = torch.cat([match_tokens(block + i, "others")[0] for i in range(2)])
+        assert row.similarity == pytest.approx(similarity.mean().item(), abs=1e-6)
+        assert row.matched == pytest.approx((similarity > 0.2).float().mean().item())
 
 
 def test_a_guided_step_that_no_block_took_part_in_is_reported_once_per_run() -> None:

@@ -25,8 +25,10 @@ BLOCK_ELEMENTS = 2 * 2**20
 #: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
 #: columns at the ragged end of a product otherwise, which would decide between equal tokens.
 RUN = 64
-#: Tokens that are pushed at a time.
+#: Tokens that are pushed at a time, on an accelerator.
 PUSH_ROWS = 1024
+#: Elements that are pushed at a time on a CPU, so that they stay in its cache between the steps.
+PUSH_ELEMENTS = 2**18
 #: Elements up to which all pairs of items are matched, or all items pushed, at once: for small
 #: problems the calls cost more than the arithmetic.
 SMALL = 4 * 2**20
@@ -316,8 +318,9 @@ def guide(
     if x.device.type == "cpu" and x.numel() <= SMALL:
         _push_at_once(x, reference, pairing, alpha, flat, out)
         return similarity, flat
-    if out is not x:
-        out.copy_(x)
+    if out is not x and pairing.mode == "first":
+        for item in range(0, pairing.items, pairing.group_size):
+            out[item].copy_(x[item])
     for item in pairing.sources:
         _push_item(x[item], reference, pairing, item, alpha, flat[item], out[item])
     return similarity, flat
@@ -364,31 +367,57 @@ def _push_item(
     flat: Tensor,
     out: Tensor,
 ) -> None:
-    """Move the tokens of one item, `(N, D)`, whose entries of `flat` `(S, N)` are not negative."""
-    dtype, tokens = alpha.dtype, reference.shape[1]
-    for first in range(0, x.shape[0], PUSH_ROWS):
-        chunk = slice(first, first + PUSH_ROWS)
-        moves = (flat[:, chunk] >= 0).any(dim=0)
-        if x.device.type == "cpu":
-            selected = moves.nonzero()[:, 0] + first
-            if selected.numel() == 0:
-                continue
+    """Write one item, `(N, D)`, to `out`; tokens whose entries of `flat` `(S, N)` are not negative
+    are moved."""
+    rows = PUSH_ROWS if x.device.type != "cpu" else max(1, PUSH_ELEMENTS // x.shape[1])
+    for first in range(0, x.shape[0], rows):
+        chunk = slice(first, first + rows)
+        source, target, numbers = x[chunk], out[chunk], flat[:, chunk]
+        moves = (numbers >= 0).any(dim=0)
+        if x.device.type != "cpu":
+            moved = _moved(source, numbers, reference, pairing, item, alpha)
+            torch.where(moves[:, None], moved, source, out=target)
+        elif bool(moves.all()):
+            _moved(source, numbers, reference, pairing, item, alpha, out=target)
         else:
-            selected = torch.arange(first, min(first + PUSH_ROWS, x.shape[0]), device=x.device)
-        original = x.index_select(0, selected).to(dtype)
-        moved = original
-        for number in flat[:, selected]:
-            token = number.clamp_min(0)
-            if pairing.slots == 1:
-                strength = alpha
-                chosen = reference[pairing.reference_item(item, 0)].index_select(0, token)
-            else:
-                slot = token // tokens
-                strength = alpha[slot][:, None]
-                chosen = reference[pairing.reference_item(item, slot), token % tokens]
-            step = (original - chosen.to(dtype)).mul_(strength)
-            moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)
-        if x.device.type == "cpu":
-            out.index_copy_(0, selected, moved.to(x.dtype))
+            if out is not x:
+                target.copy_(source)
+            selected = moves.nonzero()[:, 0]
+            if selected.numel():
+                tokens, numbers = source.index_select(0, selected), numbers[:, selected]
+                moved = _moved(tokens, numbers, reference, pairing, item, alpha)
+                target.index_copy_(0, selected, moved)
+
+
+def _moved(
+    tokens: Tensor,
+    numbers: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    item: int,
+    alpha: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Tokens `(K, D)` of an item, away from the reference tokens `numbers` `(S, K)`; -1: none.
+
+    Where S is 1, -1 gives no meaningful token. `out` may be `tokens`.
+    """
+    dtype, length = alpha.dtype, reference.shape[1]
+    original = tokens.to(dtype)
+    out = torch.empty_like(tokens) if out is None else out
+    moved = original
+    for number in numbers:
+        token = number.clamp_min(0)
+        if pairing.slots == 1:
+            strength = alpha
+            chosen = reference[pairing.reference_item(item, 0)].index_select(0, token)
         else:
-            out[chunk] = torch.where(moves[:, None], moved.to(x.dtype), x[chunk])
+            slot = token // length
+            strength = alpha[slot][:, None]
+            chosen = reference[pairing.reference_item(item, slot), token % length]
+        chosen = chosen.to(dtype)
+        step = torch.sub(original, chosen, out=chosen).mul_(strength)
+        if len(numbers) == 1:
+            return torch.add(step, original, out=out)
+        moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)
+    return out.copy_(moved)
