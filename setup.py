@@ -50,9 +50,11 @@ NUDGE = ["imagehash>=4.3", "pillow>=10.0", "safetensors>=0.4.3"]
 # Not in "all": gradio needs a Pillow below 13, which tests run on.
 WEB = [*DEMO, "gradio>=6.31", "matplotlib>=3.8"]
 FAISS = ["faiss-cpu>=1.8"]
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 DEV = [
     "hypothesis>=6.100",
-    "kernels>=0.17",
+    # From 0.18.2 on transformers imports it, and finds the folder of this name in a checkout.
+    "kernels>=0.17,<0.18.2",
     "mypy>=1.11",
     "peft>=0.17",
     "pre-commit>=3.5",
@@ -104,8 +106,9 @@ setup(
         "dev": DEV,
         "nudge": NUDGE,
         "faiss": FAISS,
+        "onnx": ONNX,
         "web": WEB,
-        "all": sorted({*EVAL, *NUDGE, *FAISS, *DEV}),
+        "all": sorted({*EVAL, *NUDGE, *FAISS, *ONNX, *DEV}),
     },
     entry_points={"console_scripts": ["negtome-fast = negtome_fast.cli:main"]},
     classifiers=[
