@@ -396,16 +396,23 @@ def test_intervals_of_a_ratio_of_entropies_cover_the_truth() -> None:
     often, rare = [0.3, 0.25, 0.2, 0.15, 0.1], [0.9, 0.06, 0.02, 0.01, 0.01]
     truth = float(np.divide(*(-np.dot(p, np.log(p)) for p in (often, rare))))
     hits, centred, runs = 0, 0, 200
+    corrected: list[float] = []
+    plain: list[float] = []
     strata, blocks = [i // 64 for i in range(256)], [i // 8 for i in range(256)]
     statistic = AttributeEntropy(("skin",))
     for run in range(runs):
         a, b = ([{"skin": v} for v in rng.choice(list("abcde"), 256, p=p)] for p in (often, rare))
         plan = Plan.of(256, strata, blocks, 300, run)
         (value_a, drawn_a), (value_b, drawn_b) = (plan.apply(statistic, s, True) for s in (a, b))
-        hits += plan.ratio(value_a, value_b, drawn_a, drawn_b).contains(truth)
+        found = plan.ratio(value_a, value_b, drawn_a, drawn_b)
+        hits += found.contains(truth)
         low, high = np.quantile(drawn_a / drawn_b, (0.025, 0.975))
         centred += low <= truth <= high
+        corrected.append(found.corrected)
+        plain.append(found.estimate)
     assert 0.92 <= hits / runs <= 0.99
+    # Estimates are too high by half of what they are without the correction, or less.
+    assert np.mean(plain) - truth > 2 * abs(np.mean(corrected) - truth)
     # The bias of small entropies is what quantiles as they are do not see.
     assert centred / runs < 0.9
 
@@ -445,6 +452,17 @@ def test_a_ratio_with_zeros_in_some_draws_keeps_to_quantiles() -> None:
         paired_bootstrap(Mean(), rare, rare, compare="ratio")
     with pytest.raises(ValueError, match="positive statistics, got 1 to 0"):
         paired_bootstrap(Mean(), np.ones(96), np.zeros(96), compare="ratio")
+
+
+def test_draws_that_failed_do_not_move_the_interval() -> None:
+    plan = Plan.of(96, STRATA, BLOCKS, 100, 0)
+    failed = np.arange(100) < 20
+    drawn_a = np.where(failed, 1.0, 3.0 + 0.01 * np.arange(100))
+    moved = plan.ratio(3.5, 1.0, drawn_a, np.ones(100))
+    kept = plan.ratio(3.5, 1.0, drawn_a, np.ones(100), recentre=False)
+    assert moved.low > 1 and kept.low == 1
+    assert kept.high < 4 < moved.high
+    assert kept.corrected == kept.estimate == 3.5
 
 
 @pytest.mark.parametrize(
