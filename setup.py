@@ -50,6 +50,7 @@ NUDGE = ["imagehash>=4.3", "pillow>=10.0", "safetensors>=0.4.3"]
 # Not in "all": gradio needs a Pillow below 13, which tests run on.
 WEB = [*DEMO, "gradio>=6.31", "matplotlib>=3.8"]
 FAISS = ["faiss-cpu>=1.8"]
+VIDEO = ["imageio-ffmpeg>=0.5"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 DEV = [
     "hypothesis>=6.100",
@@ -106,9 +107,10 @@ setup(
         "dev": DEV,
         "nudge": NUDGE,
         "faiss": FAISS,
+        "video": VIDEO,
         "onnx": ONNX,
         "web": WEB,
-        "all": sorted({*EVAL, *NUDGE, *FAISS, *ONNX, *DEV}),
+        "all": sorted({*EVAL, *NUDGE, *FAISS, *VIDEO, *ONNX, *DEV}),
     },
     entry_points={"console_scripts": ["negtome-fast = negtome_fast.cli:main"]},
     classifiers=[
