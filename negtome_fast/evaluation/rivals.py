@@ -240,7 +240,8 @@ class ParticleGuidance:
 class SPELL:
     """Sparse repellency within a group (arXiv 2410.06025, eqs. 6 and 7, algorithm 1).
 
-        x_0' = x_0 + lambda * sum_k relu(r / |x_0 - z_k| - 1) (x_0 - z_k),   v' = v - (x_0' - x_0) / sigma
+        x_0' = x_0 + lambda * sum_k relu(r / |x_0 - z_k| - 1) (x_0 - z_k)
+        v' = v - (x_0' - x_0) / sigma
 
     Predictions of clean latents that come closer to another's than the radius are pushed out to
     the surface of its shell; others are not changed. The z_k are the other images' predictions in
@@ -249,11 +250,18 @@ class SPELL:
     Attributes:
         radius: r, the distance of two images' latents in the Euclidean norm; 0 changes nothing.
         overcompensation: lambda. Authors: 1.6.
-    """  # noqa: E501
+    """
 
     name: ClassVar[str] = "SPELL"
     radius: float
     overcompensation: float = 1.6
+
+    def __post_init__(self) -> None:
+        if self.radius < 0 or self.overcompensation < 0:
+            raise ValueError(
+                f"needs radius and overcompensation >= 0, not {self.radius} and "
+                f"{self.overcompensation}"
+            )
 
     @contextmanager
     def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
