@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import models
 from ..config import NegToMeConfig
-from ..models.avatars import IMAGE_SIZE, check_prompt
+from ..models.avatars import IMAGE_SIZE, STYLES, check_prompt, render_all, sample_avatars
 from ..models.reader import HEADS, load_reader
 from .metrics import FeatureExtractor
 
@@ -45,6 +45,9 @@ STORE = Path("output/eval")
 
 _SEEDS = 10_000
 """Seeds of a prompt: those of the next one begin after as many."""
+
+_REAL_SEED = 7_000
+"""Of the balanced avatars; training used 0, 1000 and 2000."""
 
 _FORMAT = 1
 """Of the store; a change of what an unchanged condition draws must raise it."""
@@ -250,6 +253,32 @@ class Laboratory:
             if path is None or not path.is_file()
         )
 
+    def real_features(self, count: int, styles: Sequence[str] = tuple(STYLES)) -> Tensor:
+        """Features (count, 1280) of balanced real images, as many of each style, in turn.
+
+        Raises:
+            ValueError: `count` does not divide by the styles.
+            ImportError: the renderer is missing; names the extra to install.
+        """
+        if count < 1 or count % len(styles):
+            raise ValueError(f"{count} real images do not divide into {len(styles)} styles")
+        identity = {"format": _FORMAT, "real": count, "styles": list(styles)}
+        path = None if self.store is None else self.store / f"real-{_digest(identity)}.npz"
+        if path is not None and path.is_file():
+            return torch.from_numpy(_load(path)["features"])
+        # Prompts fix the style, so each has a share of its own; the draw itself takes any.
+        pool = sample_avatars(2 * count + 400, _REAL_SEED, "balanced")
+        of_style = [[one for one in pool if one.style == style] for style in styles]
+        each = count // len(styles)
+        avatars = [
+            one for turn in zip(*(part[:each] for part in of_style), strict=True) for one in turn
+        ]
+        images = torch.from_numpy(render_all(avatars)).permute(0, 3, 1, 2) / 255
+        features = torch.cat([self.features(part) for part in images.split(BATCH)])
+        if path is not None:
+            _save(path, {"features": features.numpy()}, None)
+        return features
+
     def measure(self, images: Tensor) -> dict[str, np.ndarray]:
         """Features and readings of images (B, 3, 64, 64) in [0, 1]."""
         readings = self.reader.read(images * 2 - 1)
@@ -376,10 +405,11 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
-def _save(path: Path, part: dict[str, np.ndarray], identity: dict[str, Any]) -> None:
+def _save(path: Path, part: dict[str, np.ndarray], identity: dict[str, Any] | None) -> None:
     """Whole or not at all; the condition stands beside its batches, for readers of the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path.parent / "condition.json", (json.dumps(identity, indent=1) + "\n").encode())
+    if identity is not None:
+        _replace(path.parent / "condition.json", (json.dumps(identity, indent=1) + "\n").encode())
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **part)  # type: ignore[arg-type]
     _replace(path, buffer.getvalue())

@@ -1,0 +1,215 @@
+"""What is said of a condition: its measures with intervals, and the scores of each sample.
+
+Images of a group are drawn together and prompts apart, see `bootstrap`. Precision, recall and
+Frechet distance are against balanced real images, the world without the training set's bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.avatars import OPEN_ATTRIBUTES
+from ..models.reader import HEADS
+from . import metrics
+from .bootstrap import AttributeEntropy, InceptionScore, Interval, Mean, PairwiseCosine, Plan
+from .sampling import Samples
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real images to compare with: features fp32 (N, 1280)."""
+
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The samples of a condition beside real images.
+
+    Attributes:
+        samples: what was drawn.
+        real: balanced real images.
+        logits: of the features (N, classes), for the inception-style score.
+    """
+
+    samples: Samples
+    real: Real
+    logits: Tensor = field(repr=False)
+
+    @cached_property
+    def features(self) -> Tensor:
+        return torch.from_numpy(self.samples.features)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """Which samples lie in the manifold of the real images, bool (N,)."""
+        return metrics.inside_manifold(self.real.features, self.features)
+
+    @cached_property
+    def hits(self) -> Tensor:
+        """Which samples show all that their prompt names, bool (N,)."""
+        return metrics.prompt_hits(self.samples.readings, self.samples.prompts)
+
+    @cached_property
+    def likeness(self) -> np.ndarray:
+        """Mean cosine of each sample with the others of its prompt, (N,)."""
+        likeness = np.empty(len(self.samples))
+        for prompt in dict.fromkeys(self.samples.prompts):
+            at = [i for i, other in enumerate(self.samples.prompts) if other == prompt]
+            unit = torch.nn.functional.normalize(self.features[at].double(), dim=-1)
+            cosines = unit @ unit.T
+            likeness[at] = ((cosines.sum(1) - 1) / max(1, len(at) - 1)).numpy()
+        return likeness
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a condition.
+
+    Attributes:
+        label: for tables and axes.
+        values: what the statistic is computed of, N items.
+        statistic: of these.
+        within: computed in each prompt and averaged over prompts; otherwise over all samples.
+        digits: after the point.
+        better: the direction that is meant to be good.
+    """
+
+    label: str
+    values: Callable[[Scores], Any]
+    statistic: Callable[[Any], float]
+    within: bool
+    digits: int
+    better: Literal["higher", "lower"]
+
+
+#: With intervals.
+MEASURES: dict[str, Measure] = {
+    "entropy": Measure(
+        "attribute entropy, nats",
+        lambda s: s.samples.readings,
+        AttributeEntropy(OPEN_ATTRIBUTES),
+        True,
+        2,
+        "higher",
+    ),
+    "cosine": Measure(
+        "pairwise cosine", lambda s: s.features, PairwiseCosine(), True, 3, "lower"
+    ),
+    "precision": Measure("precision", lambda s: s.inside.double(), Mean(), False, 3, "higher"),
+    "agreement": Measure("prompt kept", lambda s: s.hits.double(), Mean(), False, 3, "higher"),
+    "inception": Measure(
+        "inception-style score", lambda s: s.logits, InceptionScore(), False, 2, "higher"
+    ),
+}  # fmt: skip
+
+#: Without intervals: repeated samples, which the bootstrap makes, bias them.
+POINT_MEASURES: dict[str, tuple[str, int]] = {
+    "frechet": ("Frechet distance", 1),
+    "recall": ("recall", 3),
+    "vendi": ("Vendi score", 2),
+}
+
+
+DRAWS = 1000
+
+
+def plan_of(samples: Samples, draws: int = DRAWS) -> Plan:
+    """Draw i takes the same groups in every condition of the same prompts and seeds."""
+    blocks = samples.groups.tolist()
+    return Plan.of(len(samples), samples.prompts, blocks, draws, seed=0)
+
+
+def drawn(scores: Scores, measure: str, plan: Plan) -> tuple[float, np.ndarray]:
+    """A measure of the samples and of each draw, (draws,)."""
+    how = MEASURES[measure]
+    return plan.apply(how.statistic, how.values(scores), how.within)
+
+
+def interval(scores: Scores, measure: str) -> Interval:
+    """A measure with its 95% interval."""
+    plan = plan_of(scores.samples)
+    return plan.interval(*drawn(scores, measure, plan))
+
+
+def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -> Interval:
+    """The difference or ratio to another condition of the same plan, paired by seed."""
+    _check_paired(scores.samples, base.samples)
+    plan = plan_of(scores.samples)
+    (a, drawn_a), (b, drawn_b) = (drawn(side, measure, plan) for side in (scores, base))
+    if ratio:
+        return plan.ratio(a, b, drawn_a, drawn_b)
+    return plan.interval(a - b, drawn_a - drawn_b, no_change=0.0)
+
+
+def point_measures(scores: Scores) -> dict[str, float]:
+    """`POINT_MEASURES`, at equal counts of samples and real images where both enter."""
+    count = min(len(scores.features), len(scores.real.features))
+    own, real = scores.features[:count], scores.real.features[:count]
+    prompts = list(dict.fromkeys(scores.samples.prompts))
+    vendi = []
+    for prompt in prompts:
+        at = [i for i, other in enumerate(scores.samples.prompts) if other == prompt]
+        vendi.append(metrics.vendi_score(scores.features[at]))
+    return {
+        "frechet": metrics.frechet_distance(own, real),
+        "recall": metrics.precision_recall(real, own)[1],
+        "vendi": sum(vendi) / len(vendi),
+    }
+
+
+def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
+    """A condition for the result file: settings, measures, changes to `base`, samples."""
+    samples = scores.samples
+    measures: dict[str, Any] = {name: triple(interval(scores, name)) for name in MEASURES}
+    measures |= {name: round(value, 4) for name, value in point_measures(scores).items()}
+    result: dict[str, Any] = {
+        "name": samples.condition.name,
+        "settings": samples.condition.to_dict(),
+        "images": len(samples),
+        "pushed": _rounded(samples.pushed),
+        "similarity": _rounded(samples.similarity),
+        "measures": measures,
+    }
+    if base is not None and base is not scores:
+        changes = {name: change(scores, base, name) for name in MEASURES}
+        result["base"] = base.samples.condition.name
+        result["changes"] = {
+            name: [*triple(found), found.verdict] for name, found in changes.items()
+        }
+    result["samples"] = {
+        # One digit an image: the place of the value in HEADS, 0 or 1 for what holds.
+        **{head: _digits(samples.indices[:, i]) for i, head in enumerate(HEADS)},
+        "inside": _digits(scores.inside.int().numpy()),
+        "agreement": _digits(scores.hits.int().numpy()),
+        "likeness": [round(value, 3) for value in scores.likeness.tolist()],
+    }
+    return result
+
+
+def triple(found: Interval) -> list[float]:
+    """[estimate, low, high] for JSON."""
+    return [round(value, 4) for value in (found.estimate, found.low, found.high)]
+
+
+def _rounded(value: float) -> float | None:
+    return None if value != value else round(value, 4)
+
+
+def _digits(values: Sequence[int] | np.ndarray) -> str:
+    return "".join(str(int(value)) for value in values)
+
+
+def _check_paired(a: Samples, b: Samples) -> None:
+    if a.seeds != b.seeds or a.prompts != b.prompts or a.groups.tolist() != b.groups.tolist():
+        raise ValueError(
+            f"{a.condition.name} and {b.condition.name} were drawn from different seeds, prompts "
+            "or groups, so they cannot be compared image by image"
+        )

@@ -1,0 +1,120 @@
+"""Plots of the studies: frontiers, sweeps and bars, with 95% intervals; small palettes, no gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..frontier import outline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Unguided is grey, NegToMe blue; rivals take the others in turn.
+GREY, BLUE = "#6b6b6b", "#0b57d0"
+COLOURS = ("#d1495b", "#2e8b57", "#edae49", "#7b4fb5", "#00868b", "#b5651d", "#c2185b")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Conditions of a method: the records of a result, in the order of the sweep."""
+
+    label: str
+    conditions: Sequence[dict[str, Any]]
+    colour: str
+    marker: str = "o"
+    notes: Sequence[str] = ()
+
+
+def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """A figure and its axes, (rows, columns)."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ImportError("figures need matplotlib: pip install 'negtome-fast[eval]'") from None
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def tidy(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def frontier(
+    axes: Axes,
+    series: Sequence[Series],
+    *,
+    x: str = "precision",
+    y: str = "entropy",
+    line: bool = True,
+) -> None:
+    """A point a condition with its intervals, and the frontier of each method as a line."""
+    for one in series:
+        points = [(c["measures"][x], c["measures"][y]) for c in one.conditions]
+        if not points:
+            continue
+        across, up = ([p[i][0] for p in points] for i in (0, 1))
+        axes.errorbar(
+            across,
+            up,
+            xerr=_bars([p[0] for p in points]),
+            yerr=_bars([p[1] for p in points]),
+            fmt=one.marker,
+            color=one.colour,
+            markersize=6,
+            elinewidth=0.8,
+            alpha=0.9,
+            label=one.label,
+        )
+        if line and len(points) > 1:
+            drawn = outline(list(zip(across, up, strict=True)))
+            axes.plot(*zip(*drawn, strict=True), color=one.colour, linewidth=1.6, alpha=0.6)
+        for note, a, b in zip(one.notes, across, up, strict=False):
+            axes.annotate(
+                note, (a, b), textcoords="offset points", xytext=(6, 5), fontsize=7.5,
+                color=one.colour,
+            )  # fmt: skip
+
+
+def sweep(axes: Axes, series: Sequence[Series], at: Sequence[float], measure: str) -> None:
+    """A measure over the values `at` of a sweep, with a band for its interval."""
+    for one in series:
+        values = [c["measures"][measure] for c in one.conditions]
+        places = at[: len(values)]
+        axes.plot(
+            places, [v[0] for v in values], marker=one.marker, color=one.colour, label=one.label
+        )
+        axes.fill_between(
+            places, [v[1] for v in values], [v[2] for v in values], color=one.colour, alpha=0.15
+        )
+
+
+def bars(
+    axes: Axes, labels: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]
+) -> None:
+    """Groups of bars with intervals: a label a group, a name of `values` a colour."""
+    width = 0.8 / len(values)
+    palette = (GREY, BLUE, *COLOURS)
+    for number, (name, column) in enumerate(values.items()):
+        places = [row + (number - (len(values) - 1) / 2) * width for row in range(len(labels))]
+        axes.bar(
+            places, [v[0] for v in column], width, color=palette[number % len(palette)], label=name,
+            yerr=_bars(column), error_kw={"elinewidth": 0.9},
+        )  # fmt: skip
+    axes.set_xticks(range(len(labels)), labels)
+
+
+def _bars(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Distances below and above for matplotlib; never negative."""
+    return [
+        [max(0.0, v[0] - v[1]) for v in values],
+        [max(0.0, v[2] - v[0]) for v in values],
+    ]

@@ -1,0 +1,148 @@
+"""Rivals at matched quality: each with a small sweep of its own setting, on the same seeds.
+
+A lower guidance scale is the first rival. All methods sweep over the same scales or start from the
+model's own; the frontier of entropy against precision is what counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..frontier import matched
+from ..rivals import CADS, SPELL, Baseline, IntervalGuidance, ParticleGuidance
+from ..sampling import Condition
+from ..scores import record, triple
+from . import figures
+from .diversity import preset
+from .figures import BLUE, COLOURS, GREY, MARKERS, Series
+from .study import SEED, Run, Study
+from .tables import cell, markdown, measures_table, origin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method and its sweep: pairs of a guidance scale and a setting."""
+
+    label: str
+    make: Callable[[float], Baseline | None]
+    sweep: Sequence[tuple[float, float]]
+
+    def conditions(self) -> list[Condition]:
+        found = []
+        for scale, value in self.sweep:
+            baseline = self.make(value)
+            setting = "" if baseline is None else f", {value:g}"
+            found.append(
+                Condition(
+                    f"{self.label} {scale:g}{setting}", guidance_scale=scale, baseline=baseline
+                )
+            )
+        return found
+
+
+RIVALS = (
+    Rival("guidance scale", lambda _: None, [(s, 0) for s in (1.0, 1.5, 2.0, 2.5)]),
+    Rival("interval guidance", lambda high: IntervalGuidance(high=high), [(2.5, 0.84), (2.5, 0.6)]),
+    Rival("CADS", lambda scale: CADS(scale=scale), [(2.5, 0.25), (2.5, 1.0), (1.5, 0.5)]),
+    Rival("particle guidance", lambda s: ParticleGuidance(strength=s), [(2.5, 4.0), (1.5, 4.0)]),
+    Rival("SPELL", lambda radius: SPELL(radius=radius), [(2.5, 20.0), (2.5, 30.0), (1.5, 25.0)]),
+)
+OURS = (1.0, 1.5, 2.5)
+
+
+def conditions(run: Run) -> list[Condition]:
+    scales = run.sizes.chosen(OURS, (2.5,))
+    found = [Condition(f"NegToMe {s:g}", guidance_scale=s, negtome=preset()) for s in scales]
+    for rival in RIVALS:
+        own = rival.conditions()
+        found += run.sizes.chosen(own, own[-1:])
+    return found
+
+
+def run(run: Run) -> dict[str, Any]:
+    drawn = run.samples(conditions(run), seed=SEED)
+    scores = run.scores(drawn)
+    ours = [one for name, one in scores.items() if name.startswith("NegToMe")]
+    gains = []
+    for name, base in scores.items():
+        if name.startswith("NegToMe"):
+            continue
+        found = matched(base, ours)
+        gains.append(
+            {
+                "rival": name,
+                "precision": round(found.level, 4),
+                "rival_entropy": round(found.base, 4),
+                "entropy": None if math.isnan(found.method) else round(found.method, 4),
+                "ratio": None if found.ratio is None else triple(found.ratio),
+            }
+        )
+    return {"conditions": [record(one) for one in scores.values()], "gains": gains}
+
+
+def gains_table(result: dict[str, Any]) -> str:
+    rows = []
+    for gain in result["gains"]:
+        reached = gain["entropy"] is not None
+        rows.append(
+            [
+                gain["rival"],
+                f"{gain['precision']:.3f}",
+                f"{gain['rival_entropy']:.2f}",
+                f"{gain['entropy']:.2f}" if reached else "not reached",
+                cell(gain["ratio"]) if gain["ratio"] else "-",
+            ]
+        )
+    header = ["rival", "its precision", "its entropy", "NegToMe at that precision", "ratio"]
+    return markdown(header, rows)
+
+
+def table(result: dict[str, Any]) -> str:
+    parts = [gains_table(result), measures_table(result["conditions"])]
+    if result.get("overheads"):
+        parts.append(overheads_table(result["overheads"]))
+    return "\n\n".join([*parts, origin(result)])
+
+
+def overheads_table(overheads: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['seconds_per_image']:.3f}", f"{row['added']:+.1%}"]
+        for name, row in overheads["methods"].items()
+    ]
+    note = (
+        f"Medians of {overheads['rounds']} interleaved rounds of {overheads['images']} images on "
+        f"{overheads['threads']} thread, nothing else running."
+    )
+    return markdown(["method", "seconds an image", "added to unguided"], rows) + "\n\n" + note
+
+
+def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    frontier, grid = figures.panels(9.5, 6)
+    axes = grid[0][0]
+    labels = ["NegToMe", *(rival.label for rival in RIVALS)]
+    palette = (BLUE, GREY, *COLOURS)
+    series = []
+    for number, label in enumerate(labels):
+        own = [one for one in result["conditions"] if one["name"].startswith(label)]
+        notes = [one["name"].removeprefix(label).strip() for one in own]
+        marker = "o" if number < 2 else MARKERS[number - 2]
+        series.append(Series(label, own, palette[number], marker, notes))
+    figures.frontier(axes, series)
+    figures.tidy(
+        axes,
+        "NegToMe and its rivals; guidance scale and, after it, the rival's own setting",
+        "precision",
+        "attribute entropy, nats",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8.5)
+    return {"frontier": frontier}
+
+
+STUDY = Study("rivals", "other methods at matched precision", 128, run, table, draw)

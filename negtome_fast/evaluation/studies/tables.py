@@ -1,0 +1,55 @@
+"""Markdown tables of the studies' results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..scores import MEASURES, POINT_MEASURES
+
+COLUMNS = ("entropy", "cosine", "precision", "recall", "frechet", "agreement")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """`estimate [low, high]`."""
+    return f"{values[0]:.{digits}f} [{values[1]:.{digits}f}, {values[2]:.{digits}f}]"
+
+
+def signed(values: Sequence[Any], digits: int = 2) -> str:
+    """`+estimate [+low, +high]`, or what was seen where nothing was."""
+    estimate, low, high = (f"{value:+.{digits}f}" for value in values[:3])
+    return f"{estimate} [{low}, {high}]"
+
+
+def measure_cell(condition: dict[str, Any], name: str) -> str:
+    value = condition["measures"][name]
+    if name in POINT_MEASURES:
+        return f"{value:.{POINT_MEASURES[name][1]}f}"
+    if name == "agreement":
+        return f"{value[0]:.1%}"
+    return cell(value, MEASURES[name].digits)
+
+
+def measures_table(conditions: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """A condition a row."""
+    labels = [MEASURES[n].label if n in MEASURES else POINT_MEASURES[n][0] for n in columns]
+    rows = [
+        [condition["name"], *(measure_cell(condition, name) for name in columns)]
+        for condition in conditions
+    ]
+    return markdown(["condition", *labels], rows)
+
+
+def origin(result: dict[str, Any]) -> str:
+    """What a table is of, and the command that makes it."""
+    sizes, versions = result["sizes"], result["versions"]
+    return (
+        f"{sizes['images']} images a condition, groups of {sizes['group']}, {sizes['steps']} "
+        f"steps; 95% intervals in brackets. torch {versions['torch']}, {result['date'][:10]}. "
+        f"Made by `{result['command']}`."
+    )
