@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -411,7 +414,7 @@ def test_intervals_of_a_ratio_of_entropies_cover_the_truth() -> None:
         corrected.append(found.corrected)
         plain.append(found.estimate)
     assert 0.92 <= hits / runs <= 0.99
-    # Estimates are too high by half of what they are without the correction, or less.
+    # The correction takes off more than half of the excess.
     assert np.mean(plain) - truth > 2 * abs(np.mean(corrected) - truth)
     # The bias of small entropies is what quantiles as they are do not see.
     assert centred / runs < 0.9
@@ -490,3 +493,31 @@ def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str
     }
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(Mean(), **arguments)
+
+
+# The page
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_page_shows_the_simulated_coverage_and_its_code_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("make_coverage", DOCS / "make_coverage.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (DOCS / "measures.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "measures.md", "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 5
+
+    assert script.main(["--check"]) == 0
+    found, file = tmp_path / "measures.md", tmp_path / "coverage.json"
+    found.write_text(page, encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", found)
+    monkeypatch.setattr(script, "FILE", file)
+    assert script.main(["--runs", "2"]) == 0 == script.main(["--check"])
+    assert found.read_text(encoding="utf-8") != page
+    found.write_text(page, encoding="utf-8")
+    assert script.main(["--check"]) == 1
