@@ -36,10 +36,15 @@ class Socket:
         options = dict(self.options)
         return options.pop("options"), options
 
-    def v3(self, io: Any) -> Any:
+    def v3_input(self, io: Any) -> Any:
         """From `comfy_api.latest.io`, whose types are named as here but for their case."""
         kind = getattr(io, self.kind.capitalize())
         return kind.Input(self.name, optional=self.optional, **self.options)
+
+    def v3_output(self, io: Any) -> Any:
+        """As `v3_input`; an output may not have the id of an input."""
+        kind = getattr(io, self.kind.capitalize())
+        return kind.Output(f"{self.name}_out", display_name=self.name)
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,13 @@ class Node:
         """A class in the V3 schema; `io` is `comfy_api.latest.io`."""
 
         def define_schema(_: type) -> Any:
-            outputs = [
-                getattr(io, one.kind.capitalize()).Output(one.name, display_name=one.name)
-                for one in self.outputs
-            ]
+            outputs = [one.v3_output(io) for one in self.outputs]
             return io.Schema(
                 node_id=self.name,
                 display_name=self.title,
                 category=CATEGORY,
                 description=self.description,
-                inputs=[one.v3(io) for one in self.inputs],
+                inputs=[one.v3_input(io) for one in self.inputs],
                 outputs=outputs,
                 is_output_node=self.shows,
             )

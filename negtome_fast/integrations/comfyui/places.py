@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[Place, ...]] = {
         Place("double_layers.*.attn", "w2o"),
         Place("single_layers.*.attn", "w1o", order="text_first"),
     ),
-    "PixArtMS": (Place("blocks.*.attn", "proj"),),
+    "PixArtMS": (Place("blocks.*.attn", "proj"), Place("blocks.*.cross_attn", "proj")),
     "QwenImageTransformer2DModel": (
         Place("transformer_blocks.*.attn", "to_out.0", conditions=True),
     ),
