@@ -289,6 +289,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_torchmetrics
 @without_torchvision
+@pytest.mark.filterwarnings("ignore:.*will save all extracted features")
 @pytest.mark.parametrize("name", ["fid", "inception", "lpips"])
 def test_torchmetrics_without_its_own_extras_names_ours(name: str) -> None:
     with pytest.raises(ImportError, match=r"needs the extra 'metrics'.*(fidelity|torchvision)"):
