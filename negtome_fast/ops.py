@@ -131,7 +131,7 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether an operator may run without torch's dispatcher, which costs more than a small match.
 
     Nobody would see it: nothing is compiled, traced, differentiated or transformed, no mode is on,
-    and the tensors are plain ones.
+    and the tensors are plain ones with values.
     """
     plain = not (
         torch.compiler.is_compiling()
@@ -141,7 +141,9 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     )
     return plain and all(
-        type(tensor) is Tensor and not (tensor.requires_grad and torch.is_grad_enabled())
+        type(tensor) is Tensor
+        and not tensor.is_meta
+        and not (tensor.requires_grad and torch.is_grad_enabled())
         for tensor in tensors
         if tensor is not None
     )

@@ -152,3 +152,38 @@ def test_exports_with_a_dynamic_number_of_tokens() -> None:
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: count}}, strict=False)
     torch.testing.assert_close(program.module()(x), layer(x))
     torch.testing.assert_close(program.module()(x[:, :11]), layer(x[:, :11]))
+
+
+def test_a_plain_call_skips_the_dispatcher_and_computes_the_same() -> None:
+    x = sample()
+    values = arguments("torch", x=x)[1:]
+    assert ops.nothing_watches(x)
+    for plain, dispatched in zip(ops.run_guide(x, *values), ops.guide(x, *values), strict=True):
+        assert torch.equal(plain, dispatched)
+    moved = x.clone()
+    version = moved._version
+    ops.run_guide_(moved, *values)
+    assert torch.equal(moved, ops.guide(x, *values)[0])
+    assert moved._version > version, "autograd must learn that the tokens were written into"
+
+
+def test_nothing_that_watches_is_skipped() -> None:
+    x = sample()
+    with FakeTensorMode():
+        assert not ops.nothing_watches(x)
+    assert not ops.nothing_watches(torch.nn.Parameter(x)), "a subclass may have its own meaning"
+    assert not ops.nothing_watches(x.to("meta"))
+    differentiated = x.clone().requires_grad_()
+    assert not ops.nothing_watches(differentiated)
+    with torch.no_grad():
+        assert ops.nothing_watches(differentiated)
+    seen = []
+
+    def transformed(item: torch.Tensor) -> torch.Tensor:
+        seen.append(ops.nothing_watches(item))
+        return item
+
+    torch.func.vmap(transformed)(x)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(ops.nothing_watches(torch.autograd.forward_ad.make_dual(x, x)))
+    assert seen == [False, False]
