@@ -231,16 +231,18 @@ class _Statistics:
 
     def rows(self) -> tuple[BlockRow, ...]:
         """Reads the sums from the device."""
-        totals = {block: [0, 0, 0, 0.0] for block in self._blocks}
-        for blocks, (counts, similarity) in self._sums.items():
-            for block, three, one in zip(blocks, counts.tolist(), similarity.tolist(), strict=True):
-                totals[block] = [a + b for a, b in zip(totals[block], [*three, one], strict=True)]
+        counted: dict[str, tuple[int, ...]] = dict.fromkeys(self._blocks, (0, 0, 0))
+        similarity = dict.fromkeys(self._blocks, 0.0)
+        for blocks, (counts, sums) in self._sums.items():
+            for block, new, total in zip(blocks, counts.tolist(), sums.tolist(), strict=True):
+                counted[block] = tuple(map(sum, zip(counted[block], new, strict=True)))
+                similarity[block] += total
         rows = []
         for block, (calls, grid) in self._blocks.items():
-            tokens, matched, pushed, similarity = totals[block]
+            tokens, matched, pushed = counted[block]
             share = 1 / max(tokens, 1)
-            shares = matched * share, pushed * share, similarity * share
-            rows.append(BlockRow(block, grid, calls, int(tokens), *shares))
+            shares = matched * share, pushed * share, similarity[block] * share
+            rows.append(BlockRow(block, grid, calls, tokens, *shares))
         return tuple(rows)
 
 
