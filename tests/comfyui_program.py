@@ -27,8 +27,14 @@ SD15, FLUX = "tiny-sd15.safetensors", "tiny-flux.safetensors"
 LORA = "tiny-lora.safetensors"
 
 CUSTOM_NODES = '''
-"""Nodes of the tests: conditioning without text encoders, and a latent after another."""
+"""Nodes of the tests: conditioning without text encoders, a latent after another, and the model
+that is part of negtome_fast."""
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
 import torch
+
+import negtome_fast.models
 
 
 class TestConditioning:
@@ -61,7 +67,87 @@ class TestAfter:
         return (samples,)
 
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestAfter": TestAfter}
+class Vae:
+    """An AutoencoderKL of diffusers as ComfyUI's VAE: pixels (B, H, W, 3) in [0, 1]."""
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    def spacial_compression_encode(self):
+        return 4
+
+    @torch.inference_mode()
+    def encode(self, pixels):
+        return self.vae.encode(pixels.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+
+    @torch.inference_mode()
+    def decode(self, latents):
+        return (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+
+class TestEmbeddedModel:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"prompt": ("STRING", {"default": "a pixel art person"})}}
+
+    RETURN_TYPES = ("MODEL", "CONDITIONING", "VAE")
+    FUNCTION = "run"
+    CATEGORY = "test"
+    pipe = None
+
+    def run(self, prompt):
+        kind = type(self)
+        kind.pipe = kind.pipe or negtome_fast.models.load_pipeline()
+        theirs, vae = kind.pipe.transformer, kind.pipe.vae
+        width = theirs.config.num_attention_heads * theirs.config.attention_head_dim
+        unet = {
+            "image_model": "flux",
+            "in_channels": theirs.config.in_channels // 4,
+            "out_channels": theirs.config.in_channels // 4,
+            "vec_in_dim": theirs.config.pooled_projection_dim,
+            "context_in_dim": theirs.config.joint_attention_dim,
+            "hidden_size": width,
+            "mlp_ratio": 4.0,
+            "num_heads": theirs.config.num_attention_heads,
+            "depth": theirs.config.num_layers,
+            "depth_single_blocks": theirs.config.num_single_layers,
+            "axes_dim": list(theirs.config.axes_dims_rope),
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": False,
+        }
+        config = comfy.supported_models.FluxSchnell(dict(unet))
+        config.set_inference_dtype(torch.float32, None)
+        config.latent_format = comfy.supported_models.Flux.latent_format()
+        config.latent_format.latent_channels = unet["in_channels"]
+        config.latent_format.scale_factor = vae.config.scaling_factor
+        config.latent_format.shift_factor = vae.config.shift_factor
+        model = config.get_model({}, device="cpu")
+        weights = model.diffusion_model.state_dict()
+        for name, place in comfy.utils.flux_to_diffusers(unet).items():
+            if name not in theirs.state_dict():
+                continue
+            weight = theirs.state_dict()[name]
+            if isinstance(place, str):
+                weights[place].copy_(weight)
+            else:
+                place, part, *function = place
+                own = weights[place] if part is None else weights[place].narrow(*part)
+                own.copy_(function[0](weight) if function else weight)
+        device = torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(model, device, device)
+        with torch.inference_mode():
+            tokens, pooled, _ = kind.pipe.encode_prompt(
+                prompt, prompt_2=None, max_sequence_length=negtome_fast.models.TEXT_LENGTH
+            )
+        return (patcher, [[tokens, {"pooled_output": pooled}]], Vae(vae))
+
+
+NODE_CLASS_MAPPINGS = {
+    kind.__name__: kind for kind in (TestConditioning, TestAfter, TestEmbeddedModel)
+}
+NODE_DISPLAY_NAME_MAPPINGS = {"TestEmbeddedModel": "Load tiny-flux-avatars (of the tests)"}
 '''
 
 

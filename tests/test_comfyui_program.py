@@ -284,3 +284,51 @@ def test_the_other_schema_has_the_same_nodes(folder: Path, program: Program) -> 
         flow = Workflow(SD15, batch=2, cfg=1.0)
         flow.sample("guided", flow.diversity("diversity"))
         assert "guided 4 of 4 model forwards" in summary(other.run(flow.prompt), "guided")
+
+
+@real
+def test_a_trained_model_makes_the_pictures_that_it_makes_in_diffusers(program: Program) -> None:
+    """The embedded model, its weights in ComfyUI's own FLUX class: plain and guided."""
+    pytest.importorskip("diffusers")
+    import negtome_fast as nf
+    from negtome_fast.models import GUIDANCE_SCALE, TEXT_LENGTH, load_pipeline
+
+    prompt, batch, steps = "a pixel art person", 3, 10
+    flow = Workflow(FLUX, batch=batch)
+    flow.prompt.clear()
+    flow.model = flow.add("load", "TestEmbeddedModel", prompt=prompt)
+    flow.add("load-empty", "TestEmbeddedModel", prompt="")
+    flow.vae = ["load", 2]
+    # Its latents are 8 x 16 x 16; ComfyUI makes as many channels of an empty latent as it takes.
+    flow.latent = flow.add("empty", "EmptyLatentImage", width=128, height=128, batch_size=batch)
+    window = {"window": "sigma", "start": 1.0, "end": 0.6, "threshold": 0.65}
+    for name, model in (("plain", flow.model), ("guided", flow.diversity("guide", **window))):
+        flow.sample(name, model, cfg=GUIDANCE_SCALE, steps=steps)
+        flow.prompt[name]["inputs"] |= {"positive": ["load", 1], "negative": ["load-empty", 1]}
+    done = program.run(flow.prompt)
+
+    pipe = load_pipeline()
+    noise = torch.randn(batch, 8, 16, 16, generator=torch.Generator().manual_seed(7))
+    packed = pipe._pack_latents(noise, batch, 8, 16, 16)
+    arguments = {
+        "prompt": prompt,
+        "negative_prompt": "",
+        "true_cfg_scale": GUIDANCE_SCALE,
+        "num_images_per_prompt": batch,
+        "num_inference_steps": steps,
+        "latents": packed,
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": TEXT_LENGTH,
+        "output_type": "np",
+    }
+    expected = {"plain": pipe(**arguments).images}
+    with nf.negtome_guidance(pipe, nf.NegToMeConfig(t_end=600.0)) as handle:
+        expected["guided"] = pipe(**arguments).images
+    for name, pictures in expected.items():
+        for mine, theirs in zip(program.images(done, f"{name}-images"), pictures, strict=True):
+            assert np.abs(mine / 255 - theirs).max() < 0.02
+    assert np.abs(expected["plain"][1] - expected["guided"][1]).max() > 0.2
+    told = summary(done, "guided").splitlines()
+    assert told[0].endswith("guided 5 of 10 model forwards, 2 guidance groups in the batch")
+    assert handle.summary().guided == 10  # diffusers calls FLUX once for each half
