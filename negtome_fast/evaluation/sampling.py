@@ -25,7 +25,14 @@ from torch import Tensor
 
 from .. import models
 from ..config import NegToMeConfig
-from ..models.avatars import IMAGE_SIZE, STYLES, check_prompt, render_all, sample_avatars
+from ..models.avatars import (
+    IMAGE_SIZE,
+    STYLES,
+    Avatar,
+    check_prompt,
+    render_all,
+    sample_avatars,
+)
 from ..models.reader import HEADS, load_reader
 from .metrics import FeatureExtractor
 
@@ -47,7 +54,7 @@ _SEEDS = 10_000
 """Seeds of a prompt: those of the next one begin after as many."""
 
 _REAL_SEED = 7_000
-"""Of the balanced avatars; training used 0, 1000 and 2000."""
+"""Of the first balanced avatars; training used 0, 1000 and 2000."""
 
 _FORMAT = 1
 """Of the store; a change of what an unchanged condition draws must raise it."""
@@ -253,31 +260,45 @@ class Laboratory:
             if path is None or not path.is_file()
         )
 
-    def real_features(self, count: int, styles: Sequence[str] = tuple(STYLES)) -> Tensor:
+    def real_features(self, count: int, *, decoded: bool = False) -> Tensor:
         """Features (count, 1280) of balanced real images, as many of each style, in turn.
+
+        The first of them are those of a smaller count.
+
+        Args:
+            count: a multiple of the styles.
+            decoded: after the model's VAE, as good as the model could draw them.
 
         Raises:
             ValueError: `count` does not divide by the styles.
             ImportError: the renderer is missing; names the extra to install.
         """
-        if count < 1 or count % len(styles):
-            raise ValueError(f"{count} real images do not divide into {len(styles)} styles")
-        identity = {"format": _FORMAT, "real": count, "styles": list(styles)}
+        if count < 1 or count % len(STYLES):
+            raise ValueError(f"{count} real images do not divide into {len(STYLES)} styles")
+        identity = {
+            "format": _FORMAT,
+            "real": count,
+            "decoded": decoded,
+            "model": self._model if decoded else None,
+        }
         path = None if self.store is None else self.store / f"real-{_digest(identity)}.npz"
         if path is not None and path.is_file():
             return torch.from_numpy(_load(path)["features"])
-        # Prompts fix the style, so each has a share of its own; the draw itself takes any.
-        pool = sample_avatars(2 * count + 400, _REAL_SEED, "balanced")
-        of_style = [[one for one in pool if one.style == style] for style in styles]
-        each = count // len(styles)
-        avatars = [
-            one for turn in zip(*(part[:each] for part in of_style), strict=True) for one in turn
+        images = torch.from_numpy(render_all(_balanced(count))).permute(0, 3, 1, 2) / 255
+        parts = [
+            self.features(self._decoded(part) if decoded else part) for part in images.split(BATCH)
         ]
-        images = torch.from_numpy(render_all(avatars)).permute(0, 3, 1, 2) / 255
-        features = torch.cat([self.features(part) for part in images.split(BATCH)])
+        features = torch.cat(parts)
         if path is not None:
             _save(path, {"features": features.numpy()}, None)
         return features
+
+    @torch.no_grad()
+    def _decoded(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = vae.encode(images * 2 - 1).latent_dist.mode()
+        decoded: Tensor = vae.decode(latents).sample
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
     def measure(self, images: Tensor) -> dict[str, np.ndarray]:
         """Features and readings of images (B, 3, 64, 64) in [0, 1]."""
@@ -366,6 +387,22 @@ def draw(
             row = handle.summary().total
             total = (float(row.tokens), row.pushed, row.similarity)
     return images, total
+
+
+def _balanced(count: int) -> list[Avatar]:
+    """Balanced avatars, the styles in turn; drawn as training draws them, from another seed."""
+    each = count // len(STYLES)
+    found: dict[str, list[Avatar]] = {style: [] for style in STYLES}
+    seed = _REAL_SEED
+    while any(len(part) < each for part in found.values()):
+        for avatar in sample_avatars(256, seed, "balanced"):
+            found[avatar.style].append(avatar)
+        seed += 1
+    return [
+        avatar
+        for turn in zip(*(part[:each] for part in found.values()), strict=True)
+        for avatar in turn
+    ]
 
 
 def model_hash() -> str:

@@ -7,7 +7,7 @@ model's own; the frontier of entropy against precision is what counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,31 +27,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rival:
-    """A method and its sweep: pairs of a guidance scale and a setting."""
+    """A method and its sweep: guidance scale, the setting in words, and the method with it."""
 
     label: str
-    make: Callable[[float], Baseline | None]
-    sweep: Sequence[tuple[float, float]]
+    sweep: Sequence[tuple[float, str, Baseline | None]]
 
     def conditions(self) -> list[Condition]:
-        found = []
-        for scale, value in self.sweep:
-            baseline = self.make(value)
-            setting = "" if baseline is None else f", {value:g}"
-            found.append(
-                Condition(
-                    f"{self.label} {scale:g}{setting}", guidance_scale=scale, baseline=baseline
-                )
+        return [
+            Condition(
+                ", ".join(filter(None, (f"{self.label} {scale:g}", setting))),
+                guidance_scale=scale,
+                baseline=baseline,
             )
-        return found
+            for scale, setting, baseline in self.sweep
+        ]
 
 
+#: Sweeps begin at what is visible and end where images fall apart; found on a few images each.
 RIVALS = (
-    Rival("guidance scale", lambda _: None, [(s, 0) for s in (1.0, 1.5, 2.0, 2.5)]),
-    Rival("interval guidance", lambda high: IntervalGuidance(high=high), [(2.5, 0.84), (2.5, 0.6)]),
-    Rival("CADS", lambda scale: CADS(scale=scale), [(2.5, 0.25), (2.5, 1.0), (1.5, 0.5)]),
-    Rival("particle guidance", lambda s: ParticleGuidance(strength=s), [(2.5, 4.0), (1.5, 4.0)]),
-    Rival("SPELL", lambda radius: SPELL(radius=radius), [(2.5, 20.0), (2.5, 30.0), (1.5, 25.0)]),
+    Rival("guidance scale", [(s, "", None) for s in (1.0, 1.5, 2.0, 2.5, 3.5, 5.0)]),
+    Rival(
+        "interval guidance",
+        [
+            (2.5, "to 0.84", IntervalGuidance(high=0.84)),
+            (2.5, "to 0.6", IntervalGuidance(high=0.6)),
+            (5.0, "to 0.6", IntervalGuidance(high=0.6)),
+        ],
+    ),
+    Rival(
+        "CADS",
+        [
+            (2.5, "tau1 0.8", CADS(tau1=0.8, tau2=1.0)),
+            (2.5, "tau1 0.7", CADS(tau1=0.7, tau2=1.0)),
+            (2.5, "tau1 0.6", CADS(tau1=0.6, tau2=0.9)),
+        ],
+    ),
+    Rival(
+        "particle guidance",
+        [
+            (2.5, "latents 100", ParticleGuidance(100.0, "clean", 0.5)),
+            (2.5, "latents 400", ParticleGuidance(400.0, "clean", 0.5)),
+            (2.5, "features 20", ParticleGuidance(20.0, "features", 0.5)),
+        ],
+    ),
+    Rival(
+        "SPELL",
+        [
+            (2.5, "radius 20", SPELL(20.0)),
+            (2.5, "radius 30", SPELL(30.0)),
+            (1.5, "radius 20", SPELL(20.0)),
+        ],
+    ),
 )
 OURS = (1.0, 1.5, 2.5)
 

@@ -43,17 +43,19 @@ class Sizes:
         images: of each condition, all prompts together.
         group: images of a prompt that are guided together.
         steps: of the scheduler.
+        real: balanced real images that span the manifold of precision.
         quick: a rehearsal: a few conditions, too few images for any conclusion.
     """
 
     images: int
     group: int = GROUP
     steps: int = STEPS
+    real: int = 1024
     quick: bool = False
 
     @classmethod
     def rehearsal(cls) -> Sizes:
-        return cls(images=16, group=2, steps=4, quick=True)
+        return cls(images=16, group=2, steps=4, real=32, quick=True)
 
     def chosen(self, whole: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
         """The values of a sweep."""
@@ -114,12 +116,14 @@ class Run:
                 found[condition.name] = self.lab.sample(wanted, groups, tick=bar.update)
         return found
 
-    def scores(self, samples: Mapping[str, Samples], real: int | None = None) -> dict[str, Scores]:
-        """Beside as many balanced real images as a condition has, or `real`."""
-        count = real or max(len(one) for one in samples.values())
-        images = Real(self.lab.real_features(count))
+    def scores(self, samples: Mapping[str, Samples]) -> dict[str, Scores]:
+        """Beside balanced real images, as many in every study."""
+        real = Real(
+            self.lab.real_features(self.sizes.real),
+            self.lab.real_features(self.sizes.real, decoded=True),
+        )
         return {
-            name: Scores(one, images, self.lab.features.logits(torch.from_numpy(one.features)))
+            name: Scores(one, real, self.lab.features.logits(torch.from_numpy(one.features)))
             for name, one in samples.items()
         }
 
@@ -174,7 +178,12 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "study": study.name,
         "command": f"negtome-fast eval {study.name}"
         + (" --quick" if sizes.quick else f" --samples {sizes.images}"),
-        "sizes": {"images": sizes.images, "group": sizes.group, "steps": sizes.steps},
+        "sizes": {
+            "images": sizes.images,
+            "group": sizes.group,
+            "steps": sizes.steps,
+            "real": sizes.real,
+        },
         "seconds_of_this_run": round(time.perf_counter() - began),
         **machine.describe(),
         **body,
