@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .filters import Filter
 
 VERSION = 1
 BATCH = 32
@@ -95,7 +99,7 @@ class ReferenceBank:
 
     @property
     def pixels(self) -> Tensor:
-        """The images in [0, 1], `(K, 3, S, S)` fp32."""
+        """All images in [0, 1], `(K, 3, S, S)` fp32: four times the memory of `images`."""
         return self.images.float() / 255
 
     @classmethod
@@ -125,8 +129,8 @@ class ReferenceBank:
         for name, source in _named(images):
             try:
                 kept.append(_square(source, size))
-            except (OSError, ValueError, TypeError, SyntaxError) as error:
-                skipped.append((name, str(error)))
+            except Exception as error:  # decoders of corrupt files raise whatever they like
+                skipped.append((name, str(error) or type(error).__name__))
                 continue
             names.append(name)
         if skipped:
@@ -135,18 +139,41 @@ class ReferenceBank:
             warnings.warn(f"left out of the bank: {told}{more}", UserWarning, stacklevel=2)
         if not kept:
             raise ValueError(f"no image in {images if isinstance(images, (str, Path)) else 'it'}")
-        stacked = torch.stack(kept)
-        features = None if encoder is None else encoder(stacked.float() / 255).cpu()
-        own = None if encoder is None else encoder.name
-        return cls(tuple(names), stacked, features, own, tuple(skipped))
+        built = cls(tuple(names), torch.stack(kept), skipped=tuple(skipped))
+        return built if encoder is None else built.with_features(encoder)
 
     def with_features(self, encoder: Encoder) -> ReferenceBank:
         """The bank with this encoder's features; itself where it has them."""
         if self.features is not None and self.encoder == encoder.name:
             return self
-        return ReferenceBank(
-            self.names, self.images, encoder(self.pixels).cpu(), encoder.name, self.skipped
-        )
+        parts = [encoder(part.float() / 255).cpu() for part in self.images.split(BATCH)]
+        return ReferenceBank(self.names, self.images, torch.cat(parts), encoder.name, self.skipped)
+
+    def passing(self, filters: Sequence[Filter]) -> ReferenceBank:
+        """The images on which no filter triggers: desired ones must not be undesired themselves.
+
+        Raises:
+            ValueError: every image is flagged.
+        """
+        from .filters import judge
+
+        passed = []
+        for part in self.images.split(BATCH):
+            passed += [not rows[-1].triggered for rows in judge(filters, part.float() / 255)]
+        kept = torch.tensor(passed)
+        if not bool(kept.any()):
+            raise ValueError(f"the filters flag all {len(self)} images of the bank")
+        names = tuple(name for name, ok in zip(self.names, passed, strict=True) if ok)
+        features = None if self.features is None else self.features[kept]
+        return ReferenceBank(names, self.images[kept], features, self.encoder, self.skipped)
+
+    def thumbnails(self, size: int | tuple[int, int]) -> Tensor:
+        """The images at `size` pixels (a side, or height and width) in [0, 1], `(K, 3, h, w)` fp32.
+
+        Made a few at a time: the whole bank is never held in floating point at its own size.
+        """
+        parts = self.images.split(BATCH)
+        return torch.cat([resized(part.float() / 255, size) for part in parts])
 
     def save(self, folder: str | Path) -> None:
         """Writes `bank.safetensors` and `bank.json`; what was there is replaced when both are."""
@@ -211,6 +238,14 @@ class ReferenceBank:
             return cls(names, tensors["images"], tensors.get("features"), own, skipped)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{folder / 'bank.safetensors'} is corrupt: {error}") from error
+
+
+def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
+    size = (size, size) if isinstance(size, int) else size
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _named(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .bank import BATCH, Encoder, ReferenceBank, default_encoder
+from .bank import BATCH, Encoder, ReferenceBank, default_encoder, resized
 from .selection import select_nearest
 
 
@@ -93,7 +92,7 @@ class PixelDistance(_Nearest):
     ) -> None:
         super().__init__(bank, _checked(threshold, 0, 1), name)
         self.size = size
-        self._points = resized(bank.pixels, size)
+        self._points = bank.thumbnails(size)
 
     def judge(self, images: Tensor) -> list[Verdict]:
         images = resized(_images(images), self.size)
@@ -131,8 +130,11 @@ class LatentDistance(_Nearest):
         images = _images(images)
         size = (self._size,) * 2 if self._size else tuple(images.shape[-2:])
         if size not in self._points:
-            pixels = resized(self.bank.pixels.to(images.device), size)
-            self._points[size] = torch.cat([self._encode(p).float() for p in pixels.split(BATCH)])
+            known = [
+                self._encode(resized(part.to(images.device).float() / 255, size)).float()
+                for part in self.bank.images.split(BATCH)
+            ]
+            self._points[size] = torch.cat(known)
         latents = self._encode(resized(images, size)).float()
         score, index = select_nearest(latents, self._points[size])
         return self._verdicts(score / latents[0].numel() ** 0.5, index, above=False)
@@ -197,7 +199,8 @@ class PerceptualHash(_Nearest):
             ) from error
         function = getattr(imagehash, kind)
         self._hash = lambda image: function(image, hash_size=hash_size)
-        self._points = self._bits(bank.pixels)
+        known = [self._bits(part.float() / 255) for part in bank.images.split(BATCH)]
+        self._points = torch.cat(known)
 
     def _bits(self, images: Tensor) -> Tensor:
         from PIL import Image
@@ -276,14 +279,6 @@ def _images(images: Tensor) -> Tensor:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be (B, 3, H, W) in [0, 1], got {shape}")
     return images.float()
-
-
-def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
-    size = (size, size) if isinstance(size, int) else size
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _checked(threshold: float, low: float, high: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.layouts import Layout
-from .filters import resized
+from .bank import resized
 
 
 class LatentPoints:

@@ -7,10 +7,12 @@ undesired images, `both` does both; `reseed` only draws other noise, the baselin
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..config import NegToMeConfig
-from .bank import ReferenceBank
-from .filters import Filter, Verdict, judge, resized
+from .bank import ReferenceBank, resized
+from .filters import Filter, Verdict, judge
 from .objective import nudge
 from .selection import select_nearest
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 Method = Literal["nudge", "negtome", "both", "reseed"]
 METHODS = ("nudge", "negtome", "both", "reseed")
+THUMBNAIL = 64
+"""Pixels a side at which the points nearest to an image are chosen."""
+_TEXTS = ("negative_prompt", "prompt_2", "prompt_3")
+"""Beginnings of the names of arguments that hold one text for each prompt, or one for all."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +41,34 @@ class NudgeSchedule:
     """How hard, where and when latents are moved; every failed attempt escalates.
 
     The paper (arXiv 2408.15450) publishes no values; these are this project's, found on the
-    embedded model.
+    embedded model with desired points (docs/nudging.md).
 
     Attributes:
         objective: of `nudge`.
         alpha, beta: weights of the desired and the undesired points in the first retry.
-        escalation: factor of `beta` and `max_distance` in every further one, at least 1.
+        escalation: factor of `alpha`, `beta`, `max_distance` and NegToMe's alpha in every further
+            one, at least 1.
         max_distance: trust radius of a step, as a share of the norm of the latents.
         steps, step_size: of the descent within one step of the scheduler.
         window: (start, end), the fraction of the scheduler's steps after which latents are moved.
+        extend: how much later the window ends in every further retry, at most at 1: the later, the
+            less a model can restore what it has memorised, and the less it can clean up.
         nearest: how many undesired and how many desired points an image is steered by.
+        pool: the desired ones are drawn from so many that are nearest, in each attempt anew and by
+            the image's own seed, so that images of one prompt do not all become the same other one.
     """
 
     objective: Literal["paper", "squared", "cosine"] = "cosine"
-    alpha: float = 1.0
+    alpha: float = 4.0
     beta: float = 2.0
     escalation: float = 1.5
-    max_distance: float = 0.1
+    max_distance: float = 0.2
     steps: int = 5
-    step_size: float = 0.02
-    window: tuple[float, float] = (0.1, 0.6)
+    step_size: float = 0.05
+    window: tuple[float, float] = (0.3, 0.7)
+    extend: float = 0.125
     nearest: int = 1
+    pool: int = 8
 
     def __post_init__(self) -> None:
         start, end = self.window
@@ -63,12 +76,18 @@ class NudgeSchedule:
             raise ValueError(
                 f"window=(start, end) are fractions, 0 <= start < end <= 1, not {self.window}"
             )
+        if not 0 <= self.extend <= 1:
+            raise ValueError(f"extend is a fraction of the steps, 0 to 1, got {self.extend}")
         if not self.escalation >= 1:
             raise ValueError(f"escalation must be at least 1, got {self.escalation}")
         if not self.max_distance > 0:
             raise ValueError(f"max_distance must be positive, got {self.max_distance}")
         if self.nearest < 1:
             raise ValueError(f"nearest must be at least 1, got {self.nearest}")
+        if self.pool < self.nearest:
+            raise ValueError(
+                f"pool must be at least nearest, {self.nearest}, to draw from, got {self.pool}"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,7 +173,7 @@ def generate_with_nudging(
     *,
     filters: Sequence[Filter],
     undesired: ReferenceBank,
-    desired: ReferenceBank | None = None,
+    desired: ReferenceBank | Mapping[str, ReferenceBank] | None = None,
     max_attempts: int = 4,
     method: Method = "nudge",
     on_failure: Literal["flag", "raise"] = "flag",
@@ -178,8 +197,10 @@ def generate_with_nudging(
         pipe: a text-to-image pipeline whose call takes `callback_on_step_end`.
         prompt: one or several.
         filters: asked in their order; see `judge`.
-        undesired, desired: images to steer away from and toward; of each, those nearest to a
-            flagged image in pixels are chosen.
+        undesired: images to steer away from; those nearest to a flagged image in pixels are chosen.
+        desired: images to steer toward, drawn from those nearest; one bank for all, or one for
+            each prompt that has any. They should show what the prompt asks for and pass the filters
+            (`ReferenceBank.passing`): what comes out resembles them.
         max_attempts: generations of an image at most, the plain one included; at least 1.
         method: what a retry does; `"reseed"` is the baseline that only changes the noise.
         on_failure: `"flag"`: the images come back with `passed` False; `"raise"`: `NudgingFailed`.
@@ -210,18 +231,29 @@ def generate_with_nudging(
     if not filters:
         raise ValueError("filters is empty, so nothing would ever be judged")
     schedule = schedule or NudgeSchedule()
+    if method in ("nudge", "both"):
+        _check_callback(pipe)
     run = _Run(pipe, prompt, num_images_per_prompt, generator, call)
+    away, toward = _Candidates(undesired), _by_prompt(desired, run.prompts)
     images = run.generate(range(run.count))
     attempts: list[list[Attempt]] = [[Attempt(0, verdicts)] for verdicts in judge(filters, images)]
     for number in range(1, max_attempts):
         flagged = [i for i, rows in enumerate(attempts) if not rows[-1].passed]
         if not flagged:
             break
-        steer = _Steering(
-            pipe, images[flagged], undesired, desired, schedule, method, number, negtome
-        )
+        points = None
+        if method != "reseed":
+            points = _choose(
+                images[flagged],
+                [run.seed_of(item) for item in flagged],
+                away,
+                [toward[run.prompts[item]] for item in flagged],
+                schedule,
+                number,
+            )
+        steer = _Steering(pipe, points, schedule, method, number, negtome, images.shape[-2:])
         again = torch.empty_like(images[flagged])
-        for places in steer.batches():
+        for places in steer.batches(len(flagged)):
             chosen = [flagged[place] for place in places]
             with steer.applied(places) as callback:
                 again[places] = run.generate(
@@ -305,13 +337,8 @@ class _Run:
             prompt = [self.prompts[i] for i in items]
             generators = [self._copy(i, reseed) for i in items]
             for name, value in call.items():
-                prompts = self.count // self._per_prompt
-                if name.startswith(("negative_prompt", "prompt_2", "prompt_3")) and isinstance(
-                    value, list
-                ):
-                    if len(value) != prompts:
-                        raise ValueError(f"{name} must have {prompts} entries, got {len(value)}")
-                    call[name] = [value[i // self._per_prompt] for i in items]
+                if name.startswith(_TEXTS) and isinstance(value, (str, list)):
+                    call[name] = [self._text_of(name, value, i) for i in items]
         if callback is not None:
             call["callback_on_step_end"] = _both(call.get("callback_on_step_end"), callback)
             inputs = call.get("callback_on_step_end_tensor_inputs", ["latents"])
@@ -319,12 +346,23 @@ class _Run:
         images = self._pipe(prompt, generator=generators, output_type="pt", **call).images
         return images.float().cpu()
 
+    def _text_of(self, name: str, value: str | list[str], item: int) -> str:
+        if isinstance(value, str):
+            return value
+        prompts = self.count // self._per_prompt
+        if len(value) != prompts:
+            raise ValueError(f"{name} must have {prompts} entries, got {len(value)}")
+        return value[item // self._per_prompt]
+
     def _copy(self, item: int, reseed: int) -> torch.Generator:
         copied = torch.Generator(self._generators[item].device)
         copied.set_state(self._states[item])
         if reseed:
-            copied.manual_seed((copied.initial_seed() + 0x9E3779B97F4A7C15 * reseed) % 2**63)
+            copied.manual_seed(_other_seed(self.seed_of(item), reseed))
         return copied
+
+    def seed_of(self, item: int) -> int:
+        return self._generators[item].initial_seed()
 
     def as_pil(self, images: Tensor) -> list[Any]:
         """As the pipeline's own post-processing does."""
@@ -344,120 +382,112 @@ def _both(first: Callable[..., Any] | None, second: Callable[..., Any]) -> Calla
     return call
 
 
+@dataclass(frozen=True)
+class _Points:
+    """What one image is steered away from and toward, `(k, 3, S, S)` uint8, with their names."""
+
+    undesired: Tensor
+    undesired_names: tuple[str, ...]
+    desired: Tensor | None
+    desired_names: tuple[str, ...]
+
+
 class _Steering:
-    """What one attempt does to the images that are generated again."""
+    """What one attempt does to the images that are generated again; `points` None is nothing."""
 
     def __init__(
         self,
         pipe: Any,
-        images: Tensor,
-        undesired: ReferenceBank,
-        desired: ReferenceBank | None,
+        points: Sequence[_Points] | None,
         schedule: NudgeSchedule,
         method: Method,
         number: int,
         negtome: NegToMeConfig | None,
+        size: tuple[int, int],
     ) -> None:
-        from ..pipelines.api import _denoisers
-        from ..pipelines.layouts import layout_of
-
-        self._pipe, self._schedule, self._method = pipe, schedule, method
-        self._layout = layout_of(next(iter(_denoisers(pipe)[0])))
-        self._number, self._negtome = number, negtome
+        self._pipe, self._points, self._schedule = pipe, points, schedule
+        self._method, self._number, self._negtome, self._size = method, number, negtome, size
         self._factor = schedule.escalation ** (number - 1)
-        self._images = images
-        self._banks = (undesired, desired)
-        self._chosen = [
-            None if bank is None else _nearest(bank, images, schedule.nearest)
-            for bank in self._banks
-        ]
         # Read when the attempt is over, so that no step waits for the device.
         self._moves: list[tuple[list[int], Tensor]] = []
 
-    def batches(self) -> Iterator[list[int]]:
+    def batches(self, images: int) -> Iterator[list[int]]:
         """Places of images that can be generated together."""
-        if self._method in ("nudge", "reseed"):
-            yield list(range(len(self._images)))
+        if self._points is None or self._method == "nudge":
+            yield list(range(images))
             return
         # NegToMe has the same references for a whole batch.
-        rows = self._chosen[0]
-        assert rows is not None
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for place, row in enumerate(rows.tolist()):
-            alike.setdefault(tuple(row), []).append(place)
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for place, points in enumerate(self._points):
+            alike.setdefault(points.undesired_names, []).append(place)
         yield from alike.values()
 
     @contextmanager
     def applied(self, places: list[int]) -> Iterator[Callable[..., dict[str, Any]] | None]:
         """The pipeline steered for these images; as it was afterwards."""
-        nudges = self._method in ("nudge", "both")
-        callback = self._callback(places) if nudges else None
-        if self._method in ("nudge", "reseed"):
+        if self._points is None:
+            yield None
+            return
+        points = [self._points[place] for place in places]
+        callback = None
+        if self._method in ("nudge", "both"):
+            callback = self._callback(places, points)
+        if self._method == "nudge":
             yield callback
             return
         from ..pipelines import negtome_guidance
         from ..pipelines.references import Reference
 
-        bank, rows = self._banks[0], self._chosen[0]
-        assert bank is not None and rows is not None
-        config = self._negtome or _preset(self._layout)
+        config = self._negtome or _preset(_layout(self._pipe))
         references = [
-            Reference(bank.images[row].permute(1, 2, 0).numpy(), alpha=config.alpha * self._factor)
-            for row in rows[places[0]].tolist()
+            Reference(image.permute(1, 2, 0).numpy(), alpha=config.alpha * self._factor)
+            for image in points[0].undesired
         ]
         with negtome_guidance(self._pipe, config, reference=references):
             yield callback
 
     def attempt(self, place: int, verdicts: tuple[Verdict, ...]) -> Attempt:
         """The record of the image at this place."""
-        steered = self._method != "reseed"
-        nudged = self._method in ("nudge", "both")
-        names = [
-            ()
-            if bank is None or rows is None or not steered
-            else tuple(bank.names[row] for row in rows[place].tolist())
-            for bank, rows in zip(self._banks, self._chosen, strict=True)
-        ]
+        if self._points is None:
+            return Attempt(self._number, verdicts)
+        points, nudged = self._points[place], self._method in ("nudge", "both")
         return Attempt(
             self._number,
             verdicts,
-            names[0],
-            names[1] if nudged else (),
+            points.undesired_names,
+            points.desired_names if nudged else (),
             self._schedule.beta * self._factor if nudged else None,
             sum(float(d[places.index(place)]) for places, d in self._moves if place in places),
         )
 
-    def _callback(self, places: list[int]) -> Callable[..., dict[str, Any]]:
+    def _callback(
+        self, places: list[int], points: Sequence[_Points]
+    ) -> Callable[..., dict[str, Any]]:
         from .latents import LatentPoints
 
-        schedule = self._schedule
-        height, width = self._images.shape[-2:]
-        points = [
-            None
-            if bank is None or rows is None
-            else LatentPoints(
-                self._pipe,
-                self._layout,
-                [bank.pixels[row] for row in rows[places]],
-                (height, width),
-            )
-            for bank, rows in zip(self._banks, self._chosen, strict=True)
-        ]
+        schedule, layout = self._schedule, _layout(self._pipe)
+
+        def latents_of(pictures: Sequence[Tensor]) -> LatentPoints:
+            pixels = [own.float() / 255 for own in pictures]
+            return LatentPoints(self._pipe, layout, pixels, self._size)
+
+        away = latents_of([one.undesired for one in points])
+        wanted = [one.desired for one in points if one.desired is not None]
+        toward = latents_of(wanted) if wanted else None
+        start, end = schedule.window
+        end = min(1.0, end + schedule.extend * (self._number - 1))
 
         def move(pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             total = len(pipe.scheduler.timesteps)
-            start, end = schedule.window
-            if not start <= (step + 1) / total <= end:
+            # Sums of fractions are rounded: the last step of the window is part of it.
+            if not start - 1e-9 <= (step + 1) / total <= end + 1e-9:
                 return {}
             latents = tensors["latents"]
-            undesired, desired = (
-                None if p is None else p.at_step(pipe.scheduler, latents, step + 1) for p in points
-            )
             result = nudge(
                 latents,
-                desired,
-                undesired,
-                alpha=schedule.alpha,
+                None if toward is None else toward.at_step(pipe.scheduler, latents, step + 1),
+                away.at_step(pipe.scheduler, latents, step + 1),
+                alpha=schedule.alpha * self._factor,
                 beta=schedule.beta * self._factor,
                 objective=schedule.objective,
                 steps=schedule.steps,
@@ -476,7 +506,84 @@ def _preset(layout: Layout) -> NegToMeConfig:
     return NegToMeConfig.preset(layout.preset) if layout.preset else NegToMeConfig()
 
 
-def _nearest(bank: ReferenceBank, images: Tensor, count: int) -> Tensor:
-    """Rows `(B, count)` of the bank that are nearest in pixels, at 64 pixels a side."""
-    count = min(count, len(bank))
-    return select_nearest(resized(images, 64), resized(bank.pixels, 64), count)[1]
+def _other_seed(seed: int, attempt: int) -> int:
+    """A seed for a retry, far from those of other images."""
+    return (seed + 0x9E3779B97F4A7C15 * attempt) % 2**63
+
+
+def _layout(pipe: Any) -> Layout:
+    from ..pipelines.api import _denoisers
+    from ..pipelines.layouts import layout_of
+
+    return layout_of(next(iter(_denoisers(pipe)[0])))
+
+
+def _check_callback(pipe: Any) -> None:
+    """Raises `ValueError` where latents cannot be reached between the steps."""
+    arguments = inspect.signature(type(pipe).__call__).parameters
+    called = "callback_on_step_end" in arguments or any(
+        argument.kind is argument.VAR_KEYWORD for argument in arguments.values()
+    )
+    if not called or "latents" not in getattr(pipe, "_callback_tensor_inputs", ("latents",)):
+        raise ValueError(
+            f"{type(pipe).__name__} hands no latents to callback_on_step_end, so they cannot be "
+            "nudged; use method='negtome' or 'reseed'"
+        )
+
+
+class _Candidates:
+    """A bank whose images points are chosen from, by their pixels."""
+
+    def __init__(self, bank: ReferenceBank) -> None:
+        self.bank = bank
+
+    @cached_property
+    def _thumbnails(self) -> Tensor:
+        # Made when the first image is flagged: what passes at once pays nothing for it.
+        return self.bank.thumbnails(THUMBNAIL)
+
+    def nearest(self, image: Tensor, count: int) -> Tensor:
+        """Rows `(count,)` of the bank that are nearest to `(3, H, W)`, or all it has."""
+        count = min(count, len(self.bank))
+        return select_nearest(resized(image[None], THUMBNAIL), self._thumbnails, count)[1][0]
+
+    def names(self, rows: Tensor) -> tuple[str, ...]:
+        return tuple(self.bank.names[row] for row in rows.tolist())
+
+
+def _by_prompt(
+    desired: ReferenceBank | Mapping[str, ReferenceBank] | None, prompts: Sequence[str]
+) -> dict[str, _Candidates | None]:
+    """The desired images of each prompt."""
+    if not isinstance(desired, Mapping):
+        one = None if desired is None else _Candidates(desired)
+        return dict.fromkeys(prompts, one)
+    missing = [prompt for prompt in prompts if prompt not in desired]
+    if missing:
+        raise ValueError(f"desired has no bank for the prompt {missing[0]!r}")
+    return {prompt: _Candidates(desired[prompt]) for prompt in prompts}
+
+
+def _choose(
+    images: Tensor,
+    seeds: Sequence[int],
+    undesired: _Candidates,
+    desired: Sequence[_Candidates | None],
+    schedule: NudgeSchedule,
+    attempt: int,
+) -> list[_Points]:
+    """Of each image the nearest undesired points, and some desired ones near it, by its seed."""
+    # As many for each image, so that one launch can nudge them all.
+    count = min([schedule.nearest, *(len(one.bank) for one in desired if one is not None)])
+    chosen = []
+    for image, seed, toward in zip(images, seeds, desired, strict=True):
+        away = undesired.nearest(image, schedule.nearest)
+        pictures, names = None, ()
+        if toward is not None:
+            near = toward.nearest(image, schedule.pool)
+            random = torch.Generator().manual_seed(_other_seed(seed, attempt))
+            near = near[torch.randperm(len(near), generator=random)[:count]]
+            pictures, names = toward.bank.images[near], toward.names(near)
+        away_names = undesired.names(away)
+        chosen.append(_Points(undesired.bank.images[away], away_names, pictures, names))
+    return chosen
