@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,10 @@ def batches_of(groups: Sequence[Group], limit: int = BATCH) -> Iterator[list[Gro
         yield batch
 
 
+_ARRAYS = ("images", "features", "indices", "seconds")
+"""Of `Samples`, as stored of each batch."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """The images of a condition and what the instruments read in them, in the plan's order.
@@ -204,6 +208,32 @@ class Samples:
     def pixels(self) -> Tensor:
         """fp32 (N, 3, 64, 64) in [0, 1]."""
         return torch.from_numpy(self.images).float() / 255
+
+    def only(self, at: Sequence[int]) -> Samples:
+        """The samples at these places."""
+        where = list(at)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in where),
+            seeds=tuple(self.seeds[i] for i in where),
+            groups=self.groups[where],
+            **{name: getattr(self, name)[where] for name in _ARRAYS},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples], name: str) -> Samples:
+        """One condition whose parts differ in their references or prompts; groups stay apart."""
+        firsts = np.cumsum([0, *(part.groups.max() + 1 for part in parts)])
+        weights = np.array([len(part) for part in parts])
+        return cls(
+            condition=replace(parts[0].condition, name=name),
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            seeds=tuple(seed for part in parts for seed in part.seeds),
+            groups=np.concatenate([p.groups + f for p, f in zip(parts, firsts, strict=False)]),
+            pushed=float(np.average([part.pushed for part in parts], weights=weights)),
+            similarity=float(np.average([part.similarity for part in parts], weights=weights)),
+            **{a: np.concatenate([getattr(part, a) for part in parts]) for a in _ARRAYS},
+        )
 
 
 class Laboratory:
@@ -294,10 +324,16 @@ class Laboratory:
         return features
 
     @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """The VAE's (B, C, h, w) of images (B, 3, 64, 64) in [0, 1], not scaled."""
+        parts = [
+            self.pipe.vae.encode(part * 2 - 1).latent_dist.mode() for part in images.split(BATCH)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
     def _decoded(self, images: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(images * 2 - 1).latent_dist.mode()
-        decoded: Tensor = vae.decode(latents).sample
+        decoded: Tensor = self.pipe.vae.decode(self.latents(images)).sample
         return (decoded / 2 + 0.5).clamp(0, 1)
 
     def measure(self, images: Tensor) -> dict[str, np.ndarray]:
@@ -430,11 +466,8 @@ def _reference_identity(reference: Reference) -> dict[str, Any]:
     mask = loaded.settings.mask
     if mask is not None:
         digest.update(f"mask {tuple(mask.shape)}".encode() + mask.cpu().numpy().tobytes())
-    return {
-        "image": digest.hexdigest()[:16],
-        **{f.name: getattr(reference, f.name) for f in fields(reference)
-           if f.name in ("alpha", "threshold", "noise")},
-    }  # fmt: skip
+    settings = {name: getattr(reference, name) for name in ("alpha", "threshold", "noise")}
+    return {"image": digest.hexdigest()[:16], **settings}
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -472,8 +505,5 @@ def _joined(
         groups=np.repeat(np.arange(len(groups)), [len(group.seeds) for group in groups]),
         pushed=float(tokens @ pushed / count) if count else nan,
         similarity=float(tokens @ similarity / count) if count else nan,
-        **{
-            name: np.concatenate([part[name] for part in parts])
-            for name in ("images", "features", "indices", "seconds")
-        },
+        **{name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS},
     )

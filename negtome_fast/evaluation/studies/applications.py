@@ -37,9 +37,6 @@ REFERENCE_SEED = 10_000
 CANDIDATES = 8
 """Images of which the first that shows what its prompt names becomes the reference."""
 
-REAL = 256
-"""Balanced real images that precision is against."""
-
 ALPHAS = (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
 FEW_ALPHAS = (-0.6, 0.0, 0.6)
 
@@ -88,7 +85,7 @@ def inside(run: Run) -> Values:
     """1 where an image lies in the manifold of balanced real images."""
 
     def values(samples: Samples) -> Tensor:
-        return run.scores({"": samples}, REAL)[""].inside.double()
+        return run.scores({"": samples})[""].inside.double()
 
     return values
 
@@ -426,7 +423,7 @@ def table(result: dict[str, Any]) -> str:
             f"reference is an image of the same style with {shown}.",
             interpolate_table(result["interpolate"]),
             f"{result['sizes']['steps']} steps; 95% intervals in brackets, changes paired by seed. "
-            f"Precision is against {REAL} balanced real images. torch "
+            f"Precision is against {result['sizes']['real']} balanced real images. torch "
             f"{result['versions']['torch']}, {result['date'][:10]}. Made by "
             f"`{result['command']}`.",
         ]

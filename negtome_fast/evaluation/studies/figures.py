@@ -65,8 +65,8 @@ def frontier(
         axes.errorbar(
             across,
             up,
-            xerr=_bars([p[0] for p in points]),
-            yerr=_bars([p[1] for p in points]),
+            xerr=bar_ends([p[0] for p in points]),
+            yerr=bar_ends([p[1] for p in points]),
             fmt=one.marker,
             color=one.colour,
             markersize=6,
@@ -107,12 +107,12 @@ def bars(
         places = [row + (number - (len(values) - 1) / 2) * width for row in range(len(labels))]
         axes.bar(
             places, [v[0] for v in column], width, color=palette[number % len(palette)], label=name,
-            yerr=_bars(column), error_kw={"elinewidth": 0.9},
+            yerr=bar_ends(column), error_kw={"elinewidth": 0.9},
         )  # fmt: skip
     axes.set_xticks(range(len(labels)), labels)
 
 
-def _bars(values: Sequence[Sequence[float]]) -> list[list[float]]:
+def bar_ends(values: Sequence[Sequence[float]]) -> list[list[float]]:
     """Distances below and above for matplotlib; never negative."""
     return [
         [max(0.0, v[0] - v[1]) for v in values],
