@@ -20,6 +20,7 @@ from negtome_fast.evaluation.rivals import (
     LowerScale,
     ParticleGuidance,
 )
+from negtome_fast.evaluation.studies import overheads
 
 STEPS = 4  # at sigma 1, 0.75, 0.5 and 0.25
 PROMPTS = ("a pixel art person", "a big smile person")
@@ -365,3 +366,22 @@ def test_sweeps_are_of_different_settings_that_are_told_apart() -> None:
     for name, settings in rivals.SWEEPS.items():
         assert len(set(settings)) == len(settings) >= 3, name
         assert len({type(one) for one in settings}) == 1, name
+
+
+# Their time
+
+
+def test_added_time_is_paired_by_round() -> None:
+    base = [1.0, 2.0, 4.0]
+    method = overheads.figures_of([1.5, 2.0, 8.0], base)
+    assert method["seconds_per_image"] == 2.0
+    assert method["added"] == [0.5, 0.0, 1.0]
+    assert overheads.figures_of(base, base)["added"] == [0.0, 0.0, 0.0]
+
+
+def test_every_rival_is_timed() -> None:
+    conditions = overheads.conditions()
+    timed = {type(one.baseline) for one in conditions if one.baseline is not None}
+    assert timed == {IntervalGuidance, CADS, ParticleGuidance, SPELL}
+    assert len({one.name for one in conditions}) == len(conditions)
+    assert conditions[0].name == overheads.UNGUIDED
