@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_export(commands)
 
+    _add_eval(commands)
+
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -289,6 +291,59 @@ def web_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_eval(commands: Any) -> None:
+    names = ("diversity", "conventions", "hyperparameters", "rivals", "protected", "applications")
+    evaluation = commands.add_parser(
+        "eval",
+        help="studies of what guidance does to the embedded model, with intervals",
+        description="Draws, measures, and writes a JSON file with every sample's scores, a table "
+        "and figures. A run that is interrupted goes on where it was. 'report' makes one HTML page "
+        "of the results in --out.",
+    )
+    evaluation.add_argument("study", choices=(*names, "report"))
+    evaluation.add_argument(
+        "--samples", type=int, metavar="N", help="images of each condition; default: the study's"
+    )
+    evaluation.add_argument("--quick", action="store_true", help="a rehearsal with a few images")
+    evaluation.add_argument(
+        "--out",
+        type=Path,
+        default=Path("output/evaluation"),
+        help="folder of the results, default: %(default)s",
+    )
+    evaluation.add_argument(
+        "--store",
+        type=Path,
+        default=Path("output/eval"),
+        help="folder of what was drawn, for all studies, default: %(default)s",
+    )
+    evaluation.add_argument("--threads", type=int, default=1, help="of torch, default: 1")
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    import torch
+
+    from .evaluation import report
+    from .evaluation.sampling import Laboratory
+    from .evaluation.studies import STUDIES
+    from .evaluation.studies.study import Run, Sizes, perform
+
+    if options.study == "report":
+        print(f"written to {report.write(options.out)}")
+        return 0
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.quick and options.samples is not None:
+        raise ValueError("--quick has a number of samples of its own")
+    study = STUDIES[options.study]
+    sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
+    torch.set_num_threads(options.threads)
+    result = perform(study, Run(Laboratory(options.store), sizes, options.out))
+    print(study.table(result))
+    print(f"figures and {study.name}.json in {options.out}")
+    return 0
+
+
 def generate_command(options: argparse.Namespace) -> int:
     from . import generate
     from .config import NegToMeConfig
@@ -440,6 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "generate": generate_command,
             "web": web_command,
             "tune": tune_command,
+            "eval": eval_command,
             "export": export_command,
             "info": info_command,
         }

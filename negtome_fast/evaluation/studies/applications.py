@@ -171,7 +171,7 @@ def interpolate(run: Run) -> list[dict[str, Any]]:
 TITLES = {
     "style": f"Excluding {STYLE}, prompts without a style",
     "sharpen": f"A picture blurred by {BLUR:g} pixels as the reference",
-    "interpolate": f"Toward (alpha < 0) or away from {TARGET.hair_color} hair and {TARGET.skin} skin",
+    "interpolate": f"Toward (alpha < 0) or away from {TARGET.hair_color} hair, {TARGET.skin} skin",
 }
 
 

@@ -1,0 +1,131 @@
+"""`negtome-fast eval report`: all studies' results as one HTML page that needs nothing else.
+
+It is made of the files in a folder alone: `NAME.json`, whose tables and figures are drawn anew, and
+the sheets `NAME-*.png`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .studies import STUDIES
+from .studies.study import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 1120px; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; }
+h2 { margin: 2.8rem 0 .3rem; font-size: 1.3rem; border-top: 3px solid #0b57d0; padding-top: .9rem; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+.facts { color: #444; font-size: .9rem; margin: .1rem 0; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .8rem; }
+th, td { text-align: right; padding: .22rem .6rem; border-bottom: 1px solid #e3e3e3;
+         white-space: nowrap; }
+th { border-bottom: 2px solid #999; font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+nav a { margin-right: 1rem; color: #0b57d0; }
+code { background: #f1f3f6; padding: 0 .25em; border-radius: 3px; font-size: .92em; }
+.quick { color: #b00020; font-weight: 600; }
+"""
+INTRODUCTION = (
+    "What guidance does to the embedded model tiny-flux-avatars, measured with image features and "
+    "an attribute reader. Brackets and bars are 95% intervals of a bootstrap that draws groups of "
+    "images that were guided together as one, and the same groups on both sides of a comparison. "
+    "Every image's scores are in the JSON files beside this page. One small model: what holds here "
+    "need not hold on a large one in the same measure."
+)
+
+
+def write(folder: Path) -> Path:
+    """Makes `report.html` of the results in `folder`, and returns its path.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a file is not the result of a study.
+    """
+    results = [
+        (s, load(folder / f"{n}.json"))
+        for n, s in STUDIES.items()
+        if (folder / f"{n}.json").is_file()
+    ]
+    if not results:
+        raise FileNotFoundError(
+            f"there are no results of studies in {folder}; negtome-fast eval diversity --out "
+            f"{folder} makes one"
+        )
+    links = "".join(f'<a href="#{s.name}">{s.name}</a>' for s, _ in results)
+    sections = [_section(study, result, folder) for study, result in results]
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>negtome-fast: evaluation</title><style>{STYLE}</style></head><body>"
+        f"<h1>negtome-fast: evaluation</h1><p>{html.escape(INTRODUCTION)}</p><nav>{links}</nav>"
+        f"{''.join(sections)}</body></html>\n"
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _section(study: Any, result: dict[str, Any], folder: Path) -> str:
+    figures = study.figures(result)
+    pictures = [_png(figure) for figure in figures.values()]
+    drawn = {f"{study.name}-{name}.png" for name in figures}
+    sheets = [path for path in sorted(folder.glob(f"{study.name}-*.png")) if path.name not in drawn]
+    pictures += [path.read_bytes() for path in sheets]
+    facts = (
+        f"{result['cpu']}, torch {result['versions']['torch']}, commit "
+        f"{(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}"
+    )
+    rehearsal = ""
+    if "--quick" in result["command"]:
+        rehearsal = '<p class="quick">A rehearsal: too few images for any conclusion.</p>'
+    return (
+        f'<h2 id="{study.name}">{study.name}: {html.escape(study.purpose)}</h2>'
+        f'<p class="facts">{html.escape(facts)}</p>{rehearsal}'
+        + "".join(_image(picture, study.name) for picture in pictures)
+        + _html(study.table(result))
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _image(picture: bytes, name: str) -> str:
+    data = base64.b64encode(picture).decode("ascii")
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def _html(markdown: str) -> str:
+    """Paragraphs and tables of the studies' Markdown, with `code` and **bold**."""
+    return "".join(
+        _table(part.splitlines()) if part.startswith("|") else f"<p>{_inline(part)}</p>"
+        for part in markdown.split("\n\n")
+    )
+
+
+def _table(lines: Sequence[str]) -> str:
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    top = "".join(f"<th>{_inline(cell)}</th>" for cell in head)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in body
+    )
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
