@@ -181,6 +181,7 @@ def generate_with_nudging(
     negtome: NegToMeConfig | None = None,
     num_images_per_prompt: int = 1,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    first: Tensor | None = None,
     output_type: Literal["pil", "pt"] = "pil",
     **call: Any,
 ) -> NudgedImages:
@@ -209,6 +210,8 @@ def generate_with_nudging(
         num_images_per_prompt: as the pipeline's.
         generator: one for each image, so that one image can be generated again alone; None makes
             them. They are used as the pipeline would, and retries use copies.
+        first: what the plain pipeline made of these generators, `(B, 3, H, W)` in [0, 1], where it
+            exists already: it is judged in place of a first generation.
         output_type: `"pil"`, or `"pt"` for tensors (3, H, W) in [0, 1].
         call: further arguments of the pipeline's call; `negative_prompt` may be a list.
 
@@ -235,7 +238,8 @@ def generate_with_nudging(
         _check_callback(pipe)
     run = _Run(pipe, prompt, num_images_per_prompt, generator, call)
     away, toward = _Candidates(undesired), _by_prompt(desired, run.prompts)
-    images = run.generate(range(run.count))
+    images = run.generate(range(run.count)) if first is None else _existing(first, run.count)
+    height, width = images.shape[-2:]
     attempts: list[list[Attempt]] = [[Attempt(0, verdicts)] for verdicts in judge(filters, images)]
     for number in range(1, max_attempts):
         flagged = [i for i, rows in enumerate(attempts) if not rows[-1].passed]
@@ -251,7 +255,7 @@ def generate_with_nudging(
                 schedule,
                 number,
             )
-        steer = _Steering(pipe, points, schedule, method, number, negtome, images.shape[-2:])
+        steer = _Steering(pipe, points, schedule, method, number, negtome, (height, width))
         again = torch.empty_like(images[flagged])
         for places in steer.batches(len(flagged)):
             chosen = [flagged[place] for place in places]
@@ -276,6 +280,12 @@ def generate_with_nudging(
     if on_failure == "raise" and not all(result.passed):
         raise NudgingFailed(result)
     return result
+
+
+def _existing(first: Tensor, count: int) -> Tensor:
+    if first.dim() != 4 or first.shape[:2] != (count, 3):
+        raise ValueError(f"first must be ({count}, 3, H, W) in [0, 1], got {tuple(first.shape)}")
+    return first.detach().float().cpu().clone()
 
 
 class _Run:
@@ -578,7 +588,8 @@ def _choose(
     chosen = []
     for image, seed, toward in zip(images, seeds, desired, strict=True):
         away = undesired.nearest(image, schedule.nearest)
-        pictures, names = None, ()
+        pictures: Tensor | None = None
+        names: tuple[str, ...] = ()
         if toward is not None:
             near = toward.nearest(image, schedule.pool)
             random = torch.Generator().manual_seed(_other_seed(seed, attempt))

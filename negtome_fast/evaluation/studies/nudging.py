@@ -53,7 +53,7 @@ ATTEMPTS = 4
 PIXELS = 0.10
 """Root mean square difference to a target at which an output counts as its copy."""
 
-DESIRED = 40
+DESIRED, FEW_DESIRED = 40, 6
 """Ordinary avatars for each prompt that images are steered toward."""
 
 CHUNK = 2
@@ -150,16 +150,21 @@ def fitting(prompt: str, count: int, seed: int) -> Tensor:
             for name, values in world.ATTRIBUTES.items()
         }
         avatars.append(world.Avatar(seed=f"{seed}-{number}", **chosen))
+    return rendered(avatars)
+
+
+def rendered(avatars: Sequence[world.Avatar]) -> Tensor:
+    """uint8 (N, 3, 64, 64)."""
     drawn = np.stack([world.render(avatar) for avatar in avatars])
     return torch.from_numpy(np.ascontiguousarray(drawn.transpose(0, 3, 1, 2)))
 
 
-def desired(subject: Subject, prompts: Sequence[str]) -> dict[str, ReferenceBank]:
-    """For each prompt ordinary avatars that fit it and pass the filters."""
+def desired(subject: Subject, prompts: Sequence[str], count: int) -> dict[str, ReferenceBank]:
+    """For each prompt `count` ordinary avatars that fit it, less those the filters flag."""
     banks = {}
     for number, prompt in enumerate(prompts):
-        images = fitting(prompt, DESIRED, DESIRED_SEED + number)
-        names = tuple(f"{prompt} {i}" for i in range(DESIRED))
+        images = fitting(prompt, count, DESIRED_SEED + number)
+        names = tuple(f"{prompt} {i}" for i in range(count))
         banks[prompt] = ReferenceBank(names, images).passing(subject.filters)
     return banks
 
@@ -179,7 +184,8 @@ class Draw:
     def __init__(self, run: Run, subject: Subject, prompts: Sequence[str], each: int) -> None:
         self._run, self._subject = run, subject
         self.prompts, self.each = tuple(prompts), each
-        self.desired = desired(subject, prompts)
+        self._count = FEW_DESIRED if run.sizes.quick else DESIRED
+        self.desired = desired(subject, prompts, self._count)
 
     def method(self, name: str, tick: Callable[[int], Any]) -> Drawn:
         """`PLAIN` or a name of `METHODS`."""
@@ -258,7 +264,7 @@ class Draw:
             method = METHODS[name]
             identity |= {
                 "method": method.method,
-                "desired": DESIRED if method.desired else 0,
+                "desired": self._count if method.desired else 0,
                 "negtome": None if method.negtome is None else method.negtome.to_dict(),
                 "schedule": asdict(SCHEDULE),
                 "pixels": PIXELS,
@@ -371,7 +377,8 @@ def run(run: Run) -> dict[str, Any]:
         )
     results = []
     names = (PLAIN, *METHODS)
-    with tqdm(total=len(names) * total * each, unit="image", disable=not run.progress) as bar:
+    drawn = len(found) * 2 * each if run.sizes.quick else run.sizes.images
+    with tqdm(total=len(names) * drawn, unit="image", disable=not run.progress) as bar:
         for subject in found:
             prompts = subject.bank.names[:2] if run.sizes.quick else subject.bank.names
             draw = Draw(run, subject, prompts, each)
@@ -399,10 +406,9 @@ def _of_subject(
             for i, prompt in enumerate(draw.prompts)
         ]
     )
-    chance = torch.from_numpy(
-        world.render_all(world.sample_avatars(400, CHANCE_SEED, "balanced"))
-    ).permute(0, 3, 1, 2)
-    by_chance = PixelDistance(subject.bank, PIXELS).judge(chance.float() / 255)
+    count = 10 if run.sizes.quick else 400
+    ordinary = world.sample_avatars(count, CHANCE_SEED, "balanced")
+    by_chance = PixelDistance(subject.bank, PIXELS).judge(rendered(ordinary).float() / 255)
     base = measured["reseed"]
     _sheet(run, subject, draw, measured)
     return {
@@ -601,7 +607,7 @@ def run_cost(run: Run) -> dict[str, Any]:
     sizes, lab = run.sizes, run.lab
     subject = subjects(lab, quick=True)[0]
     prompts = ["a pixel art person"]
-    banks = desired(subject, ["captain red"])
+    banks = desired(subject, ["captain red"], FEW_DESIRED)
     call: dict[str, Any] = {
         "negative_prompt": "",
         "true_cfg_scale": models.GUIDANCE_SCALE,
