@@ -377,7 +377,7 @@ def build(workshop: Workshop) -> Any:
                     t_end = gr.Slider(
                         0, 1000, first.t_end, step=5, label="Window: to", info="0: image"
                     )
-                with gr.Accordion("More", open=False):
+                with gr.Accordion("More settings", open=False):
                     matching = gr.Radio(
                         [("paper", "paper"), ("authors' code", "official")],
                         value="paper",
@@ -406,22 +406,25 @@ def build(workshop: Workshop) -> Any:
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
-                    galleries = [
-                        gr.Gallery(
-                            label=label,
-                            columns=2,
-                            format="png",
-                            object_fit="contain",
-                            height="auto",
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id=name,
-                        )
-                        for name, label in (
-                            ("plain", "Without guidance"),
-                            ("guided", "With NegToMe, same seeds"),
-                        )
-                    ]
+                    galleries = []
+                    for name, label in (
+                        ("plain", "Without guidance"),
+                        ("guided", "With NegToMe, same seeds"),
+                    ):
+                        with gr.Column(min_width=240):
+                            gr.Markdown(f"### {label}")
+                            gallery = gr.Gallery(
+                                label=label,
+                                show_label=False,
+                                columns=2,
+                                format="png",
+                                object_fit="contain",
+                                height="auto",
+                                interactive=False,
+                                buttons=["download", "fullscreen"],
+                                elem_id=name,
+                            )
+                        galleries.append(gallery)
                 words = gr.Markdown(elem_id="told")
                 figure = gr.Plot(show_label=False, format="png", elem_id="blocks")
         picture.preprocess = _checked(gr, picture)

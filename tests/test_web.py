@@ -266,7 +266,7 @@ def test_page_in_a_browser(address: str, tmp_path: Path, picture: Image.Image) -
         page.set_default_timeout(60_000)  # of a busy machine
         page.route("**/*", local_only)
         page.goto(address)
-        page.click("text=More")
+        page.click("text=More settings")
         page.fill("#steps input[type=number]", "2")
         page.fill("#count input[type=number]", "2")
         page.press("#count input[type=number]", "Tab")
