@@ -13,9 +13,10 @@ from torch import nn
 
 from ..config import NegToMeConfig
 from ..guidance import Guidance, GuidanceSummary
+from .block_caches import check_cache
 from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
-from .parallel import refuse_tensor_parallel
+from .parallel import refuse_tensor_parallel, refuse_unknown_sharding
 from .references import Reference, References
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -137,20 +138,25 @@ def apply_negtome(
 
     Raises:
         TypeError: `pipe` is neither a pipeline nor a model.
-        ValueError: it is guided already; a block filter matches nothing; a cache is enabled; the
-            model is tensor-parallel; its class is unknown and cannot be served; an override has an
-            unknown name; a reference cannot be read or encoded. The pipeline is left as it was.
+        ValueError: it is guided already; a block filter matches nothing; a cache is enabled with
+            which guidance would not be exact; the model is tensor-parallel, or distributed by
+            another library than diffusers; its class is unknown and cannot be served; an override
+            has an unknown name; a reference cannot be read or encoded. The pipeline is left as it
+            was.
         FileNotFoundError: the file of a reference does not exist.
     """
     models, is_pipeline = _denoisers(pipe)
-    for model in models:
+    given = reference is not None and not isinstance(reference, str)
+    for model, compiled in models.items():
         if find_hooks(model) is not None:
             raise ValueError(
                 f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome "
                 "first"
             )
         refuse_cache(model)
+        check_cache(model, references=given, compiled=compiled)
         refuse_tensor_parallel(model)
+        refuse_unknown_sharding(model)
     layouts = [layout_of(model) for model in models]
     if config is None:
         preset = layouts[0].preset

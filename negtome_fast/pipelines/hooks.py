@@ -25,9 +25,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import NOISE, NegToMeConfig
 from ..guidance import Guidance, Here, PerThread, read_timestep
+from .block_caches import CacheWatch, check_cache, skips_blocks
 from .compiled import OwnForward, forget_all, is_compiled, make_room
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
-from .parallel import TokenShards, refuse_tensor_parallel, token_shards
+from .parallel import (
+    TokenShards,
+    refuse_tensor_parallel,
+    refuse_unknown_sharding,
+    token_shards,
+)
 from .references import References, refuse_stateful, select_items, with_latents
 
 MOST_GROUPS = 3
@@ -253,6 +259,7 @@ class ModelHooks:
     _items = PerThread(0)
     _shards = PerThread[TokenShards | None](None)
     _exclusive = PerThread[frozenset[nn.Module]](frozenset())
+    _watch = PerThread[CacheWatch | None](None)  # from the window until its trace is gone
 
     def __init__(
         self,
@@ -395,6 +402,7 @@ class ModelHooks:
         config = self.guidance.config
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
             refuse_tensor_parallel(model)
+            refuse_unknown_sharding(model)
             self._groups = config.groups or self._count_groups(model, latents)
             self._captions = _NEVER
         active = self.guidance.begin_step(
@@ -404,6 +412,8 @@ class ModelHooks:
             groups=self._groups or 1,
             tolerance=rounding,
         )
+        if active or self._watch is not None:
+            self._watch_cache(model, active, timestep)
         if active:
             _refuse_recomputation(model)
             captions = arguments.get(self.layout.captions or "")
@@ -421,6 +431,15 @@ class ModelHooks:
                 except BaseException:
                     self._forget_forward(completed=False)
                     raise
+
+    def _watch_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
+        """Has the blocks of this forward counted, where there is a cache that may skip some."""
+        if not skips_blocks(model):
+            self._watch = None
+            return
+        check_cache(model, self._references is not None, self._compiled)
+        watch = self._watch or CacheWatch(model, _attention_modules(model, self.layout))
+        self._watch = watch if watch.begin(active, timestep) else None
 
     def _record(
         self,
@@ -485,6 +504,8 @@ class ModelHooks:
     def _forget_forward(self, completed: bool) -> None:
         self._tokens = self._shards = _open.hooks = None
         self.guidance.end_step(completed=completed)
+        if self._watch is not None:
+            self._watch.end(completed)
 
     def _before_grid(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -867,14 +888,19 @@ def find_hooks(model: nn.Module) -> ModelHooks | None:
     return None
 
 
-def _guided_blocks(model: nn.Module, layout: Layout, config: NegToMeConfig) -> dict[nn.Module, str]:
-    attention = {
+def _attention_modules(model: nn.Module, layout: Layout) -> dict[nn.Module, str]:
+    """Those whose image tokens can be guided, and their names."""
+    return {
         module: name
         for name, module in model.named_modules()
         if is_attention(module, layout)
         and any(fnmatchcase(name, pattern) for pattern in layout.blocks)
         and not any(fnmatchcase(name, pattern) for pattern in layout.exclude)
     }
+
+
+def _guided_blocks(model: nn.Module, layout: Layout, config: NegToMeConfig) -> dict[nn.Module, str]:
+    attention = _attention_modules(model, layout)
     if not attention:
         raise ValueError(
             f"no attention module that can be guided was found in {type(model).__name__}; describe "

@@ -103,7 +103,12 @@ class Layout:
     joint: Literal["text_first", "image_first"] | None = None
     blocks: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("*refiner*", "*temporal*", "*motion_modules*", "*audio*")
-    attention: tuple[str, ...] = ("Attention", "MochiAttention", "AttentionModuleMixin")
+    attention: tuple[str, ...] = (
+        "Attention",
+        "MochiAttention",
+        "AttentionModuleMixin",
+        "NunchakuBaseAttention",
+    )
     fresh_outputs: bool = False
     preset: str | None = None
     encode: Encoder | None = None
@@ -127,6 +132,10 @@ UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=latent_image_
 """Serves classes that are not in the table, where tuples and lengths settle what is the image."""
 
 _LAYOUTS: dict[str, Layout] = {}
+"""By the name of the class; with its module for those of `_OTHER_STACKS`."""
+
+_OTHER_STACKS = ("sglang", "vllm_omni")
+"""Packages whose classes have diffusers' names and take other arguments, times or shards."""
 
 
 def register_layout(model_class: type | str, layout: Layout) -> None:
@@ -154,7 +163,8 @@ def register_layout(model_class: type | str, layout: Layout) -> None:
     ```
 
     Args:
-        model_class: the class or its name. Subclasses are served too.
+        model_class: the class or its name. Subclasses are served too. A class of another stack
+            that bears the name of one of diffusers has to be given itself.
         layout: how it is guided.
     """
     name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
@@ -162,7 +172,17 @@ def register_layout(model_class: type | str, layout: Layout) -> None:
         raise TypeError(f"model_class must be a class or its name, not {model_class!r}")
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a Layout, not {type(layout).__name__}")
-    _LAYOUTS[name] = layout
+    _LAYOUTS[_path(model_class) if _is_of_another_stack(model_class) else name] = layout
+
+
+def _path(model_class: Any) -> str:
+    return f"{model_class.__module__}.{model_class.__qualname__}"
+
+
+def _is_of_another_stack(model_class: Any) -> bool:
+    """Whether it is a class, and of a package whose names say nothing."""
+    module = model_class.__module__ if isinstance(model_class, type) else ""
+    return module.split(".")[0] in _OTHER_STACKS
 
 
 def known_layouts() -> dict[str, Layout]:
@@ -173,8 +193,8 @@ def known_layouts() -> dict[str, Layout]:
 def layout_of(model: nn.Module) -> Layout:
     """The entry of the model's class or of its nearest base; `UNKNOWN` where there is none."""
     for base in type(model).__mro__:
-        if base.__name__ in _LAYOUTS:
-            layout = _LAYOUTS[base.__name__]
+        layout = _LAYOUTS.get(_path(base) if _is_of_another_stack(base) else base.__name__)
+        if layout is not None:
             return layout.adapt(model, layout) if layout.adapt else layout
     return UNKNOWN
 

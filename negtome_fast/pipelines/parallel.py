@@ -104,6 +104,30 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
         )
 
 
+def refuse_unknown_sharding(model: nn.Module) -> None:
+    """Parallelism that is not diffusers' own, which hands a rank some of the tokens or items.
+
+    ParaAttention and cache-dit mark the model; xDiT's process groups say how many share a forward.
+    """
+    sharded = bool(getattr(model, "_is_parallelized", False))
+    xdit = sys.modules.get("xfuser.core.distributed")
+    if xdit is not None and type(model).__module__.split(".")[0] == "xfuser":
+        sharded = sharded or any(getattr(xdit, size)() > 1 for size in _XDIT_SIZES)
+    if sharded:
+        raise ValueError(
+            f"{type(model).__name__} is distributed by another library than diffusers, so it is "
+            "not known which tokens a rank holds; use diffusers' "
+            "enable_parallelism(config=ContextParallelConfig(...)), or one copy on each device"
+        )
+
+
+_XDIT_SIZES = (
+    "get_sequence_parallel_world_size",
+    "get_classifier_free_guidance_world_size",
+    "get_pipeline_parallel_world_size",
+)
+
+
 def _parallel_config(model: nn.Module, name: str) -> Any:
     """What diffusers' `enable_parallelism` was given, if anything."""
     return getattr(getattr(model, "_parallel_config", None), name, None)
