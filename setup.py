@@ -53,6 +53,7 @@ FAISS = ["faiss-cpu>=1.8"]
 VIDEO = ["imageio-ffmpeg>=0.5"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 DEV = [
+    "cache-dit>=1.5",
     "hypothesis>=6.100",
     # From 0.18.2 on transformers imports it, and finds the folder of this name in a checkout.
     "kernels>=0.17,<0.18.2",
