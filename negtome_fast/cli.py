@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
 
+    from .nudging.command import add_parsers
+
+    add_parsers(commands, _argument)
+
     info = commands.add_parser("info", help="versions, devices, and the backend that is used")
     info.add_argument("--kernels", action="store_true", help="compile every kernel and report")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -293,6 +297,7 @@ def web_command(options: argparse.Namespace) -> int:
 
 def _add_eval(commands: Any) -> None:
     names = ("diversity", "conventions", "hyperparameters", "rivals", "protected", "applications")
+    names += ("nudging", "nudging-cost")
     evaluation = commands.add_parser(
         "eval",
         help="studies of what guidance does to the embedded model, with intervals",
@@ -407,6 +412,22 @@ def _one_line_warning(message: Any, category: type[Warning], *_: Any, **__: Any)
         print(f"negtome-fast: warning: {message}".replace("\n", " "), file=sys.stderr)
 
 
+def nudge_command(options: argparse.Namespace) -> int:
+    from .nudging import command
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        return command.nudge_command(options)
+
+
+def bank_command(options: argparse.Namespace) -> int:
+    from .nudging import command
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        return command.bank_command(options)
+
+
 def demo_command(options: argparse.Namespace) -> int:
     from . import demo
     from .models import GUIDANCE_SCALE
@@ -496,6 +517,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "web": web_command,
             "tune": tune_command,
             "eval": eval_command,
+            "nudge": nudge_command,
+            "bank": bank_command,
             "export": export_command,
             "info": info_command,
         }

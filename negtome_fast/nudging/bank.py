@@ -126,7 +126,7 @@ class ReferenceBank:
         kept: list[Tensor] = []
         names: list[str] = []
         skipped: list[tuple[str, str]] = []
-        for name, source in _named(images):
+        for name, source in named_images(images):
             try:
                 kept.append(_square(source, size))
             except Exception as error:  # decoders of corrupt files raise whatever they like
@@ -248,7 +248,8 @@ def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def _named(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Names and sources of the images of a folder, searched in depth, or of an iterable."""
     if isinstance(images, (str, Path)):
         from ..pipelines.references import IMAGE_SUFFIXES
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from . import applications, conventions, diversity, hyperparameters, protected, rivals
+from . import applications, conventions, diversity, hyperparameters, nudging, protected, rivals
 from .study import Study
 
 STUDIES: dict[str, Study] = {
     module.STUDY.name: module.STUDY
-    for module in (diversity, conventions, hyperparameters, rivals, protected, applications)
+    for module in (
+        diversity,
+        conventions,
+        hyperparameters,
+        rivals,
+        protected,
+        applications,
+        nudging,
+    )
 }
+STUDIES[nudging.COST.name] = nudging.COST
 
 __all__ = ["STUDIES", "Study"]
