@@ -297,7 +297,7 @@ def web_command(options: argparse.Namespace) -> int:
 
 def _add_eval(commands: Any) -> None:
     names = ("diversity", "conventions", "hyperparameters", "rivals", "protected", "applications")
-    names += ("nudging", "nudging-cost")
+    names += ("nudging", "nudging-cost", "overheads")
     evaluation = commands.add_parser(
         "eval",
         help="studies of what guidance does to the embedded model, with intervals",

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from . import applications, conventions, diversity, hyperparameters, nudging, protected, rivals
+from . import (
+    applications,
+    conventions,
+    diversity,
+    hyperparameters,
+    nudging,
+    overheads,
+    protected,
+    rivals,
+)
 from .study import Study
 
 STUDIES: dict[str, Study] = {
@@ -12,6 +21,7 @@ STUDIES: dict[str, Study] = {
         conventions,
         hyperparameters,
         rivals,
+        overheads,
         protected,
         applications,
         nudging,
