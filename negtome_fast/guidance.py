@@ -496,10 +496,16 @@ class Guidance:
                 `image_tokens`. All ranks must make the same calls; each one's summary is of all.
 
         Raises:
-            RuntimeError: no step is open; or the references were not recorded in it.
+            RuntimeError: no step is open; or the references were not recorded in it; or a program
+                is exported, in which the state of a guidance has no place.
             ValueError, TypeError: as `negtome`; and if `min_grid` or a mask is set and no grid is
                 known, or a mask leaves no token of this grid.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a Guidance cannot be exported: its window and statistics live outside of the "
+                "program; call negtome in the model, with alpha as an input of it"
+            )
         step = self._step
         if step is None:
             raise RuntimeError("apply outside of a step; call begin_step before the forward")

@@ -1,0 +1,236 @@
+"""The operators in ONNX: what `onnx.translation_table` puts in the place of `torch.ops` nodes.
+
+Written in onnxscript. `guide` and `match` are traced, once for each node, and settle what is known
+then: modes and masks. The functions above them become functions of the model; their loops, over
+the slots of references and over blocks of columns, become `Loop`.
+"""
+
+# mypy: ignore-errors
+
+from typing import TypeVar, Union
+
+from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script
+from onnxscript import opset18 as op
+from onnxscript.values import Opset
+
+from .onnx import BLOCK, RUN
+
+DOMAIN = Opset("negtome_fast", 1)
+T = TypeVar("T", bound=Union[FLOAT, DOUBLE])  # noqa: UP007, onnxscript knows no other form
+_FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
+
+
+@script(DOMAIN, default_opset=op)
+def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL) -> tuple[T, INT64]:
+    """Best match of every token in every slot: similarity and index (B, C, N), -inf and -1: none.
+
+    x (B, N, D), reference (P, M, D), allowed (P, M); table (B, C): the item of reference in a slot.
+    Rows search columns: source tokens reference tokens, or with `official` the other way around.
+    """
+    nothing = op.CastLike(op.Constant(value_float=float("-inf")), x)
+    zero = op.CastLike(0.0, x)
+    epsilon = op.CastLike(1e-12, x)
+    shape = op.Shape(x, start=0, end=2)
+    zeros = op.Constant(value_ints=[0, 0, 0, 0])
+    empty = op.Concat(op.Shape(x, start=0, end=1), [0], op.Shape(x, start=1, end=2), axis=0)
+    similarity = op.Expand(zero, empty)
+    index = op.Expand(op.Constant(value_int=0), empty)
+    for slot in range(op.Squeeze(op.Shape(table, start=1, end=2), [0])):
+        item = op.Gather(table, slot, axis=1)
+        others = op.Gather(reference, item)
+        mask = op.Gather(allowed, item)
+        if official:
+            rows = op.Identity(others)
+            columns = op.Identity(x)
+            may_match = op.Expand(op.Cast(1, to=9), shape)
+        else:
+            rows = op.Identity(x)
+            columns = op.Identity(others)
+            may_match = op.Identity(mask)
+
+        # Columns of unit length, in blocks of one size; zero where they may not be chosen.
+        norm = op.ReduceL2(columns, [2], keepdims=1)
+        finite = op.Not(op.Or(op.IsInf(norm), op.IsNaN(norm)))
+        usable = op.And(op.Unsqueeze(may_match, [2]), finite)
+        units = op.Where(usable, columns / op.Max(norm, epsilon), zero)
+        length = op.Shape(units, start=1, end=2)
+        block = op.Min((length + (RUN - 1)) / RUN * RUN, op.Constant(value_ints=[BLOCK]))
+        steps = (length + (block - 1)) / block
+        padding = op.Concat(zeros, steps * block - length, [0], axis=0)
+        units = op.Pad(units, padding)
+        usable = op.Pad(usable, padding)
+
+        # The best column of every row, strictly better, as earlier blocks hold lower indices.
+        best = op.Expand(nothing, shape)
+        chosen = op.Expand(op.Constant(value_int=-1), shape)
+        for number in range(op.Squeeze(steps, [0])):
+            start = op.Unsqueeze(number, [0]) * block
+            part = op.Slice(units, start, start + block, [1])
+            open = op.Transpose(op.Slice(usable, start, start + block, [1]), perm=[0, 2, 1])
+            scores = op.MatMul(rows, op.Transpose(part, perm=[0, 2, 1]))
+            scores = op.Where(open, scores, nothing)
+            at = op.ArgMax(scores, axis=2, keepdims=0)
+            value = op.ReduceMax(scores, [2], keepdims=0)
+            # A comparison with NaN is false: rows that are not finite find nothing.
+            better = value > best
+            chosen = op.Where(better, at + start, chosen)
+            best = op.Where(better, value, best)
+
+        row_norm = op.ReduceL2(rows, [2], keepdims=0)
+        row_finite = op.Not(op.Or(op.IsInf(row_norm), op.IsNaN(row_norm)))
+        found = op.And(row_finite, chosen >= 0)
+        if official:
+            # Token j is pushed away from the row it chose: both must be finite, and j allowed.
+            away = op.GatherElements(op.Cast(row_finite, to=7), op.Max(chosen, 0), axis=1)
+            pushable = op.And(op.And(mask, op.Squeeze(finite, [2])), away > 0)
+        else:
+            pushable = op.Identity(found)
+        found = op.And(found, pushable)
+        one = op.Where(found, best / op.Max(row_norm, epsilon), nothing)
+        similarity = op.Concat(similarity, op.Unsqueeze(one, [1]), axis=1)
+        index = op.Concat(index, op.Unsqueeze(op.Where(found, chosen, -1), [1]), axis=1)
+    return similarity, index
+
+
+@script(DOMAIN, default_opset=op)
+def push_all(x: T, tokens: T, place: INT64, pushed: BOOL, alpha: T) -> T:
+    """x + the pushes of every slot: tokens (P * M, D), place and pushed (B, C, N), alpha (C,)."""
+    moved = x
+    zero = op.CastLike(0.0, x)
+    for slot in range(op.Squeeze(op.Shape(alpha), [0])):
+        chosen = op.Gather(tokens, op.Gather(place, slot, axis=1))
+        step = op.Gather(alpha, slot) * (x - chosen)
+        moves = op.Unsqueeze(op.Gather(pushed, slot, axis=1), [2])
+        moved = moved + op.Where(moves, step, zero)
+    return moved
+
+
+def _compute(tokens):
+    """In fp32, or fp64 as it is."""
+    return tokens if tokens.dtype == _DOUBLE else op.Cast(tokens, to=_FLOAT)
+
+
+def _length(tokens, axis):
+    return op.Shape(tokens, start=axis, end=axis + 1)
+
+
+def _numbers(count):
+    """0, 1, ..., count - 1."""
+    return op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
+
+
+def _table(x, reference, pairing_mode, groups, per_item):
+    """Which reference item every item meets in each slot (B, C), as kernels/pairing.py; and which
+    items have references (B, 1)."""
+    items = _length(x, 0)
+    item = op.Unsqueeze(_numbers(items), op.Constant(value_ints=[1]))
+    every = op.Expand(op.Cast(op.Constant(value_int=1), to=_BOOL), op.Shape(item))
+    if reference is not None:
+        slots = _length(reference, 0)
+        if per_item:
+            slots = op.Div(slots, items)
+        slot = op.Unsqueeze(_numbers(slots), op.Constant(value_ints=[0]))
+        first = op.Mul(item, slots if per_item else op.Constant(value_ints=[0]))
+        return op.Add(first, slot), every
+    size = op.Div(items, op.Constant(value_ints=[groups]))
+    position = op.Mod(item, size)
+    start = op.Sub(item, position)
+    if pairing_mode == "first":
+        return start, op.Greater(position, op.Constant(value_int=0))
+    slots = op.Sub(size, op.Constant(value_ints=[1]))
+    slot = op.Unsqueeze(_numbers(slots), op.Constant(value_ints=[0]))
+    later = op.Cast(op.GreaterOrEqual(slot, position), to=_INT64)
+    return op.Add(op.Add(start, slot), later), every
+
+
+def _match(x, reference, reference_mask, pairing_mode, groups, per_item, matching):
+    """Similarity and index (B, C, N), the tokens as they were compared, and the table."""
+    table, has_reference = _table(x, reference, pairing_mode, groups, per_item)
+    wide = _compute(x)
+    others = wide if reference is None else _compute(reference)
+    if reference_mask is None:
+        shape = op.Shape(others, start=0, end=2)
+        reference_mask = op.Expand(op.Cast(op.Constant(value_int=1), to=_BOOL), shape)
+    official = op.Cast(op.Constant(value_int=int(matching == "official")), to=_BOOL)
+    similarity, index = match_slots(wide, others, reference_mask, table, official)
+    # Shape inference loses the rank in the loop.
+    shape = op.Concat(_length(x, 0), _length(table, 1), _length(x, 1), axis=0)
+    similarity, index = op.Reshape(similarity, shape), op.Reshape(index, shape)
+    if pairing_mode == "first":
+        found = op.Unsqueeze(has_reference, op.Constant(value_ints=[2]))
+        nothing = op.CastLike(op.Constant(value_float=float("-inf")), wide)
+        similarity = op.Where(found, similarity, nothing)
+        index = op.Where(found, index, op.Constant(value_int=-1))
+    return similarity, index, wide, others, table
+
+
+def match(
+    x,
+    reference,
+    reference_mask,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    backend: str,
+):
+    """`negtome_fast::match`."""
+    found = _match(x, reference, reference_mask, pairing_mode, groups, per_item, matching)
+    return found[0], found[1]
+
+
+def guide(
+    x,
+    reference,
+    alpha,
+    threshold,
+    reference_mask,
+    movable,
+    pairing_mode: str,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    backend: str,
+):
+    """`negtome_fast::guide`."""
+    similarity, index, wide, others, table = _match(
+        x, reference, reference_mask, pairing_mode, groups, per_item, matching
+    )
+    first, second = op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
+    slots = _length(table, 1)
+    alpha = op.Expand(op.CastLike(op.Reshape(alpha, op.Constant(value_ints=[-1])), wide), slots)
+    threshold = op.Expand(
+        op.CastLike(op.Reshape(threshold, op.Constant(value_ints=[-1])), wide), slots
+    )
+    if combine == "nearest":
+        # The best slot alone, the lowest of equal ones: everything is (B, 1, N) from here on.
+        slot = op.ArgMax(similarity, axis=1, keepdims=1)
+        similarity = op.GatherElements(similarity, slot, axis=1)
+        index = op.GatherElements(index, slot, axis=1)
+        limit = op.Gather(threshold, slot)
+        item = op.Unsqueeze(op.GatherElements(table, op.Squeeze(slot, first), axis=1), first)
+    else:
+        slot = op.Unsqueeze(_numbers(slots), op.Constant(value_ints=[0, 2]))
+        limit = op.Unsqueeze(threshold, first)
+        item = op.Unsqueeze(table, second)
+    none = op.Constant(value_int=-1)
+    pushed = op.And(op.Greater(similarity, limit), op.Greater(index, none))
+    if movable is not None:
+        pushed = op.And(pushed, op.Unsqueeze(movable, first))
+    columns = _length(others, 1)
+    channels = _length(others, 2)
+    token = op.Max(index, op.Constant(value_int=0))
+    place = op.Add(op.Mul(item, columns), token)
+    tokens = op.Reshape(others, op.Concat(op.Constant(value_ints=[-1]), channels, axis=0))
+    if combine == "nearest":
+        strength = op.Unsqueeze(op.Squeeze(op.Gather(alpha, slot), first), second)
+        chosen = op.Gather(tokens, op.Squeeze(place, first))
+        moved = op.Add(wide, op.Mul(strength, op.Sub(wide, chosen)))
+        moves = op.Squeeze(pushed, first)
+    else:
+        moved = push_all(wide, tokens, place, pushed, alpha)
+        moves = op.Cast(op.ReduceMax(op.Cast(pushed, to=_INT64), first, keepdims=0), to=_BOOL)
+    y = op.CastLike(op.Where(op.Unsqueeze(moves, second), moved, wide), x)
+    flat = op.Add(op.Mul(slot, columns), token)
+    return y, similarity, op.Where(pushed, flat, none)
