@@ -490,6 +490,8 @@ def serve(
     )
     if wait:
         print(f"negtome-fast web: {address} (Ctrl-C ends it)", flush=True)
+        if host not in (HOST, "localhost", "::1"):
+            print("open, without a password, to all who reach this machine", flush=True)
         page.block_thread()
     return page, address
 

@@ -193,6 +193,17 @@ def test_without_gradio_the_extra_is_named(
     assert "pip install 'negtome-fast[web]'" in capsys.readouterr().err
 
 
+def test_options_of_the_command_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(web, "serve", lambda *args, **kwargs: seen.append((args, kwargs)))
+    assert cli.main(["web"]) == 0
+    options = ["--model", "owner/name", "--dtype", "bfloat16", "--host", "0.0.0.0", "--port", "0"]
+    assert cli.main(["web", *options]) == 0
+    settings = generate.Settings(model="owner/name", dtype="bfloat16")
+    place = {"host": "0.0.0.0", "port": 0}
+    assert seen == [((generate.Settings(),), {}), ((settings,), place)]
+
+
 @pytest.fixture(scope="module")
 def address(workshop: Workshop) -> Iterator[str]:
     page, address = web.serve(workshop.settings, port=0, pipe=workshop.pipe, wait=False)
