@@ -59,6 +59,7 @@ class PipelineClock:
         self._pipe = weakref.ref(pipe)
         self._source: torch.Tensor | None = None
         self._timesteps: list[float] = []
+        self._nearest: dict[float, int] = {}  # timesteps that were asked for, and their index
         self._first = 0  # index of the earliest timestep that this run has asked for
 
     def belongs_to(self, pipe: Any) -> bool:
@@ -161,22 +162,30 @@ class PipelineClock:
             return False
         return max(self._read_timesteps(), default=NOISE) <= NOISE + 1
 
-    def locate(self, timestep: float, rounding: float) -> tuple[float, int, int] | None:
+    def locate(
+        self, timestep: float, rounding: float, counted: bool = True
+    ) -> tuple[float, int, int] | None:
         """The exact timestep, the index of its step and the number of steps of the run.
 
-        None where the scheduler has no timestep within `rounding` of the one given.
+        None where the scheduler has no timestep within `rounding` of the one given. Without
+        `counted` the number is that of the scheduler, which the run may not take all of.
         """
         timesteps = self._read_timesteps()
         if not timesteps:
             return None
-        index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
-        if abs(timesteps[index] - timestep) > rounding + 1e-3:
+        index, close = self._nearest.get(timestep, len(timesteps)), rounding + 1e-3
+        # Another thread may have begun a run of other timesteps meanwhile.
+        if index >= len(timesteps) or abs(timesteps[index] - timestep) > close:
+            index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
+            self._nearest[timestep] = index
+        if abs(timesteps[index] - timestep) > close:
             return None
         # Image-to-image starts later in the schedule; a base model with a refiner ends earlier.
         begin = getattr(getattr(self._pipe(), "scheduler", None), "begin_index", None)
         if not isinstance(begin, int):
             self._first = begin = min(self._first, index)
-        steps = getattr(self._pipe(), "_num_timesteps", None) if self.running else None
+        known = counted and self.running
+        steps = getattr(self._pipe(), "_num_timesteps", None) if known else None
         remaining = len(timesteps) - begin
         return timesteps[index], max(index - begin, 0), min(steps or remaining, remaining)
 
@@ -202,7 +211,7 @@ class PipelineClock:
             scheduler = getattr(self._pipe(), "scheduler", None)
             if getattr(getattr(scheduler, "config", None), "invert_sigmas", False):  # Mochi
                 timesteps = [NOISE - timestep for timestep in timesteps]
-            self._timesteps, self._first = timesteps, len(timesteps)
+            self._timesteps, self._first, self._nearest = timesteps, len(timesteps), {}
             self._source = source  # last: another thread may look at it meanwhile
         return self._timesteps
 
@@ -280,6 +289,8 @@ class ModelHooks:
         self._clock = clock
         self._compiled = False
         self._signature = inspect.signature(type(model).forward)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positional = [p.name for p in self._signature.parameters.values() if p.kind in kinds]
         self._handles: list[RemovableHandle] = []
         self._set_blocks(self.choose_blocks(config))
         self._projections: dict[nn.Module, nn.Module] = {}
@@ -393,9 +404,7 @@ class ModelHooks:
         # An interrupt is no Exception, so torch skips the post-hook of the forward that it ended.
         self._forget_forward(completed=False)
         refuse_cache(model)
-        call = self._signature.bind_partial(model, *args, **kwargs)
-        arguments = dict(call.arguments)
-        arguments.pop(next(iter(arguments)))  # self
+        arguments = self._by_name(model, args, kwargs)
         latents = self._latents(arguments)
         timestep, step, num_steps, rounding = self._time(arguments)
         self._notice_run(timestep, tuple(latents.shape))
@@ -426,6 +435,7 @@ class ModelHooks:
             self._exclusive = self._find_exclusive()
             _open.hooks = self
             if self._references is not None:
+                call = self._signature.bind_partial(model, *args, **kwargs)
                 try:
                     self._record(self._references, model, call, latents, (timestep, rounding))
                 except BaseException:
@@ -693,6 +703,18 @@ class ModelHooks:
             "tokens are the image; describe the model with negtome_fast.pipelines.register_layout"
         )
 
+    def _by_name(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of the model's forward."""
+        if self.layout is not UNKNOWN:
+            # Binding costs half of all that is done in a step outside of the window.
+            return {**dict(zip(self._positional[1:], args, strict=False)), **kwargs}
+        # In the order of the signature: the first tensor is taken for the latents.
+        arguments = dict(self._signature.bind_partial(model, *args, **kwargs).arguments)
+        arguments.pop(next(iter(arguments)))  # self
+        return arguments
+
     def _latents_name(self, arguments: Mapping[str, Any]) -> str:
         if self.layout is not UNKNOWN:
             return self.layout.latents
@@ -741,10 +763,11 @@ class ModelHooks:
                 f"{self.model_name}: the timestep of this forward is not known; describe the model "
                 "with negtome_fast.pipelines.register_layout"
             )
-        located = self._clock.locate(timestep, rounding) if self._clock else None
+        counted = self.guidance.config.steps is not None
+        located = self._clock.locate(timestep, rounding, counted) if self._clock else None
         if located is not None:
             return (*located, 0.0)
-        if self.guidance.config.steps is not None:
+        if counted:
             step = self._clock.step() if self._clock else None
             if step is not None:
                 return timestep, *step, rounding
