@@ -314,7 +314,7 @@ def test_the_example_workflows_use_the_nodes_as_they_are() -> None:
         workflow = json.loads(path.read_text())
         made = {node["id"]: node for node in workflow["nodes"]}
         for number, source, output, target, place, kind in workflow["links"]:
-            assert made[source]["outputs"][output]["type"] == kind
+            assert kind in (made[source]["outputs"][output]["type"], "*")
             assert made[target]["inputs"][place]["link"] == number
         for node in made.values():
             if node["type"] not in comfyui.NODE_CLASS_MAPPINGS:
@@ -322,8 +322,8 @@ def test_the_example_workflows_use_the_nodes_as_they_are() -> None:
             used.add(node["type"])
             (own,) = [one for one in nodes.NODES if one.name == node["type"]]
             values = [one for one in own.inputs if one.kind in ("FLOAT", "INT", "STRING", "COMBO")]
-            assert len(node["widgets_values"]) == len(values)
-            for socket, value in zip(values, node["widgets_values"], strict=True):
+            given = node.get("widgets_values", [])
+            for socket, value in zip(values, given, strict=True):
                 options = socket.options
                 assert value in options.get("options", [value])
                 if "min" in options:

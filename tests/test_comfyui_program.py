@@ -6,7 +6,9 @@ Python has: on the CPU, with small random checkpoints, through its HTTP API.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -332,3 +334,28 @@ def test_a_trained_model_makes_the_pictures_that_it_makes_in_diffusers(program: 
     told = summary(done, "guided").splitlines()
     assert told[0].endswith("guided 5 of 10 model forwards, 2 guidance groups in the batch")
     assert handle.summary().guided == 10  # diffusers calls FLUX once for each half
+
+
+@real
+def test_the_example_workflows_run_in_the_page(program: Program) -> None:
+    pytest.importorskip("playwright", reason="needs playwright and Chromium, for the page")
+    if shutil.which("chromium") is None:
+        pytest.skip("needs Chromium, for the page")
+    import comfyui_page
+
+    # The checkpoints of the examples are replaced by a small one, and what takes long by less.
+    small = {"ckpt_name": SD15, "width": 64, "height": 64, "steps": 2, "image": "reference.png"}
+    small |= {"min_grid": 0, "threshold": 0.0, "window": "percent", "start": 0.0, "end": 1.0}
+    with comfyui_page.opened(program) as page:
+        for path in sorted((PACK / "example_workflows").glob("*.json")):
+            page.evaluate("(workflow) => app.loadGraphData(workflow)", json.loads(path.read_text()))
+            page.evaluate(
+                "(values) => { for (const node of app.graph._nodes)"
+                " for (const widget of node.widgets ?? [])"
+                " if (widget.name in values) widget.value = values[widget.name]; }",
+                small,
+            )
+            outputs = comfyui_page.execute(page, program)["outputs"].values()
+            told = next(one["text"][0] for one in outputs if "matched" in str(one.get("text")))
+            assert "model forwards" in told and "guided 0" not in told
+            assert sum(len(one.get("images", ())) for one in outputs) in (1, 4)
