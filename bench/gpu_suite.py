@@ -56,6 +56,7 @@ TESTS = (
     "test_torch_library.py",
     "test_compat.py",
     "test_gradients.py",
+    "test_export.py",
 )
 REHEARSED_TESTS = ("test_on_device.py",)
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")

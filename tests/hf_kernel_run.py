@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_hf_kernel.py, outside of the repository: FOLDER.
+"""Run in a process of its own by test_hf_kernel.py, outside of the repository: FOLDER PAGE.
 
 There `kernels` is the package from PyPI, not the folder of this repository. Prints one line of JSON
 for each check.
@@ -6,8 +6,10 @@ for each check.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def report(check: str, **facts: object) -> None:
     print(json.dumps({"check": check, **facts}), flush=True)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, page: Path) -> None:
     kernel = kernels.get_local_kernel(folder)
     report("loaded", name=kernel.__name__, public=list(kernel.__all__), file=str(kernel.__file__))
 
@@ -78,6 +80,22 @@ def main(folder: Path) -> None:
     nf.negtome(other, alpha=0.7, threshold=0.3, backend="torch").square().sum().backward()
     report("gradient", same=torch.equal(leaf.grad, other.grad))
 
+    # As old versions of `kernels` import a variant; another one, as each has its own operators.
+    path = folder / "build" / "torch-cuda" / "negtome_fast" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("nested", path)
+    assert spec is not None and spec.loader is not None
+    nested = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nested)
+    y = nested.negtome(x, alpha=0.7, threshold=0.3, backend="torch")
+    report("nested", public=sorted(nested.__all__), same=torch.equal(bits(y), bits(expected)))
+
+    # The page in the documentation.
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    report("page", blocks=len(blocks))
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -28,12 +29,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from negtome_fast import export
-from negtome_fast.cli import main
+from negtome_fast.cli import build_parser, main
 from negtome_fast.export import Operator
 from negtome_fast.kernels import aot
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "export" / "negtome.cpp"
+PAGE = HERE.parent / "docs" / "export.md"
 BACKENDS = Path(triton.__file__).parent / "backends"
 CUDA_INCLUDE, HIP_INCLUDE = BACKENDS / "nvidia" / "include", BACKENDS / "amd" / "include"
 GXX = shutil.which("g++")
@@ -195,6 +197,31 @@ def test_example_compiles_with_the_compilers_that_are_here(
         compile_with(nvcc, [*options, "-o", str(tmp_path / "nvcc.o")])
 
 
+@needs_compiler
+def test_code_of_the_page_compiles(folders: dict[str, Path], tmp_path: Path) -> None:
+    (code,) = re.findall(r"```cpp\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    source = tmp_path / "page.cpp"
+    source.write_text(code)
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(source)]
+    options += ["-I", str(folders["sm_90"]), *include_options(OPERATORS["sm_90"])]
+    compile_with(GXX, options)  # type: ignore[arg-type]
+
+
+def test_commands_and_links_of_the_page() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(lines) == 2
+    for line in lines:
+        options = vars(build_parser().parse_args(shlex.split(line)[1:]))
+        Operator(**{name: options[name] for name in Operator.__dataclass_fields__})
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (PAGE.parent / target).is_file()
+
+
 # ---------------------------------------------------------------------------------------------
 # The header, run: kernels interpreted on host memory
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +257,7 @@ class HostDriver:
         self.folder = work / "texts"
         self.folder.mkdir()
         library = work / "library.so"
-        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Dmain=example_main"]
+        options = ["-std=c++17", "-O0", "-shared", "-fPIC", "-Dmain=example_main"]
         options += ["-I", str(folder), "-isystem", str(CUDA_INCLUDE), "-o", str(library)]
         compile_with(GXX, [*options, *map(str, sources), str(HERE / "fake_cuda.cpp")])  # type: ignore[arg-type]
         for kernel in self.described["kernels"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,20 +27,18 @@ pytest.importorskip("onnxscript", reason="extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra onnx is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+PAGE = Path(__file__).parents[1] / "docs" / "compilers.md"
 #: Exported once each: all ways to match, push and mask, and all dtypes.
 SIGNATURES = (
     "first",
-    "first, mask per item",
     "first, source mask",
     "others, groups",
-    "others, sum",
     "three references, masked",
     "references per item, sum",
     "first, duplicates",
     "official",
     "official, duplicates",
     "official, masked",
-    "official, three references",
     "first, bfloat16",
     "others, float16",
 )
@@ -178,6 +177,20 @@ def test_one_model_for_any_number_of_items_and_tokens(tmp_path: Path) -> None:
                 expected = module(x, strength)
             (y,) = run(model, x, strength)
             torch.testing.assert_close(y, expected)
+
+
+def test_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but AOTInductor, which another test compiles."""
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "_inductor" not in code:
+            exec(compile(code, str(PAGE), "exec"), names)
+    x = torch.from_numpy(names["x"])
+    with torch.no_grad():
+        expected = names["model"](x, torch.tensor(0.9))
+    torch.testing.assert_close(torch.from_numpy(names["y"]), expected)
 
 
 def test_matches_over_several_blocks_tie_to_the_lowest_token() -> None:

@@ -2,7 +2,7 @@
 
 `assemble` copies the operator (Triton kernels, their tables, the launcher, the torch fallback, the
 functions) into the layout that kernel-builder reads, and into the build variants that it would
-make of it. docs/integrations/hf-kernels.md says how to use and how to publish them.
+make of it. docs/hf-kernels.md says how to use and how to publish them.
 """
 
 from __future__ import annotations
