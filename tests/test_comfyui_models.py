@@ -109,11 +109,15 @@ ATTENTIONS = {
 FRAMES = {"QwenImageTransformer2DModel": 1, "WanModel": 2, "HunyuanVideo": 2}
 
 
-def call(model: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def call(model: torch.nn.Module, latents: torch.Tensor, **conditions: Any) -> torch.Tensor:
     count = len(latents)
     draw = torch.Generator().manual_seed(5)
     context = torch.randn(1, 5, 32, generator=draw).expand(count, -1, -1)
-    arguments = {"context": context, "y": torch.randn(1, 24, generator=draw).expand(count, -1)}
+    arguments: dict[str, Any] = {
+        "context": context,
+        "y": torch.randn(1, 24, generator=draw).expand(count, -1),
+    }
+    arguments |= conditions
     if type(model).__name__ == "Chroma":
         arguments["guidance"] = torch.zeros(count)
     with torch.inference_mode():
@@ -127,16 +131,22 @@ def draw_latents(name: str, count: int) -> torch.Tensor:
     return torch.randn(count, 16, *frames, *size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_the_tokens_of_each_class_are_those_of_its_image(name: str) -> None:
+EDITING = ("Flux", "QwenImageTransformer2DModel")  # FLUX Kontext, Qwen-Image-Edit
+
+
+@pytest.mark.parametrize(
+    ("name", "editing"), [*((name, False) for name in PLACES), *((name, True) for name in EDITING)]
+)
+def test_the_tokens_of_each_class_are_those_of_its_image(name: str, editing: bool) -> None:
     """What is added to one token behind the last attention is seen in its patch only."""
     model, latents = build(name), draw_latents(name, 1)
-    plain = call(model, latents)
+    given = {"ref_latents": [draw_latents(name, 1)[..., :6, :8]]} if editing else {}
+    plain = call(model, latents, **given)
     frames, height, width = image_grid(model, latents)
     assert (2 * height, 2 * width) == latents.shape[-2:]
     blocks: list[str] = []
     with hooked(model, latents, lambda tokens, block: blocks.append(block) or tokens):
-        assert torch.equal(call(model, latents), plain)
+        assert torch.equal(call(model, latents, **given), plain)
     assert len(blocks) == len(set(blocks))
     for frame, row, column in ((0, 0, 0), (0, 2, 3), (frames - 1, height - 1, width - 1)):
         number = (frame * height + row) * width + column
@@ -148,14 +158,14 @@ def test_the_tokens_of_each_class_are_those_of_its_image(name: str) -> None:
             return tokens
 
         with hooked(model, latents, add):
-            moved = call(model, latents)
+            moved = call(model, latents, **given)
         # Channels and items do not matter.
         changed = (moved != plain).reshape(16, frames, 2 * height, 2 * width).any(dim=0)
         expected = torch.zeros_like(changed)
         patch = slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2)
         expected[(frame, *patch)] = True
         assert torch.equal(changed & expected, changed) and changed.any()
-    assert torch.equal(call(model, latents), plain)
+    assert torch.equal(call(model, latents, **given), plain)
 
 
 @pytest.mark.parametrize("name", PLACES)
