@@ -241,6 +241,20 @@ def test_cache_dit_that_starts_too_early_is_refused(
     latents(embedded)  # the pipeline is as before
 
 
+def test_cache_dit_that_prunes_blocks_in_the_window_is_refused(
+    embedded: Any, cache_dit: Any
+) -> None:
+    config = cache_dit.DBPruneConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2, residual_diff_threshold=2.0
+    )
+    cache_dit.enable_cache(embedded, cache_config=config)
+    with (
+        nf.negtome_guidance(embedded, **GUIDANCE),
+        pytest.raises(ValueError, match="at timestep 950, inside the window"),
+    ):
+        latents(embedded)
+
+
 def test_cache_dit_as_on_the_page(cache_dit: Any) -> None:
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0], names)
