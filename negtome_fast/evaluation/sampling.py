@@ -54,7 +54,6 @@ _SEEDS = 10_000
 """Seeds of a prompt: those of the next one begin after as many."""
 
 _REAL_SEED = 7_000
-"""Of the first balanced avatars; training used 0, 1000 and 2000."""
 
 _FORMAT = 1
 """Of the store; a change of what an unchanged condition draws must raise it."""
@@ -314,7 +313,7 @@ class Laboratory:
         path = None if self.store is None else self.store / f"real-{_digest(identity)}.npz"
         if path is not None and path.is_file():
             return torch.from_numpy(_load(path)["features"])
-        images = torch.from_numpy(render_all(_balanced(count))).permute(0, 3, 1, 2) / 255
+        images = torch.from_numpy(render_all(balanced_avatars(count))).permute(0, 3, 1, 2) / 255
         parts = [
             self.features(self._decoded(part) if decoded else part) for part in images.split(BATCH)
         ]
@@ -425,11 +424,10 @@ def draw(
     return images, total
 
 
-def _balanced(count: int) -> list[Avatar]:
-    """Balanced avatars, the styles in turn; drawn as training draws them, from another seed."""
+def balanced_avatars(count: int, seed: int = _REAL_SEED) -> list[Avatar]:
+    """Balanced avatars, the styles in turn; training drew its own from seeds 0, 1000 and 2000."""
     each = count // len(STYLES)
     found: dict[str, list[Avatar]] = {style: [] for style in STYLES}
-    seed = _REAL_SEED
     while any(len(part) < each for part in found.values()):
         for avatar in sample_avatars(256, seed, "balanced"):
             found[avatar.style].append(avatar)

@@ -33,7 +33,8 @@ STYLE_PROMPTS = ("a person with red hair", "a person with dark skin")
 """They name no style, so the model chooses one."""
 
 TARGET = Avatar("pixel art", "dark", "blue", "long", "target")
-ALPHAS = (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
+ALPHAS = (-0.9, -0.5, 0.0, 0.5, 0.9)
+GROUP = 4
 BLUR = 2.0
 """Pixels, of 64."""
 
@@ -104,7 +105,9 @@ def style(run: Run) -> list[dict[str, Any]]:
         Condition("preset", negtome=settings("style"), references=away),
         Condition("negative prompt", negative_prompt=f"a {STYLE} person"),
     ]
-    found = run.samples(run.sizes.chosen(conditions, conditions[::2]), STYLE_PROMPTS, seed=SEED)
+    found = run.samples(
+        run.sizes.chosen(conditions, conditions[::2]), STYLE_PROMPTS, group=GROUP, seed=SEED
+    )
     run.sheet("style", f"Away from {STYLE}", found, each=8)
 
     def measured(one: Scores) -> dict[str, Tensor]:
@@ -131,7 +134,9 @@ def sharpen(run: Run) -> list[dict[str, Any]]:
             )
             for alpha in alphas
         ]
-        for name, samples in run.samples(wanted, (prompt,), images=images, seed=SEED).items():
+        for name, samples in run.samples(
+            wanted, (prompt,), images=images, group=GROUP, seed=SEED
+        ).items():
             parts[name].append(samples)
     found = {name: Samples.joined(part, name) for name, part in parts.items()}
     run.sheet("sharpen", "Away from a blurred picture", found)
@@ -140,7 +145,7 @@ def sharpen(run: Run) -> list[dict[str, Any]]:
 
 def interpolate(run: Run) -> list[dict[str, Any]]:
     """Toward a picture and away from it: likeness to it, and its attributes."""
-    alphas = run.sizes.chosen(ALPHAS, ALPHAS[::3])
+    alphas = run.sizes.chosen(ALPHAS, ALPHAS[::2])
     picture = (reference(TARGET),)
     wanted = [
         Condition(
@@ -148,8 +153,8 @@ def interpolate(run: Run) -> list[dict[str, Any]]:
         )
         for alpha in alphas
     ]
-    images = max(run.sizes.images // 2, 2 * run.sizes.group)
-    found = run.samples(wanted, PROMPTS[:1], images=images, seed=SEED)
+    images = max(run.sizes.images // 2, 2 * GROUP)
+    found = run.samples(wanted, PROMPTS[:1], images=images, group=GROUP, seed=SEED)
     run.sheet("interpolate", "Toward a picture (negative alpha) and away from it", found, each=12)
     target = run.lab.features(
         torch.tensor(np.array(render(TARGET))).permute(2, 0, 1)[None].float() / 255
@@ -233,7 +238,7 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
 STUDY = Study(
     "applications",
     "style exclusion, a blurred reference, interpolation and extrapolation",
-    64,
+    32,
     run,
     table,
     draw,

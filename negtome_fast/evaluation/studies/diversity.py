@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...config import NegToMeConfig
 from ...generate import APPLICATIONS
-from ...models.avatars import ATTRIBUTES, OPEN_ATTRIBUTES
+from ...models.avatars import ATTRIBUTES, OPEN_ATTRIBUTES, STYLES, prompt_for
 from ..frontier import matched
-from ..sampling import Condition
-from ..scores import record, triple
+from ..sampling import Condition, Group, balanced_avatars
+from ..scores import Scores, record, triple
 from . import figures
 from .figures import BLUE, COLOURS, GREY, Series
 from .study import SEED, Run, Study
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.5, 5.0)
 FEW_SCALES = (1.0, 2.5)
+SHOWN = 2.5
+"""The scale of the sheet of samples."""
+
+NAMED_SEED = 90_000
 TOLERANCE = 0.01
 """Prompt agreement of a guided condition may lie this far below the unguided one's."""
 
@@ -39,65 +46,59 @@ def preset(**overrides: Any) -> NegToMeConfig:
     return NegToMeConfig(**{**application.guidance, **application.embedded, **overrides})
 
 
-#: A method's name in tables, its label in figures, its settings, and its scales.
-METHODS: dict[str, tuple[str, dict[str, Any] | None, Sequence[float]]] = {
-    "off": ("unguided", None, SCALES),
-    "others": ("NegToMe, others", {"reference": "others"}, SCALES),
-    "first": ("NegToMe, first", {"reference": "first"}, (1.0, 1.5, 2.5, 5.0)),
-    "official": (
-        "first, matched as in the authors' code",
+@dataclass(frozen=True)
+class Method:
+    """Conditions of one setting over guidance scales; None is unguided."""
+
+    label: str
+    changed: dict[str, Any] | None
+    scales: Sequence[float]
+
+    def conditions(self, name: str, scales: Sequence[float]) -> list[Condition]:
+        config = None if self.changed is None else preset(**self.changed)
+        return [
+            Condition(f"{name} {scale:g}", guidance_scale=scale, negtome=config)
+            for scale in self.scales
+            if scale in scales
+        ]
+
+
+METHODS: dict[str, Method] = {
+    "off": Method("unguided", None, SCALES),
+    "others": Method("NegToMe, others", {}, (1.0, 1.5, 2.5, 5.0)),
+    "alpha-0.3": Method("NegToMe, others, alpha 0.3", {"alpha": 0.3}, (1.0, 1.5, 2.5)),
+    "alpha-0.15": Method("NegToMe, others, alpha 0.15", {"alpha": 0.15}, (1.5, 2.5)),
+    "first": Method("NegToMe, first", {"reference": "first"}, (1.0, 2.5)),
+    "official": Method(
+        "NegToMe, first, authors' order",
         {"reference": "first", "matching": "official"},
-        (1.0, 2.5, 5.0),
+        (1.0, 2.5),
     ),
 }
+FRONTIER = ("others", "alpha-0.3", "alpha-0.15")
+"""The methods whose conditions together are the frontier that the goal is about."""
 
 
 def conditions(run: Run) -> list[Condition]:
-    return [
-        Condition(
-            f"{name} {scale:g}",
-            guidance_scale=scale,
-            negtome=None if changed is None else preset(**changed),
-        )
-        for name, (_, changed, scales) in METHODS.items()
-        for scale in run.sizes.chosen(scales, [s for s in FEW_SCALES if s in scales])
-    ]
+    scales = run.sizes.chosen(SCALES, FEW_SCALES)
+    return [one for name, method in METHODS.items() for one in method.conditions(name, scales)]
 
 
 def run(run: Run) -> dict[str, Any]:
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
-    off = {name: one for name, one in scores.items() if name.startswith("off ")}
+    frontier = [one for name, one in scores.items() if name.split()[0] in FRONTIER]
     gains = []
-    for name, base in off.items():
+    for name, base in scores.items():
+        if not name.startswith("off "):
+            continue
         agreement = float(base.hits.double().mean())
-        for method in [m for m in METHODS if m != "off"]:
-            points = [
-                one
-                for other, one in scores.items()
-                if other.startswith(f"{method} ")
-                and float(one.hits.double().mean()) >= agreement - TOLERANCE
-            ]
-            found = matched(base, points)
-            gains.append(
-                {
-                    "base": name,
-                    "method": method,
-                    "precision": round(found.level, 4),
-                    "base_entropy": round(found.base, 4),
-                    "entropy": None if math.isnan(found.method) else round(found.method, 4),
-                    "ratio": None if found.ratio is None else triple(found.ratio),
-                    "reached": round(found.reached, 3),
-                }
-            )
-    scale = 2.5
+        points = [p for p in frontier if float(p.hits.double().mean()) >= agreement - TOLERANCE]
+        gains += [gain(base, points, quality) for quality in ("precision", "precision_decoded")]
     run.sheet(
         "samples",
-        f"Guidance scale {scale:g}: unguided and guided from the same seeds",
-        {
-            f"{METHODS[method][0]}": drawn[f"{method} {scale:g}"]
-            for method in ("off", "others", "first")
-        },
+        f"Guidance scale {SHOWN:g}: unguided and guided from the same seeds",
+        {METHODS[name].label: drawn[f"{name} {SHOWN:g}"] for name in ("off", "others", "first")},
     )
     return {
         "ceiling": round(CEILING, 4),
@@ -105,71 +106,125 @@ def run(run: Run) -> dict[str, Any]:
         "conditions": [
             record(one, scores.get("off " + name.split()[1])) for name, one in scores.items()
         ],
+        "named": named(run),
         "gains": gains,
     }
 
 
-def gains_table(result: dict[str, Any], method: str = "others") -> str:
-    """At each unguided condition's precision: entropy of the method's frontier, and the ratio."""
+def gain(base: Scores, points: Sequence[Scores], quality: str) -> dict[str, Any]:
+    """The frontier of `points` at the quality of `base`."""
+    found = matched(base, points, quality)
+    return {
+        "base": base.samples.condition.name,
+        "quality": quality,
+        "level": round(found.level, 4),
+        "base_entropy": round(found.base, 4),
+        "entropy": None if math.isnan(found.method) else round(found.method, 4),
+        "ratio": None if found.ratio is None else triple(found.ratio),
+        "reached": round(found.reached, 3),
+    }
+
+
+def named(run: Run) -> dict[str, Any]:
+    """What the model draws unguided where prompts name balanced attributes: its own limit.
+
+    Its entropy is the prompts'; its precision is what the model can do outside of its majority.
+    """
+    each = run.sizes.images // len(STYLES)
+    groups, styles = [], []
+    for number, avatar in enumerate(balanced_avatars(each * len(STYLES), NAMED_SEED)):
+        prompt = prompt_for(avatar.style, avatar.skin, avatar.hair_color, avatar.hair_shape)
+        groups.append(Group(prompt, (NAMED_SEED + number,)))
+        styles.append(prompt_for(avatar.style))
+    samples = run.drawn([Condition("named")], groups)["named"]
+    agreement = run.scores({"named": samples})["named"].hits.double().mean()
+    # As in the other conditions, entropy is of each style's images. The bootstrap takes them in
+    # pairs, so that no draw is of one image alone.
+    pairs = np.arange(len(samples)) // len(STYLES) // 2
+    regrouped = replace(samples, prompts=tuple(styles), groups=pairs)
+    entry = record(run.scores({"named": regrouped})["named"])
+    return {**entry, "attributes_right": round(float(agreement), 4)}
+
+
+def gains_table(result: dict[str, Any], quality: str = "precision") -> str:
+    """At each unguided condition's precision: entropy of the guided frontier, and the ratio."""
     rows = []
-    for gain in result["gains"]:
-        if gain["method"] != method:
+    for one in result["gains"]:
+        if one["quality"] != quality:
             continue
-        reached = gain["entropy"] is not None
+        reached = one["entropy"] is not None
         rows.append(
             [
-                gain["base"].replace("off ", "scale "),
-                f"{gain['precision']:.3f}",
-                f"{gain['base_entropy']:.2f}",
-                f"{gain['entropy']:.2f}" if reached else "not reached",
-                cell(gain["ratio"]) if gain["ratio"] else "-",
+                one["base"].replace("off ", "scale "),
+                f"{one['level']:.3f}",
+                f"{one['base_entropy']:.2f}",
+                f"{one['entropy']:.2f}" if reached else "not reached",
+                cell(one["ratio"]) if one["ratio"] else "-",
+                f"{one['reached']:.0%}",
             ]
         )
     header = [
         "unguided at",
         "its precision",
         "its entropy",
-        f"`{method}` at that precision",
+        "guided, at that precision",
         "ratio",
+        "draws that reach it",
     ]
     return markdown(header, rows)
 
 
 def table(result: dict[str, Any]) -> str:
+    own = result["named"]
     note = (
-        f"Entropy of the balanced world: {result['ceiling']:.2f} nats. The frontier of `others` is "
-        "over its whole sweep of scales; a row asks for at least the unguided precision and the "
-        f"prompt agreement within {TOLERANCE:g}."
+        f"Guided: the frontier of `others` over guidance scales and alpha, at prompt agreement "
+        f"within {TOLERANCE:g} of unguided; a draw of the bootstrap that does not reach the level "
+        f"counts as ratio 1. Entropy of the balanced world: {result['ceiling']:.2f} nats. Where "
+        f"prompts name balanced attributes, the model itself has entropy "
+        f"{own['measures']['entropy'][0]:.2f} at a precision of "
+        f"{own['measures']['precision'][0]:.2f} ({own['measures']['precision_decoded'][0]:.2f} "
+        f"against real images after the VAE), {own['attributes_right']:.0%} with all attributes "
+        "right."
     )
-    parts = [gains_table(result), note, measures_table(result["conditions"]), origin(result)]
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [
+            "At matched precision against real images:",
+            gains_table(result),
+            "At matched precision against real images after the model's VAE:",
+            gains_table(result, "precision_decoded"),
+            note,
+            measures_table(result["conditions"]),
+            origin(result),
+        ]
+    )
 
 
 def _series(result: dict[str, Any]) -> list[Series]:
-    colours = {"off": GREY, "others": BLUE, "first": COLOURS[0], "official": COLOURS[2]}
-    markers = {"off": "o", "others": "o", "first": "s", "official": "D"}
+    colours = (GREY, BLUE, "#5e9bff", "#a9cbff", COLOURS[0], COLOURS[2])
+    markers = ("o", "o", "v", "^", "s", "D")
     found = []
-    for method, (label, _, _) in METHODS.items():
-        own = [c for c in result["conditions"] if c["name"].split()[0] == method]
+    for (name, method), colour, marker in zip(METHODS.items(), colours, markers, strict=True):
+        own = [c for c in result["conditions"] if c["name"].split()[0] == name]
         notes = [c["name"].split()[1] for c in own]
-        found.append(Series(label, own, colours[method], markers[method], notes))
+        found.append(Series(method.label, own, colour, marker, notes))
     return found
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
     series = _series(result)
-    frontier, grid = figures.panels(8.2, 5.4)
-    axes = grid[0][0]
-    figures.frontier(axes, series)
-    axes.axhline(result["ceiling"], color="#999999", linewidth=0.8, linestyle=":")
-    figures.tidy(
-        axes,
-        "Diversity against quality; numbers are guidance scales",
-        "precision: share inside the manifold of balanced real images",
-        "attribute entropy, nats",
-    )
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_ylim(bottom=0)
+    own = Series("unguided, prompts name balanced attributes", [result["named"]], COLOURS[3], "X")
+    frontier, grid = figures.panels(13, 5.4, 2)
+    for axes, quality, title in zip(
+        grid[0],
+        ("precision", "precision_decoded"),
+        ("Diversity against quality", "The same, real images after the VAE"),
+        strict=True,
+    ):
+        figures.frontier(axes, [*series, own], x=quality)
+        axes.axhline(result["ceiling"], color="#999999", linewidth=0.8, linestyle=":")
+        figures.tidy(axes, title, "precision", "attribute entropy, nats")
+        axes.set_ylim(bottom=0)
+    grid[0][0].legend(frameon=False, fontsize=8.5)
 
     sweeps, grid = figures.panels(12, 3.6, 3)
     for axes, measure, label in zip(
@@ -178,7 +233,7 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
         ("attribute entropy, nats", "pairwise cosine (lower: more diverse)", "precision"),
         strict=True,
     ):
-        for one in series:
+        for one in series[:2]:
             at = [float(c["name"].split()[1]) for c in one.conditions]
             figures.sweep(axes, [one], at, measure)
         figures.tidy(axes, label, "guidance scale", "")

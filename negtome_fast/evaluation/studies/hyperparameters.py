@@ -1,8 +1,8 @@
 """Alpha, threshold, window and guidance scale of `others`, and the preset that a rule chooses.
 
 Drawn from seeds of their own, so that what is reported elsewhere was not chosen on its own images.
-The rule: of the settings that keep prompt agreement and, at the model's own guidance scale, at
-least the unguided precision, the one with the highest attribute entropy.
+The rule: at the model's own guidance scale, of the settings that keep prompt agreement, the most
+attribute entropy x precision, which is diversity that is usable; among near equals the weakest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from . import figures
 from .diversity import TOLERANCE
 from .figures import BLUE, COLOURS, GREY, MARKERS, Series
 from .study import TUNING_SEED, Run, Study
-from .tables import measures_table, origin
+from .tables import markdown, measures_table, origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+TIE = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,24 @@ GRID = (
     Setting(1.0, 0.5, 0.65, 750),
     Setting(1.5, 0.5, 0.65, 750),
     Setting(2.5, 0.5, 0.65, 750),
+    Setting(3.5, 0.5, 0.65, 750),
+    Setting(5.0, 0.5, 0.65, 750),
+    Setting(2.5, 0.3, 0.65, 750),
+    Setting(3.5, 0.3, 0.65, 750),
     Setting(1.0, 0.9, 0.65, 750),
     Setting(1.5, 0.9, 0.65, 750),
     Setting(2.5, 0.9, 0.65, 750),
-    Setting(1.0, 0.9, 0.65, 900),
-    Setting(1.5, 0.9, 0.65, 900),
     Setting(1.5, 0.9, 0.85, 750),
-    Setting(1.5, 0.5, 0.65, 600),
+    Setting(2.5, 0.5, 0.65, 850),
+    Setting(1.5, 0.9, 0.65, 900),
 )
-OFF = (1.0, 1.5, 2.5)
+OFF = (GUIDANCE_SCALE,)
 FEW = (GRID[1], GRID[2])
 
 
 def run(run: Run) -> dict[str, Any]:
     grid = run.sizes.chosen(GRID, FEW)
-    wanted = [Condition(f"off {s:g}", guidance_scale=s) for s in run.sizes.chosen(OFF, OFF[-1:])]
+    wanted = [Condition(f"off {s:g}", guidance_scale=s) for s in OFF]
     wanted += [setting.condition() for setting in grid]
     scores = run.scores(run.samples(wanted, seed=TUNING_SEED))
     records = [record(one) for one in scores.values()]
@@ -75,35 +81,43 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def choose(records: Sequence[dict[str, Any]], grid: Sequence[Setting]) -> dict[str, Any]:
-    """The rule: what it asks for, and the setting that it takes, if there is one."""
+    """The rule: the score of every setting that may be chosen, and the one that it takes."""
     by_name = {one["name"]: one["measures"] for one in records}
     off = by_name[f"off {GUIDANCE_SCALE:g}"]
-    allowed = {
-        setting: by_name[setting.name]["entropy"][0]
+    usable = {
+        setting: by_name[setting.name]["entropy"][0] * by_name[setting.name]["precision"][0]
         for setting in grid
         if setting.scale == GUIDANCE_SCALE
-        and by_name[setting.name]["precision"][0] >= off["precision"][0]
         and by_name[setting.name]["agreement"][0] >= off["agreement"][0] - TOLERANCE
     }
-    best = max(allowed, key=lambda setting: allowed[setting], default=None)
+    best = max(usable.values(), default=0.0)
+    near = [setting for setting, value in usable.items() if value >= (1 - TIE) * best]
+    chosen = min(near, key=lambda setting: setting.alpha, default=None)
     return {
         "scale": GUIDANCE_SCALE,
-        "precision_at_least": off["precision"][0],
-        "agreement_at_least": round(off["agreement"][0] - TOLERANCE, 4),
-        "allowed": [setting.name for setting in allowed],
-        "setting": None if best is None else best.name,
+        "unguided": round(off["entropy"][0] * off["precision"][0], 4),
+        "usable": {setting.name: round(value, 4) for setting, value in usable.items()},
+        "setting": None if chosen is None else chosen.name,
     }
 
 
 def table(result: dict[str, Any]) -> str:
     chosen = result["chosen"]
+    rows = [[name, f"{value:.3f}"] for name, value in chosen["usable"].items()]
     rule = (
-        f"The rule: at guidance scale {chosen['scale']:g}, precision at least "
-        f"{chosen['precision_at_least']:.3f} and prompt agreement at least "
-        f"{chosen['agreement_at_least']:.2f}, both as unguided; of these the highest entropy: "
-        f"**{chosen['setting'] or 'none, so the preset stays'}**."
+        f"The rule: at the model's own guidance scale, {chosen['scale']:g}, and with prompt "
+        f"agreement within {TOLERANCE:g} of unguided, the most entropy x precision (unguided: "
+        f"{chosen['unguided']:.3f}), and of settings within {TIE:.0%} of the best the weakest: "
+        f"**{chosen['setting'] or 'none'}**."
     )
-    return "\n\n".join([measures_table(result["conditions"]), rule, origin(result)])
+    return "\n\n".join(
+        [
+            measures_table(result["conditions"]),
+            rule,
+            markdown(["setting", "entropy x precision"], rows),
+            origin(result),
+        ]
+    )
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:

@@ -78,10 +78,10 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "reseed": Method("re-seeding", "reseed"),
+    "nudge": Method("nudge", "nudge", desired=True),
+    "both": Method("both", "both", desired=True, negtome=NEGTOME.with_overrides(alpha=0.5)),
     "negtome": Method("NegToMe", "negtome", negtome=NEGTOME),
     "away": Method("nudge, undesired points alone", "nudge"),
-    "nudge": Method("nudge, also toward desired points", "nudge", desired=True),
-    "both": Method("both", "both", desired=True, negtome=NEGTOME.with_overrides(alpha=0.5)),
 }
 PLAIN = "plain"
 SCHEDULE = NudgeSchedule()
@@ -182,7 +182,7 @@ class Draw:
     """Draws a subject's outputs, and keeps them in the store of the laboratory."""
 
     def __init__(self, run: Run, subject: Subject, prompts: Sequence[str], each: int) -> None:
-        self._run, self._subject = run, subject
+        self._run, self.subject = run, subject
         self.prompts, self.each = tuple(prompts), each
         self._count = FEW_DESIRED if run.sizes.quick else DESIRED
         self.desired = desired(subject, prompts, self._count)
@@ -223,7 +223,7 @@ class Draw:
         return Drawn(images.float() / 255, drawn.attempts, drawn.passed)
 
     def _generated(self, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
-        subject, plain = self._subject, name == PLAIN
+        subject, plain = self.subject, name == PLAIN
         method = METHODS["reseed" if plain else name]
         result = generate_with_nudging(
             subject.pipe,
@@ -254,7 +254,7 @@ class Draw:
             return None
         identity: dict[str, Any] = {
             "format": FORMAT,
-            "weights": self._subject.weights,
+            "weights": self.subject.weights,
             "steps": self._run.sizes.steps,
             "prompts": list(prompts),
             "seeds": list(seeds),
@@ -272,7 +272,7 @@ class Draw:
             }
         text = json.dumps(identity, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self._run.lab.store / "nudging" / self._subject.name / f"{name}-{digest}.npz"
+        return self._run.lab.store / "nudging" / self.subject.name / f"{name}-{digest}.npz"
 
 
 @dataclass(frozen=True)
@@ -296,9 +296,9 @@ def latents_of(pipe: Any, images: Tensor) -> Tensor:
     return (mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
-def measure(lab: Laboratory, subject: Subject, draw: Draw, drawn: Drawn) -> Measured:
+def measure(lab: Laboratory, draw: Draw, drawn: Drawn) -> Measured:
     """Distances are to the memorised image of the output's own prompt."""
-    images = drawn.images
+    subject, images = draw.subject, drawn.images
     prompts = [prompt for prompt in draw.prompts for _ in range(draw.each)]
     seen = lab.measure(images)
     features = torch.from_numpy(seen["features"])
@@ -375,18 +375,19 @@ def run(run: Run) -> dict[str, Any]:
             f"--samples {run.sizes.images}: there are {total} prompts, so it must be a multiple of "
             f"{total}, at least {2 * total}"
         )
-    results = []
     names = (PLAIN, *METHODS)
-    drawn = len(found) * 2 * each if run.sizes.quick else run.sizes.images
+    draws = [
+        Draw(run, subject, subject.bank.names[:2] if run.sizes.quick else subject.bank.names, each)
+        for subject in found
+    ]
+    measured: list[dict[str, Measured]] = [{} for _ in draws]
+    drawn = sum(len(draw.prompts) for draw in draws) * each
     with tqdm(total=len(names) * drawn, unit="image", disable=not run.progress) as bar:
-        for subject in found:
-            prompts = subject.bank.names[:2] if run.sizes.quick else subject.bank.names
-            draw = Draw(run, subject, prompts, each)
-            measured = {}
-            for name in names:
-                bar.set_description(f"{subject.name}, {name}")
-                measured[name] = measure(run.lab, subject, draw, draw.method(name, bar.update))
-            results.append(_of_subject(run, subject, draw, measured))
+        for name in names:
+            for draw, own in zip(draws, measured, strict=True):
+                bar.set_description(f"{draw.subject.name}, {name}")
+                own[name] = measure(run.lab, draw, draw.method(name, bar.update))
+    results = [_of_subject(run, draw, own) for draw, own in zip(draws, measured, strict=True)]
     return {
         "max_attempts": ATTEMPTS,
         "pixels_threshold": PIXELS,
@@ -397,9 +398,8 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def _of_subject(
-    run: Run, subject: Subject, draw: Draw, measured: dict[str, Measured]
-) -> dict[str, Any]:
+def _of_subject(run: Run, draw: Draw, measured: dict[str, Measured]) -> dict[str, Any]:
+    subject = draw.subject
     real = torch.cat(
         [
             run.lab.features(fitting(prompt, draw.each, REAL_SEED + i).float() / 255)
@@ -410,7 +410,7 @@ def _of_subject(
     ordinary = world.sample_avatars(count, CHANCE_SEED, "balanced")
     by_chance = PixelDistance(subject.bank, PIXELS).judge(rendered(ordinary).float() / 255)
     base = measured["reseed"]
-    _sheet(run, subject, draw, measured)
+    _sheet(run, draw, measured)
     return {
         "name": subject.name,
         "label": subject.label,
@@ -448,13 +448,13 @@ def _projection(
     }
 
 
-def _sheet(run: Run, subject: Subject, draw: Draw, measured: dict[str, Measured]) -> None:
+def _sheet(run: Run, draw: Draw, measured: dict[str, Measured]) -> None:
     """Two images of each prompt: the memorised one, plain, and each method's."""
     from PIL import Image
 
     from ...pictures import Row, sheet
 
-    shown = 2
+    subject, shown = draw.subject, 2
     places = [p * draw.each + i for p in range(len(draw.prompts)) for i in range(shown)]
 
     def pictures(images: Tensor) -> list[Image.Image]:

@@ -49,6 +49,7 @@ CONDITIONS: dict[str, tuple[str | None, bool]] = {
 }
 FEW = ("none", "negative prompt", "NegToMe, medium")
 KINDS = ("name", "description")
+GROUP = 4
 
 
 def prompts_of(character: str) -> dict[str, str]:
@@ -97,7 +98,8 @@ def run(run: Run) -> dict[str, Any]:
     for character in characters:
         wanted = [condition(name, character) for name in names]
         prompts = tuple(prompts_of(character).values())
-        found = run.samples(wanted, prompts, images=images, seed=SEED)
+        # With a reference from outside no image sees another, so groups only make batches.
+        found = run.samples(wanted, prompts, images=images, group=GROUP, seed=SEED)
         for name in names:
             parts[name].append(found[f"{name}: {character}"])
     joined = {name: Samples.joined(found, name) for name, found in parts.items()}
@@ -281,7 +283,7 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
 STUDY = Study(
     "protected",
     "protected characters: negative prompt, NegToMe with a masked reference, both",
-    128,
+    64,
     run,
     table,
     draw,

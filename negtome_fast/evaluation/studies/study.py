@@ -86,18 +86,23 @@ class Run:
         prompts: Sequence[str] = PROMPTS,
         *,
         images: int | None = None,
+        group: int | None = None,
         seed: int = SEED,
     ) -> dict[str, Samples]:
-        """Every condition on the same prompts and seeds, by name; `images` a condition."""
+        """Every condition on the same prompts and seeds, by name; `images` a condition.
+
+        `group` is for conditions in which images do not see each other: at most so many.
+        """
         sizes = self.sizes
         count = images or sizes.images
-        if count % (len(prompts) * sizes.group):
+        size = min(group or sizes.group, sizes.group)
+        if count % (len(prompts) * size) or count < 2 * len(prompts) * size:
             raise ValueError(
-                f"--samples {count}: a condition of {len(prompts)} prompts has a multiple of "
-                f"{len(prompts) * sizes.group} images, groups of {sizes.group} for each prompt"
+                f"{count} images of a condition are not two or more groups of {size} for each of "
+                f"{len(prompts)} prompts; --samples must be a multiple of {sizes.images or 1}"
             )
         return self.drawn(
-            conditions, groups_of(prompts, count // len(prompts), size=sizes.group, seed=seed)
+            conditions, groups_of(prompts, count // len(prompts), size=size, seed=seed)
         )
 
     def drawn(self, conditions: Sequence[Condition], groups: Sequence[Group]) -> dict[str, Samples]:
