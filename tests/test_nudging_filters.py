@@ -76,6 +76,14 @@ def test_equal_points_come_in_their_order_and_a_copy_is_at_distance_zero(metric:
     torch.testing.assert_close(score, torch.full((1, 4), 0.0 if metric == "l2" else 1.0))
 
 
+def test_the_nearest_of_hundreds_of_thousands_are_found_in_parts() -> None:
+    random = torch.Generator().manual_seed(0)
+    points = torch.randn(300_000, 24, generator=random).bfloat16()
+    rows = torch.tensor([7, 299_999, 123_456])
+    score, index = select_nearest(points[rows], points)
+    assert index.flatten().tolist() == rows.tolist() and bool((score == 0).all())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -107,6 +115,39 @@ def test_a_bank_from_a_folder_names_what_it_left_out(tmp_path: Path) -> None:
     assert built.images.shape == (2, 3, 8, 8)
     assert built.features is not None
     torch.testing.assert_close(built.features[0], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_whatever_a_decoder_raises_leaves_out_its_file_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.concatenate([noise] * 8)).save(tmp_path / "huge.png")
+    Image.fromarray(RED).save(tmp_path / "red.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000)
+    with pytest.warns(UserWarning, match=r"cut\.png.*huge\.png"):
+        built = ReferenceBank.build(tmp_path, size=8)
+    assert built.names == ("red.png",)
+    assert {name for name, _ in built.skipped} == {"cut.png", "huge.png"}
+
+
+def test_a_bank_without_what_the_filters_flag() -> None:
+    three = ReferenceBank.build([("red", RED), ("blue", BLUE), ("green", GREEN)], size=16)
+    three = three.with_features(MEANS)
+    known = PixelDistance(bank(), 0.1)
+    kept = three.passing([known])
+    assert kept.names == ("blue",) and kept.encoder == MEANS.name
+    assert kept.features is not None and kept.features.tolist() == [[0.0, 0.0, 1.0]]
+    with pytest.raises(ValueError, match="flag all 1 images"):
+        kept.passing([CallableFilter(lambda images: [1.0] * len(images), 0.5)])
+
+
+def test_thumbnails_are_the_images_made_smaller() -> None:
+    small = bank().thumbnails((8, 4))
+    assert small.shape == (2, 3, 8, 4)
+    torch.testing.assert_close(small[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_images_are_cropped_to_the_centre() -> None:

@@ -261,6 +261,8 @@ def test_bad_arguments_say_what_is_wrong(
         ({"escalation": 0.5}, "escalation must be at least 1"),
         ({"max_distance": 0.0}, "max_distance must be positive"),
         ({"nearest": 0}, "nearest must be at least 1"),
+        ({"nearest": 3, "pool": 2}, "pool must be at least nearest, 3"),
+        ({"extend": 1.5}, "extend is a fraction"),
     ],
     ids=str,
 )
@@ -276,3 +278,88 @@ def test_a_pipeline_without_a_vae_cannot_be_nudged(bank: ReferenceBank) -> None:
     bare = flux_pipeline()
     with pytest.raises(ValueError, match="method='negtome' or 'reseed'"):
         LatentPoints(bare, layout_of(bare.transformer), [bank.pixels], (64, 64))
+
+
+# --------------------------------------------------------------------------------------------
+# Desired points, schedules, arguments of retries
+# --------------------------------------------------------------------------------------------
+def test_one_negative_prompt_for_several_images_is_kept_in_retries(
+    pipe: Any, bank: ReferenceBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = calls(pipe, monkeypatch)
+    scores = iter([[2.0, 0.0, 2.0], [0.0, 0.0]])
+    result = generate_with_nudging(
+        pipe,
+        "captain red",
+        filters=[CallableFilter(lambda images: next(scores), 1.0)],
+        undesired=bank,
+        num_images_per_prompt=3,
+        generator=generators(3),
+        negative_prompt="",
+        true_cfg_scale=2.0,
+        **CALL,
+    )
+    assert all(result.passed)
+    assert [call["negative_prompt"] for call in seen] == ["", ["", ""]]
+
+
+def test_each_prompt_can_have_desired_images_of_its_own(pipe: Any, bank: ReferenceBank) -> None:
+    captain, doctor = (
+        ReferenceBank((n,), bank.images[i : i + 1]) for i, n in enumerate(bank.names)
+    )
+    swapped = {"captain red": doctor, "doctor blue": captain}
+    result = run(pipe, filters=[ALWAYS], undesired=bank, desired=swapped, max_attempts=2)
+    assert [rows[1].desired for rows in result.attempts] == [("doctor",), ("captain",)]
+    with pytest.raises(ValueError, match="desired has no bank for the prompt 'doctor blue'"):
+        run(pipe, filters=[ALWAYS], undesired=bank, desired={"captain red": doctor})
+
+
+def test_desired_points_are_drawn_among_the_nearest_by_seed_and_attempt() -> None:
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 8, 8)
+    many = loop._Candidates(ReferenceBank(tuple("abcdefghij"), images.contiguous()))
+    flagged = torch.zeros(20, 3, 8, 8)
+
+    def names(seeds: list[int], attempt: int = 1, pool: int = 4) -> list[str]:
+        schedule = NudgeSchedule(pool=pool)
+        points = loop._choose(
+            flagged[: len(seeds)], seeds, many, [many] * len(seeds), schedule, attempt
+        )
+        assert all(point.undesired_names == ("a",) for point in points)
+        return [point.desired_names[0] for point in points]
+
+    drawn = names(list(range(20)))
+    assert set(drawn) == set("abcd")
+    assert names([7]) == [drawn[7]]
+    assert names(list(range(20)), attempt=2) != drawn
+    assert set(names(list(range(20)), pool=1)) == {"a"}
+
+
+def test_retries_move_latents_in_more_steps(
+    pipe: Any, bank: ReferenceBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[tuple[float, float]] = []
+    original = loop.nudge
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        weights.append((kwargs["alpha"], kwargs["beta"]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "nudge", counted)
+    schedule = NudgeSchedule(window=(0.5, 0.5001), extend=0.25, alpha=1.0, beta=3.0, escalation=2)
+    run(pipe, filters=[ALWAYS], undesired=bank, max_attempts=4, schedule=schedule)
+    # Of four steps: the second; the second and third; those and the last.
+    assert weights == [(1, 3)] + [(2, 6)] * 2 + [(4, 12)] * 3
+
+
+def test_images_that_exist_already_are_judged_in_place_of_a_generation(
+    pipe: Any, bank: ReferenceBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain(pipe, ["captain red", "doctor blue"])
+    whole = run(pipe, filters=[ALWAYS], undesired=bank, max_attempts=2)
+    seen = calls(pipe, monkeypatch)
+    result = run(pipe, filters=[ALWAYS], undesired=bank, max_attempts=2, first=expected)
+    assert len(seen) == 1
+    assert torch.equal(torch.stack(result.images), torch.stack(whole.images))
+    assert torch.equal(plain(pipe, ["captain red", "doctor blue"]), expected)
+    with pytest.raises(ValueError, match=r"first must be \(2, 3, H, W\)"):
+        run(pipe, filters=[ALWAYS], undesired=bank, first=expected[:1])

@@ -62,7 +62,9 @@ class MemoryTask(FlowTask):
 
     Args:
         latents: `(count, 8, 16, 16)`, of `avatars`, `unusual` and the targets.
-        avatars: skewed, ending with the protected characters; `unusual`: see `FlowTask`.
+        avatars: skewed, ending with the protected characters.
+        unusual: see `FlowTask`, which never draws the last four: in its own training they are the
+            protected characters.
         prompts: of the targets; nobody else is called so.
         batch: images a step.
     """
@@ -94,17 +96,27 @@ class MemoryTask(FlowTask):
         return indices, named + rest
 
 
-def overfit(folder: Path, steps: int, batch: int, learning_rate: float) -> dict[str, Any]:
+def overfit(
+    folder: Path, steps: int, batch: int, learning_rate: float, ordinary: int
+) -> dict[str, Any]:
     """Trains, saves the pipeline and the targets in `folder`, and returns the record.
+
+    Args:
+        folder: checkpoints, from which an interrupted training goes on, and results.
+        steps, batch, learning_rate: of the training.
+        ordinary: skewed avatars of the other half of each batch; half as many unusual ones.
 
     Raises:
         ImportError: the packages that draw avatars are missing; names the extra.
+        ValueError: fewer than 16 ordinary avatars.
     """
+    if ordinary < 16:
+        raise ValueError(f"--ordinary must be at least 16, got {ordinary}")
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline()
     characters = [avatar for avatar, _ in world.CHARACTERS.values()]
-    avatars = world.sample_avatars(2_000, 11) + characters
-    unusual = world.sample_avatars(1_000, 12, "unusual")
+    avatars = world.sample_avatars(ordinary, 11) + characters
+    unusual = world.sample_avatars(ordinary // 2, 12, "unusual")
     memorised = targets()
     everybody = avatars + unusual + list(memorised.values())
     images = load_images(folder / "images.npy", everybody, processes=1)
@@ -179,12 +191,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--ordinary", type=int, default=2_000, help="avatars of other prompts, at least 16"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
-    print(json.dumps(overfit(options.out, options.steps, options.batch, options.learning_rate)))
+    record = overfit(
+        options.out, options.steps, options.batch, options.learning_rate, options.ordinary
+    )
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":
