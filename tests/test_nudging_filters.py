@@ -76,6 +76,16 @@ def test_equal_points_come_in_their_order_and_a_copy_is_at_distance_zero(metric:
     torch.testing.assert_close(score, torch.full((1, 4), 0.0 if metric == "l2" else 1.0))
 
 
+@pytest.mark.parametrize("search", ["torch", "faiss"])
+def test_an_item_that_is_not_finite_has_no_finite_score(search: Any) -> None:
+    if search == "faiss":
+        pytest.importorskip("faiss")
+    latents = torch.tensor([[torch.nan, 0.0], [1.0, 0.0]])
+    score, index = select_nearest(latents, torch.eye(2), search=search)
+    assert bool(score[0].isnan().all()) and 0 <= int(index[0]) < 2
+    assert index[1].item() == 0 and score[1].item() == 0
+
+
 def test_the_nearest_of_hundreds_of_thousands_are_found_in_parts() -> None:
     random = torch.Generator().manual_seed(0)
     points = torch.randn(300_000, 24, generator=random).bfloat16()
@@ -90,6 +100,7 @@ def test_the_nearest_of_hundreds_of_thousands_are_found_in_parts() -> None:
         ({"count": 0}, "count must be 1 to 3"),
         ({"count": 4}, "count must be 1 to 3"),
         ({"metric": "dot"}, "metric must be"),
+        ({"search": "hnsw"}, "search must be"),
         ({"latents": torch.zeros(2, 5)}, r"\(3, 4\).*\(2, 5\)"),
     ],
     ids=str,

@@ -38,11 +38,13 @@ def select_nearest(
         index: `(B, count)` int64, rows of `points`; equal scores by ascending row.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit, an unknown metric.
+        ValueError: shapes that do not fit, an unknown metric or search.
         ImportError: faiss is not installed; names the extra.
     """
     if metric not in ("l2", "cosine"):
         raise ValueError(f'metric must be "l2" or "cosine", got {metric!r}')
+    if search not in ("torch", "faiss"):
+        raise ValueError(f'search must be "torch" or "faiss", got {search!r}')
     if latents.shape[1:] != points.shape[1:]:
         raise ValueError(
             f"points {tuple(points.shape)} are not of the shape of the items {tuple(latents.shape)}"
@@ -98,4 +100,5 @@ def _search_faiss(query: Tensor, bank: Tensor, count: int, metric: Metric) -> Te
         wide = part.float()
         index.add((F.normalize(wide, dim=-1) if metric == "cosine" else wide).cpu().numpy())
     rows = index.search(query.cpu().numpy(), count)[1]
-    return torch.from_numpy(rows).to(query.device)
+    # faiss finds nothing, -1, for an item that is not finite; its scores are NaN with any point.
+    return torch.from_numpy(rows).clamp_min(0).to(query.device)
