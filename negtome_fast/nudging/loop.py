@@ -199,8 +199,8 @@ def generate_with_nudging(
         prompt: one or several.
         filters: asked in their order; see `judge`.
         undesired: images to steer away from; those nearest to a flagged image in pixels are chosen.
-        desired: images to steer toward, drawn from those nearest; one bank for all, or one for
-            each prompt that has any. They should show what the prompt asks for and pass the filters
+        desired: images to steer toward, drawn from those nearest: one bank for all, or one for each
+            prompt. They should show what the prompt asks for and pass the filters
             (`ReferenceBank.passing`): what comes out resembles them.
         max_attempts: generations of an image at most, the plain one included; at least 1.
         method: what a retry does; `"reseed"` is the baseline that only changes the noise.

@@ -598,7 +598,7 @@ STUDY = Study(
 # --------------------------------------------------------------------------------------------
 # What it costs
 # --------------------------------------------------------------------------------------------
-ROUNDS = 15
+ROUNDS = 25
 FEW_ROUNDS = 2
 
 
@@ -724,7 +724,7 @@ def table_cost(result: dict[str, Any]) -> str:
 COST = Study(
     "nudging-cost",
     "time of nudging where nothing is flagged and of a retry, on a quiet machine",
-    4,
+    2,
     run_cost,
     table_cost,
     lambda result: {},
