@@ -291,15 +291,28 @@ def test_equal_points_do_not_break_the_repulsion() -> None:
     assert torch.equal(force, torch.zeros(4, 7))
 
 
-def test_features_of_the_images_move_apart(pipe: Any) -> None:
-    """A step along the pulled-back force lowers the similarity of all pairs' features."""
-    clean = sample(pipe, None, PROMPTS[:1], (0, 1, 2)).requires_grad_()
-    with torch.enable_grad():
-        features = rivals._features(pipe, clean)
-        force = rivals._repulsion(features.detach(), 1)
-        (gradient,) = torch.autograd.grad((features * force).sum(), clean)
-    moved = clean.detach() + gradient / gradient.norm()
-    before, after = features.detach(), rivals._features(pipe, moved).detach()
+@pytest.mark.parametrize("space", ["features", "clean", "noisy"])
+def test_a_guided_step_moves_all_pairs_apart(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, space: Any
+) -> None:
+    """In the space of the method, by the velocity that the scheduler is given."""
+    clean = sample(pipe, None, PROMPTS[:1], (0, 1, 2))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    sigma = 0.9
+    x, velocity = (1 - sigma) * clean + sigma * noise, noise - clean
+    monkeypatch.setattr(pipe.scheduler, "step", lambda velocity, timestep, sample: velocity)
+    strength = {"features": 1.0, "clean": 100.0, "noisy": 100.0}[space]
+    with ParticleGuidance(strength, space).applied(pipe, prompts=1, images_per_prompt=3):
+        changed = pipe.scheduler.step(velocity, torch.tensor(1000 * sigma), x)
+
+    def points(v: Tensor) -> Tensor:
+        if space == "noisy":
+            return (x - 0.05 * v).flatten(1)
+        predicted = x - sigma * v
+        return rivals._features(pipe, predicted) if space == "features" else predicted.flatten(1)
+
+    with torch.no_grad():
+        before, after = points(velocity), points(changed)
     assert bool((torch.pdist(after) > torch.pdist(before)).all())
     assert all(parameter.grad is None for parameter in pipe.vae.parameters())
 
