@@ -473,21 +473,27 @@ def serve(
     gr = _gradio()
     page = build(Workshop(settings, pipe))
     fonts = ["system-ui", "sans-serif"]  # those of the machine: gradio's own come from a network
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port or None,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        max_file_size=MOST_BYTES,
-        enable_monitoring=False,
-        ssr_mode=False,
-        footer_links=[],
-        theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
-        css=_CSS,
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port or None,
+            share=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=MOST_BYTES,
+            enable_monitoring=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
+            css=_CSS,
+        )
+    except OSError as error:
+        raise OSError(
+            f"the page cannot be opened at {host}, port {port}, which is taken or not to be had: "
+            "choose another --port, 0 for a free one"
+        ) from error
     if wait:
         print(f"negtome-fast web: {address} (Ctrl-C ends it)", flush=True)
         if host not in (HOST, "localhost", "::1"):

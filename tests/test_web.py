@@ -254,6 +254,13 @@ def test_program_interface_draws_and_says_what_is_wrong(
 
 
 @needs_gradio
+def test_a_port_that_is_taken_is_named(address: str, workshop: Workshop) -> None:
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    with pytest.raises(OSError, match=f"port {port}, which is taken.*--port"):
+        web.serve(workshop.settings, port=port, pipe=workshop.pipe, wait=False)
+
+
+@needs_gradio
 @needs_browser
 def test_page_in_a_browser(address: str, tmp_path: Path, picture: Image.Image) -> None:
     from playwright.sync_api import sync_playwright
