@@ -491,7 +491,7 @@ def test_header_refuses_what_the_kernels_cannot_do(
     assert driver.library.fake_cuda_open_modules() == 0
 
 
-EXAMPLES = ["sm_80", "sm_80, fp16, in place, rows", "sm_80, fp32, odd channels", "sm_90"]
+EXAMPLES = ["sm_80", "sm_80, fp16, in place, rows", "sm_80, fp32, odd channels"]
 
 
 @needs_compiler
@@ -614,8 +614,10 @@ def test_compiling_that_fails_is_one_clear_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         aot.run_compiling("negtome_fast.export.compile", [])
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=r"compiling the kernels \(--nothing\) failed"):
-        aot.run_compiling("negtome_fast.export.compile", ["--nothing"])
+    with pytest.raises(
+        RuntimeError, match=r"compiling the kernels \(--nothing\) failed: .*nothing"
+    ):
+        aot.run_compiling("json.tool", ["--nothing"])
 
 
 def _no_triton() -> None:
