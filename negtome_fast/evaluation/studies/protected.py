@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import NegToMeConfig
-from ...models.avatars import CHARACTERS, prompt_for, render
+from ...models.avatars import CHARACTERS, attributes_in, prompt_for, render
 from .. import metrics
 from ..bootstrap import Interval, Mean
 from ..sampling import Condition, Samples
@@ -37,6 +37,7 @@ PAPER = 0.3457
 SETTINGS: dict[str, dict[str, float]] = {
     "NegToMe, authors'": {"alpha": 0.9, "threshold": 0.65, "t_end": 900},
     "NegToMe, medium": {"alpha": 1.5, "threshold": 0.5, "t_end": 700},
+    "NegToMe, firm": {"alpha": 2.0, "threshold": 0.4, "t_end": 550},
     "NegToMe, strong": {"alpha": 3.0, "threshold": 0.2, "t_end": 400},
 }
 #: Condition: (settings, whether the character's name is the negative prompt).
@@ -45,7 +46,7 @@ CONDITIONS: dict[str, tuple[str | None, bool]] = {
     "negative prompt": (None, True),
     **{name: (name, False) for name in SETTINGS},
     "NegToMe, medium, and negative prompt": ("NegToMe, medium", True),
-    "NegToMe, strong, and negative prompt": ("NegToMe, strong", True),
+    "NegToMe, firm, and negative prompt": ("NegToMe, firm", True),
 }
 FEW = ("none", "negative prompt", "NegToMe, medium")
 KINDS = ("name", "description")
@@ -187,6 +188,7 @@ def _summary(
     return {
         **{name: triple(mean(values)) for name, values in own.items()},
         "agreement": triple(mean(scores.hits.double())),
+        "style": triple(mean(_style_kept(scores.samples))),
         "precision": triple(mean(scores.inside.double())),
         "cosine_change": [round(value - 1, 4) for value in triple(ratio)],
         "latent_l2_change": [
@@ -194,6 +196,13 @@ def _summary(
         ],
         "images": len(at),
     }
+
+
+def _style_kept(samples: Samples) -> Tensor:
+    """Whether each image has the style of its prompt, which for a name is the character's."""
+    wanted = [attributes_in(prompt)["style"] for prompt in samples.prompts]
+    shown = [reading["style"] for reading in samples.readings]
+    return torch.tensor([a == b for a, b in zip(shown, wanted, strict=True)]).double()
 
 
 def _only(samples: Samples, kinds: Sequence[str], kind: str) -> Samples:
@@ -213,6 +222,7 @@ def kind_table(result: dict[str, Any], kind: str) -> str:
                 f"{low[0]:+.1%} [{low[1]:+.1%}, {low[2]:+.1%}]",
                 cell(found["latent_l2"], 1),
                 f"{found['recognised'][0]:.0%}",
+                f"{found['style'][0]:.0%}",
                 f"{found['agreement'][0]:.0%}",
                 cell(found["precision"], 2),
             ]
@@ -223,6 +233,7 @@ def kind_table(result: dict[str, Any], kind: str) -> str:
         "change",
         "latent L2",
         "recognised",
+        "style kept",
         "prompt kept",
         "precision",
     ]
@@ -249,13 +260,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
-    figure, grid = figures.panels(12, 4.6, 3)
+    figure, grid = figures.panels(13, 5, 3)
     names = [one["name"] for one in result["conditions"]]
     rows = range(len(names))
     for axes, measure, label in zip(
         grid[0],
-        ("cosine", "recognised", "agreement"),
-        ("feature cosine with the character", "share recognised", "share that keeps the prompt"),
+        ("cosine", "recognised", "style"),
+        ("feature cosine with the character", "share recognised", "share that keeps the style"),
         strict=True,
     ):
         for kind, colour, offset in zip(
@@ -273,7 +284,8 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
             )
         if measure == "cosine":
             axes.axvline(result["unrelated_cosine"], color="#555555", linestyle=":", linewidth=1)
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+        if measure == "recognised":
+            axes.legend(frameon=False, fontsize=9, loc="center right")
         axes.set_yticks(rows, names if measure == "cosine" else [])
         axes.invert_yaxis()
         figures.tidy(axes, label, "", "")
