@@ -176,12 +176,12 @@ def table(result: dict[str, Any]) -> str:
     own = result["named"]
     measured = own["measures"]
     note = (
-        "Guided: the frontier of `others` over guidance scales and alpha at prompt agreement within "
-        f"{TOLERANCE:g} of unguided. Alpha 0 belongs to it, so that no ratio is below 1. Entropy of "
-        f"the balanced world: {result['ceiling']:.2f} nats. Where prompts name balanced attributes, "
-        f"the unguided model has entropy {measured['entropy'][0]:.2f} at a precision of "
-        f"{measured['precision'][0]:.2f} ({measured['precision_decoded'][0]:.2f} against real images "
-        f"after the VAE), with all attributes right in {own['attributes_right']:.0%}."
+        "Guided: the frontier of `others` over guidance scales and alpha at prompt agreement "
+        f"within {TOLERANCE:g} of unguided. Alpha 0 belongs to it, so that no ratio is below 1. "
+        f"Entropy of the balanced world: {result['ceiling']:.2f} nats. Where prompts name balanced "
+        f"attributes, the unguided model has entropy {measured['entropy'][0]:.2f} at a precision "
+        f"of {measured['precision'][0]:.2f} ({measured['precision_decoded'][0]:.2f} against real "
+        f"images after the VAE), with all attributes right in {own['attributes_right']:.0%}."
     )
     return "\n\n".join(
         [
