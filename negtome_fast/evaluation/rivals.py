@@ -63,7 +63,7 @@ class LowerScale:
 
 @dataclass(frozen=True)
 class IntervalGuidance:
-    """Classifier-free guidance in an interval of noise levels only (arXiv 2404.07724, eq. 5).
+    """Classifier-free guidance in an interval of noise levels only (arXiv 2404.07724).
 
         v = v_c + (w - 1) (v_c - v_u)   where   low < sigma <= high,   else   v = v_c
 
@@ -118,7 +118,7 @@ class IntervalGuidance:
 
 @dataclass(frozen=True)
 class CADS:
-    """Condition-annealed diffusion sampling (arXiv 2310.17347, eqs. 5 and 6, algorithm 1).
+    """Condition-annealed diffusion sampling (arXiv 2310.17347).
 
         y' = sqrt(gamma) y + s sqrt(1 - gamma) n          n normal, drawn anew in every step
         y" = psi ((y' - mean y') / std y' * std y + mean y) + (1 - psi) y'
@@ -187,7 +187,7 @@ class CADS:
 
 @dataclass(frozen=True)
 class ParticleGuidance:
-    """Particle guidance with a fixed potential (arXiv 2310.13102, section 4 and appendix).
+    """Particle guidance with a fixed potential (arXiv 2310.13102).
 
         v_i' = v_i - strength * sum_j 2 k_ij / h_i * (f_i - f_j) df_i/dx
         k_ij = exp(-|f_i - f_j|^2 / h_i),   h_i = median_j |f_i - f_j|^2 / log n
@@ -238,7 +238,7 @@ class ParticleGuidance:
 
 @dataclass(frozen=True)
 class SPELL:
-    """Sparse repellency within a group (arXiv 2410.06025, eqs. 6 and 7, algorithm 1).
+    """Sparse repellency within a group (arXiv 2410.06025).
 
         x_0' = x_0 + lambda * sum_k relu(r / |x_0 - z_k| - 1) (x_0 - z_k)
         v' = v - (x_0' - x_0) / sigma

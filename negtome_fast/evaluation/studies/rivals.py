@@ -62,6 +62,9 @@ RIVALS = (
             (2.5, "tau1 0.8", CADS(tau1=0.8, tau2=1.0)),
             (2.5, "tau1 0.7", CADS(tau1=0.7, tau2=1.0)),
             (2.5, "tau1 0.6", CADS(tau1=0.6, tau2=0.9)),
+            (2.5, "tau 0.9 to 0.95", CADS(tau1=0.9, tau2=0.95)),
+            (2.5, "tau 0.75 to 0.95", CADS(tau1=0.75, tau2=0.95)),
+            (1.5, "tau 0.75 to 0.95", CADS(tau1=0.75, tau2=0.95)),
         ],
     ),
     Rival(
