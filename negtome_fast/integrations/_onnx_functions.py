@@ -1,8 +1,8 @@
 """The operators in ONNX: what `onnx.translation_table` puts in the place of `torch.ops` nodes.
 
 Written in onnxscript. `guide` and `match` are traced, once for each node, and settle what is known
-then: modes and masks. The functions above them become functions of the model; their loops, over
-the slots of references and over blocks of columns, become `Loop`.
+then: modes and masks. The functions above them are put into the model as they are; their loops,
+over the slots of references and over blocks of columns, become `Loop`.
 """
 
 # mypy: ignore-errors
@@ -42,7 +42,7 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
         if official:
             rows = op.Identity(others)
             columns = op.Identity(x)
-            may_match = op.Expand(op.Cast(1, to=9), shape)
+            may_match = op.Expand(op.Cast(1, to=_BOOL), shape)
         else:
             rows = op.Identity(x)
             columns = op.Identity(others)
@@ -81,7 +81,7 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
         found = op.And(row_finite, chosen >= 0)
         if official:
             # Token j is pushed away from the row it chose: both must be finite, and j allowed.
-            away = op.GatherElements(op.Cast(row_finite, to=7), op.Max(chosen, 0), axis=1)
+            away = op.GatherElements(op.Cast(row_finite, to=_INT64), op.Max(chosen, 0), axis=1)
             pushable = op.And(op.And(mask, op.Squeeze(finite, [2])), away > 0)
         else:
             pushable = op.Identity(found)
