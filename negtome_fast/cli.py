@@ -296,8 +296,10 @@ def web_command(options: argparse.Namespace) -> int:
 
 
 def _add_eval(commands: Any) -> None:
-    names = ("diversity", "conventions", "hyperparameters", "rivals", "protected", "applications")
-    names += ("nudging", "nudging-cost", "overheads")
+    names = (
+        *("diversity", "conventions", "hyperparameters", "rivals", "protected", "applications"),
+        *("nudging", "nudging-cost", "overheads"),
+    )
     evaluation = commands.add_parser(
         "eval",
         help="studies of what guidance does to the embedded model, with intervals",
