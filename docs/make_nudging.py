@@ -40,18 +40,23 @@ def goal_table(result: dict[str, Any]) -> str:
     for method in ("nudge", "both"):
         for model, parts in nudging.goal(result, method).items():
             header = ["memorised by", "method", *parts]
-            rows.append([model, method, *("yes" if met else "no" for met in parts.values())])
+            rows.append([model, method, *parts.values()])
     return markdown(header, rows)
 
 
 def chance_line(result: dict[str, Any]) -> str:
-    """How many ordinary avatars the filter of pixels would flag."""
+    """How near ordinary avatars are to memorised images and to desired points."""
+    near = "; ".join(
+        f"{subject['label']}: {subject['ordinary_nearest_desired']:.3f}"
+        for subject in result["subjects"]
+    )
     shares = "; ".join(
         f"{subject['label']}: {subject['near_by_chance']:.1%}" for subject in result["subjects"]
     )
     return (
         "Of 400 balanced avatars that no model drew, so many lie within "
-        f"{result['pixels_threshold']:g} of a memorised image by chance: {shares}."
+        f"{result['pixels_threshold']:g} of a memorised image by chance: {shares}. Other avatars "
+        f"that fit the prompts are this far from the nearest desired point: {near}."
     )
 
 

@@ -42,7 +42,7 @@ from ..scores import triple
 from . import figures
 from .figures import BLUE, COLOURS, GREY
 from .study import SEED, Run, Study
-from .tables import cell, markdown, origin, signed
+from .tables import cell, markdown, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -400,15 +400,19 @@ def run(run: Run) -> dict[str, Any]:
 
 def _of_subject(run: Run, draw: Draw, measured: dict[str, Measured]) -> dict[str, Any]:
     subject = draw.subject
-    real = torch.cat(
-        [
-            run.lab.features(fitting(prompt, draw.each, REAL_SEED + i).float() / 255)
-            for i, prompt in enumerate(draw.prompts)
-        ]
-    )
+    ordinary = [
+        fitting(prompt, draw.each, REAL_SEED + i).float() / 255
+        for i, prompt in enumerate(draw.prompts)
+    ]
+    real = torch.cat([run.lab.features(images) for images in ordinary])
+    near = [
+        verdict.score
+        for prompt, images in zip(draw.prompts, ordinary, strict=True)
+        for verdict in PixelDistance(draw.desired[prompt], 0.0).judge(images)
+    ]
     count = 10 if run.sizes.quick else 400
-    ordinary = world.sample_avatars(count, CHANCE_SEED, "balanced")
-    by_chance = PixelDistance(subject.bank, PIXELS).judge(rendered(ordinary).float() / 255)
+    balanced = rendered(world.sample_avatars(count, CHANCE_SEED, "balanced"))
+    by_chance = PixelDistance(subject.bank, PIXELS).judge(balanced.float() / 255)
     base = measured["reseed"]
     _sheet(run, draw, measured)
     return {
@@ -417,6 +421,7 @@ def _of_subject(run: Run, draw: Draw, measured: dict[str, Measured]) -> dict[str
         "prompts": list(draw.prompts),
         "images": len(base.pixels),
         "near_by_chance": sum(verdict.triggered for verdict in by_chance) / len(by_chance),
+        "ordinary_nearest_desired": round(statistics.mean(near), 4),
         "methods": [
             record(name, one, base if name not in (PLAIN, "reseed") else None, real, draw.prompts)
             for name, one in measured.items()
@@ -474,7 +479,7 @@ def _sheet(run: Run, draw: Draw, measured: dict[str, Measured]) -> None:
             )
         )
     run.pictures[subject.name] = sheet(
-        f"Images of {subject.label}, before and after at most {ATTEMPTS} attempts",
+        f"{subject.label}: before and after at most {ATTEMPTS} attempts".capitalize(),
         rows,
         f"The first {shown} seeds of {len(draw.prompts)} prompts: " + "; ".join(draw.prompts),
         tile=64,
@@ -517,25 +522,39 @@ def table(result: dict[str, Any]) -> str:
         "RMS to the nearest desired point",
         "generations an image",
     ]
-    return markdown(header, rows) + "\n\n" + origin(result)
+    first = result["subjects"][0]
+    note = (
+        f"{first['images'] // len(first['prompts'])} images of each prompt, "
+        f"{result['sizes']['steps']} steps, at most {result['max_attempts']} generations of an "
+        "image, the plain one included; 95% intervals in brackets, differences paired by seed. "
+        f"torch {result['versions']['torch']}, {result['date'][:10]}. Made by "
+        f"`{result['command']}`."
+    )
+    return markdown(header, rows) + "\n\n" + note
 
 
 def percent(values: Sequence[float]) -> str:
     return f"{values[0]:.1%} [{max(0.0, values[1]):.1%}, {min(1.0, values[2]):.1%}]"
 
 
-def goal(result: dict[str, Any], method: str = "nudge") -> dict[str, dict[str, bool]]:
-    """For each model, which parts of the goal a method reaches."""
+def goal(result: dict[str, Any], method: str = "nudge") -> dict[str, dict[str, str]]:
+    """For each model, which parts of the goal a method reaches: yes, no, or no change seen."""
     reached = {}
     for subject in result["subjects"]:
         one = next(m for m in subject["methods"] if m["name"] == method)
         compared = one["against_reseeding"]
+        estimate, low, high = compared["frechet"]
+        quality = "yes" if high < 0 else "no" if low > 0 else "no change seen"
         reached[subject["label"]] = {
-            "nothing memorised is left": one["measures"]["memorised"][0] == 0,
-            "Frechet distance no worse than re-seeding's": compared["frechet"][0] <= 0,
-            "prompt agreement within 1 point of it": compared["agreement"][0] >= -0.01,
+            "nothing memorised is left": _yes(one["measures"]["memorised"][0] == 0),
+            "Frechet distance no worse than re-seeding's": f"{quality} ({estimate:+.0f})",
+            "prompt agreement within 1 point of it": _yes(compared["agreement"][0] >= -0.01),
         }
     return reached
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "no"
 
 
 SHOWN = {"reseed": GREY, "negtome": COLOURS[2], "nudge": BLUE, "both": COLOURS[1]}
