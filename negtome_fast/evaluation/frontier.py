@@ -57,7 +57,7 @@ class Matched:
         base, method: diversity of the condition, and of the method's frontier at this level (NaN
             where it does not reach it).
         ratio: method to base, paired by seed; None where the method does not reach the level,
-            or the base has no diversity in some draw.
+            or neither has any diversity in some draw.
         reached: share of the bootstrap's draws in which it does.
     """
 
@@ -90,7 +90,8 @@ def matched(
     moved = at(np.stack(qualities), np.stack(diversities), levels)
     reached = np.isfinite(moved)
     ratio = None
-    if np.isfinite(value) and bool((own_drawn > 0).all()) and own > 0:
-        # A draw in which the level is not reached counts as no gain.
-        ratio = plan.ratio(value, own, np.where(reached, moved, own_drawn), own_drawn)
+    # A draw in which the level is not reached counts as no gain.
+    filled = np.where(reached, moved, own_drawn)
+    if np.isfinite(value) and own > 0 and not ((filled == 0) & (own_drawn == 0)).any():
+        ratio = plan.ratio(value, own, filled, own_drawn)
     return Matched(name, level, own, value, ratio, float(reached.mean()))

@@ -8,7 +8,8 @@ images happen to lie beside the few modes of a model that repeats itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -39,31 +40,25 @@ class Real:
 
 @dataclass(frozen=True)
 class Scores:
-    """The samples of a condition beside real images.
+    """The samples of a condition beside real images; made by `scores_of`.
 
     Attributes:
         samples: what was drawn.
         real: balanced real images.
         logits: of the features (N, classes), for the inception-style score.
+        inside: which samples lie in the manifold of the real images, bool (N,).
+        inside_decoded: the same for the real images after the model's VAE.
     """
 
     samples: Samples
     real: Real
     logits: Tensor = field(repr=False)
+    inside: Tensor = field(repr=False)
+    inside_decoded: Tensor = field(repr=False)
 
     @cached_property
     def features(self) -> Tensor:
         return torch.from_numpy(self.samples.features)
-
-    @cached_property
-    def inside(self) -> Tensor:
-        """Which samples lie in the manifold of the real images, bool (N,)."""
-        return metrics.inside_manifold(self.real.features, self.features)
-
-    @cached_property
-    def inside_decoded(self) -> Tensor:
-        """The same for the real images after the model's VAE, bool (N,)."""
-        return metrics.inside_manifold(self.real.decoded, self.features)
 
     @cached_property
     def hits(self) -> Tensor:
@@ -80,6 +75,22 @@ class Scores:
             cosines = unit @ unit.T
             likeness[at] = ((cosines.sum(1) - 1) / max(1, len(at) - 1)).numpy()
         return likeness
+
+
+def scores_of(
+    samples: Mapping[str, Samples], real: Real, logits: Callable[[Tensor], Tensor]
+) -> dict[str, Scores]:
+    """Of several conditions at once, since the manifold of many real images takes a while."""
+    features = [torch.from_numpy(one.features) for one in samples.values()]
+    together, counts = torch.cat(features), [len(one) for one in features]
+    inside, decoded = (
+        metrics.inside_manifold(manifold, together).split(counts)
+        for manifold in (real.features, real.decoded)
+    )
+    return {
+        name: Scores(one, real, logits(own), a, b)
+        for (name, one), own, a, b in zip(samples.items(), features, inside, decoded, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -216,9 +227,12 @@ def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
     return result
 
 
-def triple(found: Interval) -> list[float]:
-    """[estimate, low, high] for JSON."""
-    return [round(value, 4) for value in (found.estimate, found.low, found.high)]
+def triple(found: Interval) -> list[Any]:
+    """[estimate, low, high] for JSON; None for an end that has no bound."""
+    return [
+        round(value, 4) if math.isfinite(value) else None
+        for value in (found.estimate, found.low, found.high)
+    ]
 
 
 def _rounded(value: float) -> float | None:

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ... import machine
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
 from ..sampling import GROUP, Condition, Group, Laboratory, Samples, groups_of
-from ..scores import Real, Scores
+from ..scores import Real, Scores, scores_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,18 +42,20 @@ class Sizes:
         group: images of a prompt that are guided together.
         steps: of the scheduler.
         real: balanced real images that span the manifold of precision.
+        decoded: the same, after the model's VAE.
         quick: a rehearsal: a few conditions, too few images for any conclusion.
     """
 
     images: int
     group: int = GROUP
     steps: int = STEPS
-    real: int = 1024
+    real: int = 4096
+    decoded: int = 1024
     quick: bool = False
 
     @classmethod
     def rehearsal(cls) -> Sizes:
-        return cls(images=16, group=2, steps=4, real=32, quick=True)
+        return cls(images=16, group=2, steps=4, real=32, decoded=32, quick=True)
 
     def chosen(self, whole: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
         """The values of a sweep."""
@@ -123,14 +123,9 @@ class Run:
 
     def scores(self, samples: Mapping[str, Samples]) -> dict[str, Scores]:
         """Beside balanced real images, as many in every study."""
-        real = Real(
-            self.lab.real_features(self.sizes.real),
-            self.lab.real_features(self.sizes.real, decoded=True),
-        )
-        return {
-            name: Scores(one, real, self.lab.features.logits(torch.from_numpy(one.features)))
-            for name, one in samples.items()
-        }
+        sizes, lab = self.sizes, self.lab
+        real = Real(lab.real_features(sizes.real), lab.real_features(sizes.decoded, decoded=True))
+        return scores_of(samples, real, lab.features.logits)
 
     def sheet(self, name: str, title: str, rows: Mapping[str, Samples], *, each: int = 4) -> None:
         """A picture of the first `each` images of every prompt, a condition a row."""

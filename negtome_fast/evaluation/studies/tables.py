@@ -15,13 +15,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(values: Sequence[float], digits: int = 2) -> str:
-    """`estimate [low, high]`."""
-    return f"{values[0]:.{digits}f} [{values[1]:.{digits}f}, {values[2]:.{digits}f}]"
+def cell(values: Sequence[float | None], digits: int = 2) -> str:
+    """`estimate [low, high]`; an end without a bound is infinite."""
+    estimate, low, high = ("inf" if value is None else f"{value:.{digits}f}" for value in values)
+    return f"{estimate} [{low}, {high}]"
 
 
 def signed(values: Sequence[Any], digits: int = 2) -> str:
-    """`+estimate [+low, +high]`, or what was seen where nothing was."""
+    """`+estimate [+low, +high]`."""
     estimate, low, high = (f"{value:+.{digits}f}" for value in values[:3])
     return f"{estimate} [{low}, {high}]"
 
