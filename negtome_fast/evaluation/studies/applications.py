@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...config import NegToMeConfig
 from ...generate import APPLICATIONS
-from ...models.avatars import Avatar, render
+from ...models.avatars import STYLES, Avatar, render
 from .. import metrics
 from ..bootstrap import Mean
 from ..sampling import Condition, Samples
@@ -144,7 +143,7 @@ def sharpen(run: Run) -> list[dict[str, Any]]:
 
 
 def interpolate(run: Run) -> list[dict[str, Any]]:
-    """Toward a picture and away from it: likeness to it, and its attributes."""
+    """Toward a picture and away from it: likeness to it, and whether the skin is no longer usual."""
     alphas = run.sizes.chosen(ALPHAS, ALPHAS[::2])
     picture = (reference(TARGET),)
     wanted = [
@@ -156,17 +155,16 @@ def interpolate(run: Run) -> list[dict[str, Any]]:
     images = max(run.sizes.images // 2, 2 * GROUP)
     found = run.samples(wanted, PROMPTS[:1], images=images, group=GROUP, seed=SEED)
     run.sheet("interpolate", "Toward a picture (negative alpha) and away from it", found, each=12)
-    target = run.lab.features(
-        torch.tensor(np.array(render(TARGET))).permute(2, 0, 1)[None].float() / 255
-    )[0]
+    pixels = torch.tensor(render(TARGET)).permute(2, 0, 1)[None].float() / 255
+    target, latent = run.lab.features(pixels)[0], run.lab.latents(pixels)[0]
+    usual = STYLES[TARGET.style].majority["skin"]
 
     def measured(one: Scores) -> dict[str, Tensor]:
-        readings = one.samples.readings
         return {
             "cosine": metrics.feature_cosine(one.features, target),
-            "its skin": torch.tensor([r["skin"] == TARGET.skin for r in readings]).double(),
-            "its hair colour": torch.tensor(
-                [r["hair_color"] == TARGET.hair_color for r in readings]
+            "latent L2": metrics.latent_l2(run.lab.latents(one.samples.pixels()), latent),
+            f"skin not {usual}": torch.tensor(
+                [reading["skin"] != usual for reading in one.samples.readings]
             ).double(),
         }
 
@@ -215,18 +213,10 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
     figures.tidy(sharpen_axes, "Contrast of neighbouring pixels, /256", "", "")
     records = result["interpolate"]
     at = [float(one["name"].split()[1]) for one in records]
-    for (measure, label), colour in zip(
-        (
-            ("cosine", "cosine with the picture"),
-            ("its skin", "has its skin"),
-            ("its hair colour", "has its hair colour"),
-            ("precision", "precision"),
-        ),
-        (BLUE, COLOURS[0], COLOURS[1], GREY),
-        strict=True,
-    ):
+    shown = [name for name in records[0]["measured"] if name != "latent L2"]
+    for measure, colour in zip(shown, (BLUE, COLOURS[0], GREY), strict=True):
         values = [one["measured"][measure] for one in records]
-        alpha_axes.plot(at, [v[0] for v in values], "o-", color=colour, label=label)
+        alpha_axes.plot(at, [v[0] for v in values], "o-", color=colour, label=measure)
         alpha_axes.fill_between(
             at, [v[1] for v in values], [v[2] for v in values], color=colour, alpha=0.15
         )
