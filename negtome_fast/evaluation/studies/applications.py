@@ -143,7 +143,7 @@ def sharpen(run: Run) -> list[dict[str, Any]]:
 
 
 def interpolate(run: Run) -> list[dict[str, Any]]:
-    """Toward a picture and away from it: likeness to it, and whether the skin is no longer usual."""
+    """Toward a picture and away from it: likeness, and whether the skin is still the usual one."""
     alphas = run.sizes.chosen(ALPHAS, ALPHAS[::2])
     picture = (reference(TARGET),)
     wanted = [
