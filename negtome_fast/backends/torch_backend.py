@@ -60,7 +60,7 @@ def _pairs(pairing: Pairing, matching: str) -> _Pairs:
     even = len({len(members) for members in by_columns.values()}) == 1
     flat = [pair for members in by_columns.values() for pair in members]
     with torch.inference_mode(False):
-        parts = torch.tensor(flat, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        parts = torch.tensor(flat, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
     return _Pairs(by_columns, even, *parts)
 
 
@@ -72,7 +72,7 @@ def _reference_items(pairing: Pairing) -> Tensor:
         for item in range(pairing.items)
     ]
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _all_finite(norms: Tensor) -> bool:
