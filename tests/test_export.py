@@ -389,7 +389,7 @@ def make_problem(operator: Operator, channels: int) -> tuple[CProblem, dict[str,
         x=x.data_ptr(),
         x_item_stride=x.stride(0),
         out=out.data_ptr(),
-        out_item_stride=out.stride(0),
+        out_item_stride=0 if operator.inplace else out.stride(0),
         alpha=arguments["alpha"].data_ptr(),
         alphas=len(arguments["alpha"]),
         threshold=arguments["threshold"].data_ptr(),
@@ -431,6 +431,15 @@ def test_header_runs_the_operator(name: str, folders: dict[str, Path], tmp_path:
     assert library.fake_cuda_open_modules() == 0
     expected.check_guide(parts["out"], parts["similarity"], parts["pushed"])
     assert bool((parts["pushed"] >= 0).any()) and bool((parts["pushed"] < 0).any())
+
+    if operator.inplace:
+        problem.out_item_stride = problem.x_item_stride * 2
+        assert b"strides of out must be those of x" in library.test_check(ctypes.byref(problem))
+        problem.out_item_stride = 0
+    if operator.reference == "external":
+        problem.out, right = problem.reference, problem.out
+        assert library.test_check(ctypes.byref(problem)).startswith(b"out must not be the ref")
+        problem.out = right
 
     # Nothing else was written: neither past the scratch memory nor before the image tokens.
     assert bool((workspace[start + size :] == 0xFF).all())

@@ -64,7 +64,7 @@ typedef struct negtome_problem {
 
     negtome_pointer x; /* (B, N, D) */
     int64_t x_item_stride, x_token_stride;
-    negtome_pointer out; /* (B, N, D), or x where NEGTOME_INPLACE */
+    negtome_pointer out; /* (B, N, D), or x with its strides where NEGTOME_INPLACE */
     int64_t out_item_stride, out_token_stride;
 
     /* Of NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) with a set for each item. */
@@ -231,8 +231,13 @@ static inline negtome_sizes negtome_sizes_of(const negtome_problem *p) {
     s.rows = NEGTOME_SUM ? s.slots : 1;
     s.xn = negtome_stride(p->x_token_stride, token);
     s.xb = negtome_stride(p->x_item_stride, (int64_t)s.tokens * s.xn);
+#if NEGTOME_INPLACE
+    s.on = s.xn;
+    s.ob = s.xb;
+#else
     s.on = negtome_stride(p->out_token_stride, token);
     s.ob = negtome_stride(p->out_item_stride, (int64_t)s.tokens * s.on);
+#endif
 #if NEGTOME_EXTERNAL
     s.rm = negtome_stride(p->reference_token_stride, token);
     s.rb = negtome_stride(p->reference_item_stride, (int64_t)s.columns * s.rm);
@@ -278,8 +283,14 @@ static inline const char *negtome_check(const negtome_problem *p) {
         return "all pointers must be aligned to 16 bytes";
 #if NEGTOME_INPLACE
     if (p->out != p->x) return "these kernels work in place: out must be x";
+    if ((p->out_item_stride && p->out_item_stride != p->x_item_stride) ||
+        (p->out_token_stride && p->out_token_stride != p->x_token_stride))
+        return "these kernels work in place: the strides of out must be those of x, or 0";
 #elif NEGTOME_OTHERS
     if (p->out == p->x) return "out must not be x, whose tokens serve as references";
+#endif
+#if NEGTOME_EXTERNAL
+    if (p->out == p->reference) return "out must not be the reference";
 #endif
 #if !NEGTOME_REFERENCE_MASK
     if (p->reference_mask) return "these kernels were exported without a reference mask";
