@@ -270,7 +270,7 @@ def build(workshop: Workshop) -> Any:
         mode: str,
         drawn: dict[str, Any] | None,
         count: float,
-        seed: float,
+        seed: float | None,
         guidance_scale: float,
         steps: float,
         alpha: float,
@@ -288,6 +288,8 @@ def build(workshop: Workshop) -> Any:
         }
         drawn = drawn or {}
         try:
+            if seed is None:
+                raise ValueError("the field of the first seed is empty: give a whole number")
             request = Request(
                 prompt=prompt,
                 count=int(count),

@@ -232,9 +232,15 @@ def test_program_interface_draws_and_says_what_is_wrong(
     path = tmp_path / "reference.png"
     picture.save(path)
 
-    def ask(prompt: str = PROMPT, mode: str = "others", drawn: Any = None, count: int = 2) -> Any:
-        rest = (0, 2.5, 2, 0.5, 0.65, 1000, 0, "paper")
-        return client.predict(prompt, mode, drawn, count, *rest, api_name="/generate")
+    def ask(
+        prompt: str = PROMPT,
+        mode: str = "others",
+        drawn: Any = None,
+        count: int = 2,
+        seed: int | None = 0,
+    ) -> Any:
+        rest = (2.5, 2, 0.5, 0.65, 1000, 0, "paper")
+        return client.predict(prompt, mode, drawn, count, seed, *rest, api_name="/generate")
 
     plain, guided, words, figure = ask()
     assert len(plain) == len(guided) == 2
@@ -251,6 +257,8 @@ def test_program_interface_draws_and_says_what_is_wrong(
         ask(mode="image", drawn=drawn)
     with pytest.raises(AppError, match="16"):
         ask(count=10**6)
+    with pytest.raises(AppError, match="first seed is empty"):
+        ask(seed=None)
 
 
 @needs_gradio
