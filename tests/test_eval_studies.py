@@ -48,6 +48,14 @@ def lab(store: Path) -> Laboratory:
     return Laboratory(store, batch=4)
 
 
+@pytest.fixture(scope="module")
+def studio(lab: Laboratory, store: Path) -> Laboratory:
+    """The same instruments with larger batches, for whole studies."""
+    studio = Laboratory(store, batch=16)
+    vars(studio).update(pipe=lab.pipe, features=lab.features, reader=lab.reader)
+    return studio
+
+
 def groups(images: int = 4) -> list[Group]:
     return groups_of(PROMPTS, images, size=2)
 
@@ -219,12 +227,12 @@ def test_frontier_against_itself_gains_nothing(lab: Laboratory) -> None:
     ["diversity", "conventions", "hyperparameters", "rivals", "protected", "applications"],
 )
 def test_study_writes_scores_table_figures_and_sheets(
-    name: str, lab: Laboratory, tmp_path: Path
+    name: str, studio: Laboratory, tmp_path: Path
 ) -> None:
     study = STUDIES[name]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tight_layout|constrained_layout.*")
-        result = perform(study, Run(lab, TINY, tmp_path, progress=False))
+        result = perform(study, Run(studio, TINY, tmp_path, progress=False))
     assert load(tmp_path / f"{name}.json") == json.loads(json.dumps(result))
     assert result["command"] == f"negtome-fast eval {name} --quick"
     assert {"cpu", "versions", "commit", "sizes", "date"} <= result.keys()
@@ -242,12 +250,12 @@ def test_study_writes_scores_table_figures_and_sheets(
 
 
 def test_result_is_the_same_when_drawn_again_from_the_store(
-    lab: Laboratory, tmp_path: Path
+    studio: Laboratory, tmp_path: Path
 ) -> None:
     study = STUDIES["hyperparameters"]
     changing = {"date", "seconds_of_this_run", "changed_files", "commit"}
     first, again = (
-        perform(study, Run(lab, TINY, tmp_path / name, progress=False)) for name in ("a", "b")
+        perform(study, Run(studio, TINY, tmp_path / name, progress=False)) for name in ("a", "b")
     )
     assert first.keys() > changing
     for key in first.keys() - changing:
@@ -271,3 +279,24 @@ def test_bad_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["eval", "diversity", "--samples", "64", "--quick", *where]) == 2
     assert main(["eval", "diversity", "--threads", "0", *where]) == 2
     assert not (tmp_path / "diversity.json").exists()
+
+
+def test_page_has_the_committed_results() -> None:
+    from bench.evaluation import PAGE, RESULTS, render
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert render(text) == text, "run python -m bench.evaluation"
+    assert "not measured" not in text
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (PAGE.parent / link).exists(), link
+    sizes = [path.stat().st_size for path in RESULTS.glob("*.json")]
+    assert sizes and max(sizes) < 1_000_000
+
+
+def test_page_without_results_says_so(tmp_path: Path) -> None:
+    from bench.evaluation import render
+
+    mark = "<!-- begin: diversity -->\nold\n<!-- end: diversity -->"
+    assert "not measured" in render(mark, tmp_path) and "old" not in render(mark, tmp_path)
+    with pytest.raises(ValueError, match="marks 'dogs'"):
+        render(mark.replace("diversity", "dogs"), tmp_path)

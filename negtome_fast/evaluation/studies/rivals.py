@@ -85,7 +85,16 @@ RIVALS = (
     ),
 )
 #: NegToMe's own sweep: guidance scale, alpha of `others`. Alpha 0 is the lower guidance scale.
-OURS = ((1.0, 0.5), (1.5, 0.5), (2.5, 0.5), (1.0, 0.3), (1.5, 0.3), (2.5, 0.3))
+OURS = (
+    (1.0, 0.5),
+    (1.5, 0.5),
+    (2.5, 0.5),
+    (1.0, 0.3),
+    (1.5, 0.3),
+    (2.5, 0.3),
+    (1.5, 0.15),
+    (2.5, 0.15),
+)
 NOTE = (
     "NegToMe's frontier is over guidance scales and alpha, 0 included; a ratio above 1 means more "
     "entropy than the rival at its precision or better."
