@@ -256,8 +256,66 @@ def families_table() -> str:
     return _markdown(header, rows)
 
 
+#: Conditions of the study of rivals that the README shows, and what it calls them.
+EVIDENCE = {
+    "guidance scale 2.5": "without guidance, scale 2.5",
+    "guidance scale 1": "a lower scale, 1",
+    "interval guidance 2.5, to 0.6": "interval guidance",
+    "CADS 1.5, tau 0.75 to 0.95": "CADS, scale 1.5",
+    "NegToMe 2.5, alpha 0.3": "NegToMe `others`, alpha 0.3, scale 2.5",
+    "NegToMe 2.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 2.5",
+    "NegToMe 1.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 1.5",
+}
+
+
+def evidence_table(record: dict[str, Any]) -> str:
+    """Diversity and its price, of `negtome-fast eval rivals`; intervals are of 95%."""
+    measures = {one["name"]: one["measures"] for one in record["conditions"]}
+
+    def cell(values: Sequence[float], form: str) -> str:
+        estimate, low, high = (format(value, form) for value in values)
+        return estimate if low == high else f"{estimate} [{low}, {high}]"
+
+    rows = [
+        [
+            label,
+            cell(measures[name]["entropy"], ".2f"),
+            cell(measures[name]["cosine"], ".3f"),
+            cell(measures[name]["precision"], ".2f"),
+            cell(measures[name]["agreement"], ".0%"),
+        ]
+        for name, label in EVIDENCE.items()
+    ]
+    header = ["method", "entropy of open attributes", "pairwise cosine", "precision", "prompt kept"]
+    images = f"{record['sizes']['images']} images a row, "
+    return "\n\n".join((_markdown(header, rows), images + _study_origin(record)))
+
+
+def nudging_table(record: dict[str, Any]) -> str:
+    """Share of memorised outputs, of `negtome-fast eval nudging`; intervals are of 95%."""
+    rows = []
+    for subject in record["subjects"]:
+        for one in subject["methods"]:
+            label = record["methods"].get(one["name"], "the first attempt")
+            shares = (one["measures"][name] for name in ("memorised", "agreement"))
+            cells = ["{:.0%} [{:.0%}, {:.0%}]".format(*share) for share in shares]
+            rows.append([f"{subject['label']} ({subject['images']} images)", label, *cells])
+    header = ["what was memorised", "further attempts", "memorised", "prompt kept"]
+    return "\n\n".join((_markdown(header, rows), _study_origin(record)))
+
+
+def _study_origin(record: dict[str, Any]) -> str:
+    return (
+        f"{record['sizes']['steps']} steps; on {record['cpu']}, "
+        f"torch {record['versions']['torch']}; {record['date'][:10]}. "
+        f"Made by `{record['command']}`."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
+    "evidence": ("eval/rivals.json", evidence_table),
+    "nudging": ("eval/nudging.json", nudging_table),
     "cpu": ("cpu.json", speed_table),
     "cpu-growth": ("cpu.json", growth_table),
     "end-to-end-cpu": ("end-to-end-cpu.json", end_to_end_table),
