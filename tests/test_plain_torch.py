@@ -102,6 +102,7 @@ def test_bare_environment_imports_the_core_and_runs_the_loop(bare: Path) -> None
 
 
 def test_code_of_the_page_runs() -> None:
+    torch.manual_seed(0)
     names: dict[str, Any] = {}
     summaries = []
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
