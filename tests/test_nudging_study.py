@@ -102,12 +102,13 @@ def test_the_goal_asks_for_all_three(measured: Any, answers: list[str]) -> None:
     assert list(found.values()) == answers
 
 
-def test_samples_must_divide_into_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = Laboratory(None)
-    found = nudging.subjects(lab, quick=True)
-    monkeypatch.setattr(nudging, "subjects", lambda lab, quick: found)
-    with pytest.raises(ValueError, match="there are 4 prompts, so it must be a multiple of 4"):
-        nudging.run(Run(lab, Sizes(images=10), tmp_path))
+def test_samples_must_divide_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nudging.overfit, "main", None)
+    for samples in (10, 12):
+        with pytest.raises(ValueError, match="must be a multiple of 12, at least 24"):
+            nudging.run(Run(Laboratory(None), Sizes(images=samples), tmp_path))
 
 
 def test_cost_is_measured_in_turns(tmp_path: Path) -> None:

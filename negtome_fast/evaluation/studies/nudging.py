@@ -367,14 +367,15 @@ def record(
 def run(run: Run) -> dict[str, Any]:
     from tqdm import tqdm
 
-    found = subjects(run.lab, run.sizes.quick)
-    total = sum(len(subject.bank) for subject in found)
+    # Before the overfitted model is trained, which takes minutes.
+    total = len(world.CHARACTERS) + len(overfit.PROMPTS)
     each = 2 if run.sizes.quick else run.sizes.images // total
     if each < 2 or (not run.sizes.quick and run.sizes.images % total):
         raise ValueError(
             f"--samples {run.sizes.images}: there are {total} prompts, so it must be a multiple of "
             f"{total}, at least {2 * total}"
         )
+    found = subjects(run.lab, run.sizes.quick)
     names = (PLAIN, *METHODS)
     draws = [
         Draw(run, subject, subject.bank.names[:2] if run.sizes.quick else subject.bank.names, each)
