@@ -2,8 +2,8 @@
 
 The forms are prototypes in plain torch, put in the operator's place while the embedded model draws
 a condition; they are no part of the package. Writes docs/variants.json and the tables of
-docs/beyond.md. A quarter of an hour on one free core; goes on where it was interrupted. With --check
-nothing is drawn: exits with 1 where the page's tables are not those of the file.
+docs/beyond.md. A quarter of an hour on one free core; goes on where it was interrupted. With
+--check nothing is drawn: exits with 1 where the page's tables are not those of the file.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def page(text: str, result: dict[str, Any]) -> str:
     """The page with the tables of `result` between its marks."""
     for name, table in tables(result).items():
         mark = rf"(?<=<!-- begin: {name} -->\n).*?(?=\n<!-- end: {name} -->)"
-        text, found = re.subn(mark, lambda _, t=table: t, text, flags=re.DOTALL)  # type: ignore
+        text, found = re.subn(mark, lambda _, t=table: t, text, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"{PAGE.name} has no place for the table {name!r}")
     return text
