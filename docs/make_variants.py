@@ -147,6 +147,15 @@ FORMS = (
 OPERATOR = ((SCALE, 0.3), (SCALE, 0.5), (SCALE, 0.9), (SCALE, 2.0), (2.5, 0.5), (2.5, 0.9))
 """Guidance scale and alpha of the operator, whose frontier the forms are compared with."""
 
+COLUMNS = {
+    "entropy": "attribute entropy, nats",
+    "cosine": "pairwise cosine",
+    "precision": "precision",
+    "precision_decoded": "precision, real after the VAE",
+    "frechet": "Frechet distance",
+    "agreement": "prompt kept",
+}
+
 NAMED_SEED = 4242
 """Of the people whose attributes are all named in the prompt."""
 
@@ -263,37 +272,57 @@ def measure(images: int, store: Path) -> dict[str, Any]:
     }
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(condition: dict[str, Any], measure: str) -> str:
+    """`estimate [low, high]`, or the estimate where the file has no more."""
+    value = condition["measures"][measure]
+    if not isinstance(value, list):
+        return f"{value:.0f}"
+    if measure == "agreement":
+        return f"{value[0]:.1%}"
+    digits = 2 if measure == "entropy" else 3
+    return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+
+
+def signed(found: Sequence[float]) -> str:
+    return f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
+
+
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """The tables of the page by their name."""
-    from negtome_fast.evaluation.studies.tables import (
-        markdown,
-        measure_cell,
-        measures_table,
-        origin,
-        signed,
-    )
-
-    columns = ("entropy", "cosine", "precision", "precision_decoded", "frechet", "agreement")
     by_name = {one["name"]: one for one in result["conditions"]}
-    gained = result["at_matched_precision"]
-    rows = [
-        [label, *(measure_cell(by_name[label], m) for m in ("entropy", "precision")), signed(found)]
+    gained, sizes = result["at_matched_precision"], result["sizes"]
+    forms = [
+        [label, *(cell(by_name[label], m) for m in ("entropy", "precision")), signed(found)]
         for label, found in gained.items()
     ]
-    header = ["form", "attribute entropy, nats", "precision", "entropy less the operator's"]
+    operator = [
+        [name, *(cell(one, measure) for measure in COLUMNS)]
+        for name, one in by_name.items()
+        if name not in gained
+    ]
+    origin = (
+        f"{sizes['images']} images a condition, groups of {sizes['group']}, {sizes['steps']} "
+        f"steps, {sizes['real']} real images; 95% intervals in brackets. {result['date'][:10]}, torch "
+        f"{result['versions']['torch']}. Made by `{result['command']}`."
+    )
+    note = (
+        f"Where all attributes are named, {result['named_attributes_shown']:.0%} of the images "
+        "show them all; the last column asks for the style only."
+    )
     shares = [
         [name, *(f"{inside} of {count}" if count else "-" for count, inside in counts)]
         for name, counts in result["by_rarity"].items()
         if name not in gained
     ]
-    others = [one for name, one in by_name.items() if name not in gained]
-    note = (
-        f"Where all attributes are named, {result['named_attributes_shown']:.0%} of the images "
-        "show them all; the last column asks for the style only."
-    )
+    compared_by = ["attribute entropy, nats", "precision", "entropy less the operator's"]
     return {
-        "operator": measures_table(others, columns) + "\n\n" + note,
-        "forms": markdown(header, rows) + "\n\n" + origin(result),
+        "forms": markdown(["form", *compared_by], forms) + "\n\n" + origin,
+        "operator": markdown(["condition", *COLUMNS.values()], operator) + "\n\n" + note,
         "rarity": markdown(["inside the real manifold", "common", "1", "2", "3 uncommon"], shares),
     }
 
