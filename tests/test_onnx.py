@@ -135,6 +135,18 @@ def test_double_precision_stays_double() -> None:
     torch.testing.assert_close(y, negtome(x, alpha=0.5, threshold=0.375), rtol=1e-14, atol=1e-14)
 
 
+def test_dropout_spares_other_tokens_in_every_run() -> None:
+    x = tokens(4, 500)
+    model = session(export_onnx(Plain(threshold=-1.0, dropout=0.25).eval(), (x,)))
+    pushed = negtome(x, threshold=-1.0)
+    first, second = (run(model, x)[0] for _ in range(2))
+    for y in (first, second):
+        moved = (y != x).any(dim=2)[1:]
+        assert abs(float(moved.float().mean()) - 0.75) < 0.06  # five standard deviations
+        torch.testing.assert_close(y[1:][moved], pushed[1:][moved])
+    assert not torch.equal(first, second)
+
+
 class Plain(nn.Module):
     """`negtome` alone."""
 
