@@ -308,7 +308,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     origin = (
         f"{sizes['images']} images a condition, groups of {sizes['group']}, {sizes['steps']} "
         f"steps, {sizes['real']} real images; 95% intervals in brackets. "
-        f"{result['date'][:10]}, torch {result['versions']['torch']}. Made by `{result['command']}`."
+        f"{result['date'][:10]}, torch {result['versions']['torch']}. "
+        f"Made by `{result['command']}`."
     )
     note = (
         f"Where all attributes are named, {result['named_attributes_shown']:.0%} of the images "
