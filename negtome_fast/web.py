@@ -199,7 +199,8 @@ def check_picture(source: Path | bytes) -> None:
             with Image.open(stream, formats=FORMATS) as image:
                 width, height = image.size
     except Image.DecompressionBombError:
-        raise ValueError(f"the picture has more than {MOST_PIXELS:.0e} pixels") from None
+        most = MOST_PIXELS // 10**6
+        raise ValueError(f"the picture has more than {most} million pixels") from None
     except (OSError, SyntaxError, ValueError):
         raise ValueError(f"the file is no picture that can be read: {', '.join(FORMATS)}") from None
     if width * height > MOST_PIXELS:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 from ... import kernels
@@ -97,6 +98,15 @@ def _variant(files: dict[str, str], backend: str, repo_id: str) -> dict[str, str
     return built | {"metadata.json": json.dumps(metadata, indent=2) + "\n"}
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether an earlier call wrote it; folders of other kernels have a build.toml, too."""
+    path = folder / "build.toml"
+    if not path.is_file():
+        return False
+    general: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8")).get("general", {})
+    return general.get("name") == NAME
+
+
 def assemble(folder: Path | str, repo_id: str = f"OWNER/{NAME}") -> list[Path]:
     """Write the kernel into `folder`: sources for kernel-builder, and build variants as they are.
 
@@ -113,7 +123,7 @@ def assemble(folder: Path | str, repo_id: str = f"OWNER/{NAME}") -> list[Path]:
     folder = Path(folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build.toml").is_file():
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder} holds something else; hand over an empty folder")
     for name in ("torch-ext", "build", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
