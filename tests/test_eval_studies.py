@@ -217,9 +217,12 @@ def test_frontier_against_itself_gains_nothing(lab: Laboratory) -> None:
     real = Real(lab.real_features(16), lab.real_features(16, decoded=True))
     scores = scores_of({"": drawn}, real, lab.features.logits)[""]
     found = frontier.matched(scores, [scores])
-    assert found.method == found.base and found.reached == 1
-    assert found.ratio is None or found.ratio.estimate == pytest.approx(1)
-    assert frontier.matched(scores, []).ratio is None
+    assert found.method == found.base
+    assert found.ratio is None or found.ratio.corrected == pytest.approx(1)
+    same = frontier.compared([scores], [scores], found.level)
+    assert same.method == same.rival == found.base
+    above = frontier.compared([scores], [scores], found.level + 0.5)
+    assert np.isnan(above.method) and above.ratio is None
 
 
 @pytest.mark.parametrize(

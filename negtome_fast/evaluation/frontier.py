@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bootstrap import Interval
+from .bootstrap import Interval, Plan
 from .scores import Scores, drawn, plan_of
 
 ROUNDING = 1e-12
+ENOUGH = 0.95
+"""Share of draws that must reach a level for an interval at it."""
 
 
 def at(quality: np.ndarray, diversity: np.ndarray, level: np.ndarray) -> np.ndarray:
@@ -57,8 +59,7 @@ class Matched:
         base, method: diversity of the condition, and of the method's frontier at this level (NaN
             where it does not reach it).
         ratio: method to base, paired by seed; None where the method does not reach the level,
-            or neither has any diversity in some draw.
-        reached: share of the bootstrap's draws in which it does.
+            or neither has any diversity in some draw. Its `corrected` is the estimate to report.
     """
 
     name: str
@@ -66,7 +67,6 @@ class Matched:
     base: float
     method: float
     ratio: Interval | None
-    reached: float
 
 
 def matched(
@@ -75,23 +75,70 @@ def matched(
     quality: str = "precision",
     diversity: str = "entropy",
 ) -> Matched:
-    """The frontier of `points`, drawn from the same seeds, at the quality of `base`."""
+    """The frontier of `points` at the quality of `base`; all drawn from the same seeds."""
     plan = plan_of(base.samples)
     level, levels = drawn(base, quality, plan)
     own, own_drawn = drawn(base, diversity, plan)
-    name = base.samples.condition.name
-    if not points:
-        return Matched(name, level, own, float("nan"), None, 0.0)
-    (values, qualities), (found, diversities) = (
-        zip(*(drawn(point, measure, plan) for point in points), strict=True)
-        for measure in (quality, diversity)
-    )
-    value = float(at(np.array(values)[:, None], np.array(found)[:, None], np.array([level]))[0])
-    moved = at(np.stack(qualities), np.stack(diversities), levels)
+    value, moved = _Frontier.of(points, quality, diversity, plan).at(level, levels)
     reached = np.isfinite(moved)
-    ratio = None
-    # A draw in which the level is not reached counts as no gain.
+    # A draw in which the level is not reached counts as no gain, and so may not move the interval.
     filled = np.where(reached, moved, own_drawn)
-    if np.isfinite(value) and own > 0 and not ((filled == 0) & (own_drawn == 0)).any():
-        ratio = plan.ratio(value, own, filled, own_drawn)
-    return Matched(name, level, own, value, ratio, float(reached.mean()))
+    ratio = _ratio(plan, value, own, filled, own_drawn, recentre=bool(reached.all()))
+    return Matched(base.samples.condition.name, level, own, value, ratio)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two frontiers at one level of quality; the ratio is the first's to the second's."""
+
+    level: float
+    method: float
+    rival: float
+    ratio: Interval | None
+
+
+def compared(
+    points: Sequence[Scores],
+    rivals: Sequence[Scores],
+    level: float,
+    quality: str = "precision",
+    diversity: str = "entropy",
+) -> Compared:
+    """Both frontiers at this level; NaN and None where one of them does not reach it."""
+    plan = plan_of(points[0].samples)
+    sides = [_Frontier.of(side, quality, diversity, plan) for side in (points, rivals)]
+    (value, moved), (other, other_moved) = (side.at(level, np.full(1, level)) for side in sides)
+    reached = np.isfinite(moved) & np.isfinite(other_moved)
+    ratio = None
+    if reached.mean() >= ENOUGH:
+        ratio = _ratio(plan, value, other, moved[reached], other_moved[reached], recentre=True)
+    return Compared(level, value, other, ratio)
+
+
+@dataclass(frozen=True)
+class _Frontier:
+    """Quality and diversity of P points, as estimated (P,) and in each draw (P, draws)."""
+
+    estimates: tuple[np.ndarray, np.ndarray]
+    draws: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, points: Sequence[Scores], quality: str, diversity: str, plan: Plan) -> _Frontier:
+        found = [[drawn(point, m, plan) for point in points] for m in (quality, diversity)]
+        estimates = [np.array([value for value, _ in part]) for part in found]
+        draws = [np.stack([moved for _, moved in part]) for part in found]
+        return cls((estimates[0], estimates[1]), (draws[0], draws[1]))
+
+    def at(self, level: float, levels: np.ndarray) -> tuple[float, np.ndarray]:
+        """The most diversity at this level, and in each draw at its own."""
+        quality, diversity = (part[:, None] for part in self.estimates)
+        return float(at(quality, diversity, np.array([level]))[0]), at(*self.draws, levels)
+
+
+def _ratio(
+    plan: Plan, a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray, *, recentre: bool
+) -> Interval | None:
+    none_in_both = bool(((drawn_a == 0) & (drawn_b == 0)).any())
+    if not np.isfinite(a) or not b > 0 or none_in_both:
+        return None
+    return plan.ratio(a, b, drawn_a, drawn_b, recentre=recentre)

@@ -235,6 +235,16 @@ def triple(found: Interval) -> list[Any]:
     ]
 
 
+def corrected(found: Interval | None) -> list[Any] | None:
+    """[estimate without its bias, low, high] of a ratio of entropies; see docs/measures.md."""
+    if found is None:
+        return None
+    _, low, high = triple(found)
+    # Where an end has no bound, some draws were none and the bias is not known.
+    estimate = found.corrected if high is not None else found.estimate
+    return [round(estimate, 4), low, high]
+
+
 def _rounded(value: float) -> float | None:
     return None if value != value else round(value, 4)
 

@@ -80,7 +80,12 @@ class Figures:
 
 
 def run(run: Run) -> dict[str, Any]:
-    return {"style": style(run), "sharpen": sharpen(run), "interpolate": interpolate(run)}
+    return {
+        "sizes": run.sizes.to_dict(group=min(GROUP, run.sizes.group)),
+        "style": style(run),
+        "sharpen": sharpen(run),
+        "interpolate": interpolate(run),
+    }
 
 
 def _records(run: Run, found: dict[str, Samples], measured: Any) -> list[dict[str, Any]]:

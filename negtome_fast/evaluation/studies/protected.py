@@ -132,6 +132,7 @@ def run(run: Run) -> dict[str, Any]:
             {name: _only(one, kinds, kind) for name, one in joined.items()},
         )
     return {
+        "sizes": run.sizes.to_dict(group=min(GROUP, run.sizes.group)),
         "characters": list(characters),
         "kinds": kinds,
         "unrelated_cosine": round(unrelated, 4),
@@ -284,11 +285,11 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
             )
         if measure == "cosine":
             axes.axvline(result["unrelated_cosine"], color="#555555", linestyle=":", linewidth=1)
-        if measure == "recognised":
-            axes.legend(frameon=False, fontsize=9, loc="center right")
         axes.set_yticks(rows, names if measure == "cosine" else [])
         axes.invert_yaxis()
         figures.tidy(axes, label, "", "")
+    handles = grid[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return {"likeness": figure}
 
 

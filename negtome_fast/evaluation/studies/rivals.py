@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..frontier import matched
+from ..frontier import compared
 from ..rivals import CADS, SPELL, Baseline, IntervalGuidance, ParticleGuidance
 from ..sampling import Condition
-from ..scores import record, triple
+from ..scores import corrected, record
 from . import figures
 from .diversity import preset
 from .figures import BLUE, COLOURS, GREY, MARKERS, Series
@@ -95,9 +95,11 @@ OURS = (
     (1.5, 0.15),
     (2.5, 0.15),
 )
+LEVELS = (0.3, 0.4, 0.5, 0.6)
 NOTE = (
-    "NegToMe's frontier is over guidance scales and alpha, 0 included; a ratio above 1 means more "
-    "entropy than the rival at its precision or better."
+    "Entropy of the two frontiers at a precision of at least the column's. NegToMe's is over "
+    "guidance scales and alpha, 0 included; a rival's is over its settings and all unguided "
+    "scales. A ratio above 1 is NegToMe's; a level is left out where one of them does not reach it."
 )
 
 
@@ -115,39 +117,39 @@ def conditions(run: Run) -> list[Condition]:
 def run(run: Run) -> dict[str, Any]:
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
+    # Alpha 0 is unguided: the frontier of the method has these points as well.
     ours = [one for name, one in scores.items() if name.startswith(("NegToMe", LOWER))]
     gains = []
-    for name, base in scores.items():
-        if name.startswith("NegToMe"):
-            continue
-        found = matched(base, [one for one in ours if one is not base])
-        gains.append(
-            {
-                "rival": name,
-                "precision": round(found.level, 4),
-                "rival_entropy": round(found.base, 4),
-                "entropy": None if math.isnan(found.method) else round(found.method, 4),
-                "ratio": None if found.ratio is None else triple(found.ratio),
-            }
-        )
+    for rival in RIVALS:
+        # A rival is given every lower guidance scale too.
+        labels = (rival.label, LOWER)
+        theirs = [one for name, one in scores.items() if name.startswith(labels)]
+        for level in LEVELS:
+            found = compared(ours, theirs, level)
+            gains.append(
+                {
+                    "rival": rival.label,
+                    "precision": level,
+                    "entropy": None if math.isnan(found.method) else round(found.method, 4),
+                    "rival_entropy": None if math.isnan(found.rival) else round(found.rival, 4),
+                    "ratio": corrected(found.ratio),
+                }
+            )
     return {"conditions": [record(one) for one in scores.values()], "gains": gains}
 
 
 def gains_table(result: dict[str, Any]) -> str:
+    """A rival a row: entropy of both frontiers at each level, and the ratio."""
     rows = []
-    for gain in result["gains"]:
-        reached = gain["entropy"] is not None
-        rows.append(
-            [
-                gain["rival"],
-                f"{gain['precision']:.3f}",
-                f"{gain['rival_entropy']:.2f}",
-                f"{gain['entropy']:.2f}" if reached else "not reached",
-                cell(gain["ratio"]) if gain["ratio"] else "-",
-            ]
-        )
-    header = ["rival", "its precision", "its entropy", "NegToMe at that precision", "ratio"]
-    return markdown(header, rows)
+    for label in dict.fromkeys(gain["rival"] for gain in result["gains"]):
+        cells = []
+        for gain in [one for one in result["gains"] if one["rival"] == label]:
+            values = [gain["entropy"], gain["rival_entropy"]]
+            shown = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+            cells.append(shown + (f": {cell(gain['ratio'])}" if gain["ratio"] else ""))
+        rows.append([label, *cells])
+    levels = [f"precision {level:g}" for level in LEVELS]
+    return markdown(["NegToMe / rival: ratio", *levels], rows)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -57,6 +57,11 @@ class Sizes:
     def rehearsal(cls) -> Sizes:
         return cls(images=16, group=2, steps=4, real=32, decoded=32, quick=True)
 
+    def to_dict(self, **changes: int) -> dict[str, int]:
+        """For the file of results; `changes` where a study has its own."""
+        values = {name: getattr(self, name) for name in ("images", "group", "steps", "real")}
+        return {**values, "real_decoded": self.decoded, **changes}
+
     def chosen(self, whole: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
         """The values of a sweep."""
         return few if self.quick else whole
@@ -178,12 +183,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "study": study.name,
         "command": f"negtome-fast eval {study.name}"
         + (" --quick" if sizes.quick else f" --samples {sizes.images}"),
-        "sizes": {
-            "images": sizes.images,
-            "group": sizes.group,
-            "steps": sizes.steps,
-            "real": sizes.real,
-        },
+        "sizes": sizes.to_dict(),
         "seconds_of_this_run": round(time.perf_counter() - began),
         **machine.describe(),
         **body,
