@@ -1,8 +1,8 @@
 """`python -m bench.evaluation`: the tables of docs/evaluation.md, from bench/results/eval/.
 
 A study's tables stand between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; a missing file reads
-"not measured". Figures are drawn anew as well. With --check nothing is written, and a page that is
-not up to date exits with 1.
+"not measured". The figures of these studies are drawn anew as well. With --check nothing is written,
+and a page that is not up to date exits with 1.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rendered != text:
             print(f"{PAGE.name} is not up to date: python -m bench.evaluation", file=sys.stderr)
         return int(rendered != text)
-    for name, study in STUDIES.items():
+    for name in re.findall(r"<!-- begin: ([\w-]+) -->", text):
         path = RESULTS / f"{name}.json"
         if path.is_file():
-            write(study, load(path), RESULTS)
+            write(STUDIES[name], load(path), RESULTS)
     PAGE.write_text(rendered, encoding="utf-8")
     return 0
 
