@@ -725,7 +725,9 @@ class Guidance:
         if device not in self._scalars:
             with torch.inference_mode(False):
                 alpha, threshold = (
-                    torch.tensor(v[0] if len(set(v)) == 1 else v, dtype=torch.float32).to(device)
+                    torch.tensor(
+                        v[0] if len(set(v)) == 1 else v, dtype=torch.float32, device=device
+                    )
                     for v in (self._alphas, self._thresholds)
                 )
             self._scalars[device] = (alpha, threshold)
@@ -761,7 +763,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _mask_on_grid(mask: torch.Tensor | None, size: tuple[int, int, int]) -> torch.Tensor:
     """A mask as bool (frames * height * width,): True where at least half of a token is."""
     if mask is None:
-        return torch.ones(size, dtype=torch.bool).flatten()
+        return torch.ones(size, dtype=torch.bool, device="cpu").flatten()
     pixels = mask.detach().cpu().float().reshape(1, -1, *mask.shape[-2:])
     return (torch.nn.functional.adaptive_avg_pool3d(pixels, size) >= 0.5).flatten()
 

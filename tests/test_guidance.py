@@ -62,6 +62,24 @@ def applied(settings: NegToMeConfig, x: Tensor, **step: Any) -> Tensor:
     return guidance.apply(x)
 
 
+def test_a_default_device_of_the_caller_changes_nothing() -> None:
+    def avoided() -> Tensor:
+        mask = torch.ones(4, 6, dtype=torch.bool, device="cpu")
+        settings = NegToMeConfig(threshold=0.0, t_end=0, dropout=0.2)
+        guidance = Guidance(settings, [ReferenceSettings(mask=mask), ReferenceSettings(alpha=2.0)])
+        guidance.begin_run()
+        guidance.begin_step(900.0, grid=(4, 6))
+        with guidance.record():
+            guidance.apply(references)
+        return guidance.apply(x)
+
+    x, references = tokens(), tokens(2) + 0.5
+    expected = avoided()
+    with torch.device("meta"):
+        assert torch.equal(avoided(), expected)
+    assert not torch.equal(expected, x)
+
+
 def test_a_hand_written_loop_is_guided_and_its_reference_is_not() -> None:
     guidance = Guidance(NegToMeConfig(threshold=0.2, t_end=500))
     plain, guided = sample(None), sample(guidance)

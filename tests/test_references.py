@@ -27,7 +27,12 @@ from negtome_fast import Reference
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.guidance import Guidance
 from negtome_fast.pipelines import apply_negtome, negtome_guidance
-from negtome_fast.pipelines.references import refuse_stateful, select_items, with_latents
+from negtome_fast.pipelines.references import (
+    draw_noise,
+    refuse_stateful,
+    select_items,
+    with_latents,
+)
 
 FAMILIES = {"flux": flux_pipeline, "sd15": sd_pipeline, "sdxl": sdxl_pipeline}
 ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
@@ -109,6 +114,18 @@ def exact() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_device_of_the_caller_changes_nothing(flux: Any) -> None:
+    clean = [torch.zeros(1, 4, 2, 3)]
+    (expected,) = draw_noise(clean, torch.Generator().manual_seed(3))
+    with torch.device("meta"):
+        (noise,) = draw_noise(clean, torch.Generator().manual_seed(3))
+        handle = apply_negtome(flux, ALWAYS, reference="others")
+    assert torch.equal(noise, expected)
+    generate(flux, 2)
+    handle.remove()
+    assert handle.summary().total.pushed > 0
 
 
 @pytest.mark.parametrize("cfg", [False, True], ids=["plain", "cfg"])

@@ -375,7 +375,8 @@ class ModelHooks:
     def _set_blocks(self, blocks: dict[nn.Module, str]) -> None:
         self.blocks = blocks
         with torch.inference_mode(False):
-            self._numbers = {block: torch.tensor(i) for i, block in enumerate(blocks)}
+            # Whatever the caller's default device is: there the number would be waited for.
+            self._numbers = {b: torch.tensor(i, device="cpu") for i, b in enumerate(blocks)}
         self._places = tuple(blocks.items())
 
     def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
@@ -488,7 +489,8 @@ class ModelHooks:
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), room):
             some = given[first : first + room]
-            items = torch.tensor([group * room for group in range(groups) for _ in some])
+            firsts = [group * room for group in range(groups) for _ in some]
+            items = torch.tensor(firsts, device="cpu")
             self._items = len(items)
             selected = inspect.BoundArguments(call.signature, copy.copy(call.arguments))
             for key, value in list(call.arguments.items())[1:]:  # all but self

@@ -257,7 +257,8 @@ def draw_noise(clean: Sequence[Tensor], generator: torch.Generator | None) -> li
     copied.set_state(state.get_state())
     seed = torch.randint(2**62, (1,), generator=copied, device=copied.device).item()
     own = torch.Generator().manual_seed(int(seed))
-    return [torch.randn(c.shape, generator=own, dtype=torch.float32).to(c) for c in clean]
+    options: dict[str, Any] = {"generator": own, "dtype": torch.float32, "device": "cpu"}
+    return [torch.randn(c.shape, **options).to(c) for c in clean]
 
 
 def at_timestep(

@@ -204,7 +204,7 @@ class Guide:
         assert self.references is not None
         groups, model = self.guidance.groups, executor.class_obj
         items, count = x.shape[0] // groups, len(self.references.settings)
-        firsts = torch.arange(groups) * items
+        firsts = torch.arange(groups, device="cpu") * items
         with _alone(self, options):
             for first in range(0, count, items):
                 which = slice(first, min(first + items, count))
