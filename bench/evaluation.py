@@ -1,8 +1,8 @@
 """`python -m bench.evaluation`: the tables of docs/evaluation.md, from bench/results/eval/.
 
 A study's tables stand between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; a missing file reads
-"not measured". The figures of these studies are drawn anew as well. With --check nothing is written,
-and a page that is not up to date exits with 1.
+"not measured". The figures of these studies are drawn anew. With --check nothing is written, and a
+page that is not up to date exits with 1.
 """
 
 from __future__ import annotations
