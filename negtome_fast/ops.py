@@ -136,6 +136,7 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
     plain = not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

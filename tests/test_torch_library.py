@@ -10,6 +10,7 @@ from cases import tokens
 from conftest import BACKENDS, DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import negtome_fast as nf
@@ -183,6 +184,9 @@ def test_nothing_that_watches_is_skipped() -> None:
     x = sample()
     with FakeTensorMode():
         assert not ops.nothing_watches(x)
+    for pre_dispatch in (False, True):
+        traced = make_fx(lambda item: nf.negtome(item), pre_dispatch=pre_dispatch)(x)
+        assert any(node.target is ops.guide._opoverload for node in traced.graph.nodes)
     assert not ops.nothing_watches(torch.nn.Parameter(x)), "a subclass may have its own meaning"
     assert not ops.nothing_watches(x.to("meta"))
     differentiated = x.clone().requires_grad_()
