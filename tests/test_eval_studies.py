@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from negtome_fast.cli import main
+from negtome_fast.cli import build_parser, main
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.evaluation import frontier, report, sampling
 from negtome_fast.evaluation.rivals import SPELL, IntervalGuidance
@@ -263,6 +263,11 @@ def test_result_is_the_same_when_drawn_again_from_the_store(
     assert first.keys() > changing
     for key in first.keys() - changing:
         assert first[key] == again[key], key
+
+
+def test_every_study_is_a_word_of_the_command_line() -> None:
+    for name in (*STUDIES, "report"):
+        assert build_parser().parse_args(["eval", name]).study == name
 
 
 def test_report_of_nothing_says_what_to_do(
