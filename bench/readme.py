@@ -291,6 +291,22 @@ def evidence_table(record: dict[str, Any]) -> str:
     return "\n\n".join((_markdown(header, rows), images + _study_origin(record)))
 
 
+def matched_table(record: dict[str, Any]) -> str:
+    """Guided against the best unguided guidance scales, of `negtome-fast eval diversity`."""
+    rows = [
+        [
+            f"{one['level']:g}",
+            f"{one['off_entropy']:.2f}",
+            f"{one['entropy']:.2f}",
+            "{:.2f} [{:.2f}, {:.2f}]".format(*one["ratio"]),
+        ]
+        for one in record["frontiers"]
+        if one["quality"] == "precision"
+    ]
+    header = ["precision at least", "entropy without guidance, best scale", "guided", "ratio"]
+    return _markdown(header, rows)
+
+
 def nudging_table(record: dict[str, Any]) -> str:
     """Share of memorised outputs, of `negtome-fast eval nudging`; intervals are of 95%."""
     rows = []
@@ -315,6 +331,7 @@ def _study_origin(record: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "evidence": ("eval/rivals.json", evidence_table),
+    "matched": ("eval/diversity.json", matched_table),
     "nudging": ("eval/nudging.json", nudging_table),
     "cpu": ("cpu.json", speed_table),
     "cpu-growth": ("cpu.json", growth_table),
