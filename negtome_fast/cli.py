@@ -305,9 +305,9 @@ def _add_eval(commands: Any) -> None:
         help="studies of what guidance does to the embedded model, with intervals",
         description="Draws, measures, and writes a JSON file with every sample's scores, a table "
         "and figures. A run that is interrupted goes on where it was. 'report' makes one HTML page "
-        "of the results in --out.",
+        "of the results in --out. 'own' measures a model of yours, on your prompts.",
     )
-    evaluation.add_argument("study", choices=(*names, "report"))
+    evaluation.add_argument("study", choices=(*names, "own", "report"))
     evaluation.add_argument(
         "--samples", type=int, metavar="N", help="images of each condition; default: the study's"
     )
@@ -324,7 +324,39 @@ def _add_eval(commands: Any) -> None:
         default=Path("output/eval"),
         help="folder of what was drawn, for all studies, default: %(default)s",
     )
-    evaluation.add_argument("--threads", type=int, default=1, help="of torch, default: 1")
+    evaluation.add_argument("--threads", type=int, help="of torch, default: 1; own: torch's")
+    _add_own(evaluation)
+
+
+def _add_own(evaluation: argparse.ArgumentParser) -> None:
+    own = evaluation.add_argument_group(
+        "own", "every prompt without and with guidance from the same seeds, on any model"
+    )
+
+    def add(*names: str, **options: Any) -> None:
+        # Absent where not given, so that another study can refuse them.
+        own.add_argument(*names, default=argparse.SUPPRESS, **options)
+
+    add("--model", help="folder or Hub id; needed")
+    add("--prompt", action="append", dest="prompts", help="may be repeated; needed")
+    add("-n", "--images", type=int, help="for each prompt, default 8")
+    add("--group", type=int, help="images of a prompt that are guided together, default 4")
+    add("--seed", type=int, help="of the first image, default 0")
+    add("--metric", nargs="+", dest="metrics", help="embedded (default), dreamsim, clip, lpips")
+    add("--guidance-scale", nargs="+", type=float, dest="scales", help="one or several")
+    add("--alpha", type=float, help="strength of the guidance")
+    add("--threshold", type=float, help="cosine similarity of a match")
+    add("--reference", choices=("first", "others"))
+    add("--t-start", type=float, help="first timestep of the window, 1000: noise")
+    add("--t-end", type=float, help="last timestep of the window")
+    add("--steps-window", type=float, nargs=2, metavar=("START", "END"), help="fractions instead")
+    add("--steps", type=int, help="of the scheduler")
+    add("--height", type=int, help="pixels")
+    add("--width", type=int, help="pixels")
+    add("--argument", action="append", type=_argument, dest="call", metavar="NAME=VALUE")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--device", help="default: a GPU if there is one")
+    add("--offload", choices=("model", "sequential", "group"))
 
 
 def eval_command(options: argparse.Namespace) -> int:
@@ -332,19 +364,31 @@ def eval_command(options: argparse.Namespace) -> int:
 
     from .evaluation import report
     from .evaluation.sampling import Laboratory
-    from .evaluation.studies import STUDIES
+    from .evaluation.studies import STUDIES, own
     from .evaluation.studies.study import Run, Sizes, perform
 
+    common = {"command", "study", "samples", "quick", "out", "store", "threads"}
+    of_own = {name: value for name, value in vars(options).items() if name not in common}
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.study == "own":
+        if options.quick or options.samples is not None:
+            raise ValueError("eval own takes -n images for each prompt, not --samples or --quick")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        result = own.perform(own.request(of_own), options.out, options.store)
+        print(f"{own.table(result)}\n{own.NAME}.json and a sheet of images in {options.out}")
+        return 0
+    if of_own:
+        raise ValueError(f"{', '.join(of_own)}: options of eval own, not of {options.study}")
     if options.study == "report":
         print(f"written to {report.write(options.out)}")
         return 0
-    if options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}")
     if options.quick and options.samples is not None:
         raise ValueError("--quick has a number of samples of its own")
     study = STUDIES[options.study]
     sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or 1)
     result = perform(study, Run(Laboratory(options.store), sizes, options.out))
     print(study.table(result))
     print(f"figures and {study.name}.json in {options.out}")

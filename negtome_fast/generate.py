@@ -469,6 +469,41 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     return arguments
 
 
+def draw(
+    pipe: Any,
+    call: Mapping[str, Any],
+    prompt: str,
+    seeds: Sequence[int],
+    label: str | None = None,
+) -> list[Any]:
+    """One call of the pipeline: PIL images, or frames of videos, one for each seed.
+
+    Args:
+        pipe: a pipeline that generates from text.
+        call: its other arguments, of `call_arguments`.
+        prompt: of all of them.
+        seeds: each has a generator of its own.
+        label: of the pipeline's progress bar; None shows none.
+    """
+    arguments = dict(call)
+    known = inspect.signature(type(pipe).__call__).parameters
+    each = ("num_images_per_prompt", "num_videos_per_prompt")
+    several = next((name for name in each if name in known), None)
+    arguments["prompt"] = prompt
+    if several is not None:
+        arguments[several] = len(seeds)
+    elif len(seeds) > 1:
+        arguments["prompt"] = [prompt] * len(seeds)
+        if isinstance(arguments.get("negative_prompt"), str):
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(seeds)
+    arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(desc=label, disable=label is None, leave=False)
+    output = pipe(**arguments)
+    made = output.frames if hasattr(output, "frames") else output.images
+    return list(made)
+
+
 def configuration(pipe: Any, settings: Settings) -> NegToMeConfig:
     """The whole configuration: the authors' for the family, the preset's and the caller's."""
     from .pipelines import negtome_guidance
@@ -615,24 +650,7 @@ class _Run:
         return rows
 
     def _draw(self, prompt: str, seeds: Sequence[int], label: str) -> list[Any]:
-        """PIL images, or lists of them for videos, one for each seed."""
-        arguments = dict(self.call)
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        each = ("num_images_per_prompt", "num_videos_per_prompt")
-        several = next((name for name in each if name in known), None)
-        arguments["prompt"] = prompt
-        if several is not None:
-            arguments[several] = len(seeds)
-        elif len(seeds) > 1:
-            arguments["prompt"] = [prompt] * len(seeds)
-            if isinstance(arguments.get("negative_prompt"), str):
-                arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(seeds)
-        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe.set_progress_bar_config(desc=label, disable=not self.progress, leave=False)
-        output = self.pipe(**arguments)
-        made = output.frames if hasattr(output, "frames") else output.images
-        return list(made)
+        return draw(self.pipe, self.call, prompt, seeds, label if self.progress else None)
 
     def _save(self, kind: str, number: int, place: int, made: Sequence[Any]) -> None:
         for index, item in enumerate(made, place):

@@ -1,0 +1,185 @@
+"""`negtome-fast eval own`, with the embedded model's folder as anybody's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from negtome_fast import generate
+from negtome_fast.cli import main
+from negtome_fast.evaluation.sampling import _load
+from negtome_fast.evaluation.studies import own
+from negtome_fast.models import model_folder
+
+for needed in ("diffusers", "efficientnet_lite_pytorch"):
+    pytest.importorskip(needed, reason="the extra 'demo' is not installed")
+
+PROMPTS = ("a pixel art person", "a voxel art person")
+COMMAND = [
+    *("eval", "own", "--model", str(model_folder())),
+    *("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "-n", "4", "--group", "2"),
+    *("--steps", "2", "--height", "64", "--width", "64", "--argument", "max_sequence_length=16"),
+    *("--alpha", "0.9", "--threshold", "0.2", "--reference", "others", "--t-end", "0"),
+    *("--device", "cpu", "--threads", "1"),
+]
+
+
+def run(out: Path, *words: str, code: int = 0) -> None:
+    assert main([*COMMAND, *words, "--out", str(out), "--store", str(out / "store")]) == code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    run(folder, "--guidance-scale", "1", "2.5")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "own.json").read_text(encoding="utf-8"))
+
+
+def test_both_conditions_have_the_same_prompts_and_seeds(result: dict[str, Any]) -> None:
+    assert [part["guidance_scale"] for part in result["scales"]] == [1, 2.5]
+    assert [part["call"]["true_cfg_scale"] for part in result["scales"]] == [1, 2.5]
+    for part in result["scales"]:
+        without, guided = (part["conditions"][name]["groups"] for name in own.CONDITIONS)
+        plans = [[(g["prompt"], g["seeds"]) for g in groups] for groups in (without, guided)]
+        assert plans[0] == plans[1]
+        assert plans[0] == [
+            (PROMPTS[0], [0, 1]),
+            (PROMPTS[0], [2, 3]),
+            (PROMPTS[1], [10_000, 10_001]),
+            (PROMPTS[1], [10_002, 10_003]),
+        ]
+        assert [g["measures"] for g in without] != [g["measures"] for g in guided]
+        assert part["config"]["alpha"] == 0.9 and part["config"]["reference"] == "others"
+        assert part["drawn"] == "groups within prompts"
+        assert all(g["pushed"] > 0 for g in guided) and {g["pushed"] for g in without} == {0.0}
+
+
+def test_means_differences_and_verdicts_follow_from_the_groups(result: dict[str, Any]) -> None:
+    for part in result["scales"]:
+        means = {}
+        for name in own.CONDITIONS:
+            condition = part["conditions"][name]
+            values = [g["measures"]["pairwise cosine"] for g in condition["groups"]]
+            means[name] = np.mean(values)
+            assert condition["measures"]["pairwise cosine"][0] == pytest.approx(
+                means[name], abs=1e-4
+            )
+        change = part["compared"]["pairwise cosine"]
+        difference, low, high = change["difference"]
+        assert difference == pytest.approx(means["NegToMe"] - means["unguided"], abs=1e-4)
+        assert low <= difference <= high
+        expected = "lower" if high < 0 else "higher" if low > 0 else "no change seen"
+        assert change["verdict"] == expected
+
+
+def test_no_change_is_said_where_there_is_none() -> None:
+    request = own.request({"model": "a/b", "prompts": ["x"], "images": 4, "group": 2})
+    groups = request.groups()
+    same = [{"seconds_an_image": 1, "pushed": 0, "measures": {"m": value}} for value in (0.2, 0.7)]
+    found = own._compared(dict.fromkeys(own.CONDITIONS, same), ["m"], groups)
+    assert found["compared"]["m"] == {"difference": [0, 0, 0], "verdict": "no change seen"}
+
+
+def test_the_table_the_sheet_and_the_record_are_written(out: Path, result: dict[str, Any]) -> None:
+    table = (out / "own.md").read_text(encoding="utf-8")
+    assert table == own.table(result) + "\n"
+    for word in ("pairwise cosine", "Vendi score", "seconds an image", "4 groups of 2"):
+        assert word in table
+    assert {"cpu", "commit", "date", "versions", "command", "settings"} <= result.keys()
+    assert "diffusers" in result["versions"] and "--guidance-scale 1.0 2.5" in result["command"]
+    with Image.open(out / "own-sheet.png") as sheet:
+        assert sheet.height > 8 * 160  # two prompts, two scales, two conditions
+
+
+def test_a_second_run_draws_nothing_and_other_settings_draw_their_own(
+    out: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, tuple[int, ...]]] = []
+    real = generate.draw
+
+    def counted(pipe: Any, call: Any, prompt: str, seeds: Any, label: Any = None) -> Any:
+        drawn.append((prompt, tuple(seeds)))
+        return real(pipe, call, prompt, seeds, label)
+
+    monkeypatch.setattr(generate, "draw", counted)
+    run(out, "--guidance-scale", "1", "2.5")
+    assert drawn == []
+    again = json.loads((out / "own.json").read_text(encoding="utf-8"))
+    assert again["scales"] == result["scales"]
+    # A third prompt is drawn alone, without and with guidance.
+    run(out, "--prompt", "a person", "--guidance-scale", "1")
+    assert {prompt for prompt, _ in drawn} == {"a person"} and len(drawn) == 4
+    drawn.clear()
+    run(out, "--guidance-scale", "1", "--alpha", "0.5")
+    assert len(drawn) == 4  # guided ones only
+
+
+def test_an_image_is_that_of_its_seed(out: Path) -> None:
+    settings = generate.Settings(
+        PROMPTS, str(model_folder()), images=2, steps=2, height=64, width=64, device="cpu",
+        guidance_scale=1.0, call={"max_sequence_length": 16},
+    )  # fmt: skip
+    pipe = generate.load_pipeline(settings)
+    call = generate.call_arguments(pipe, settings)
+    expected = [np.asarray(i) for i in generate.draw(pipe, call, PROMPTS[0], (0, 1))]
+    stored = [_load(path)["images"] for path in (out / "store").rglob("*.npz")]
+    assert sum(np.array_equal(images, np.stack(expected)) for images in stored) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--metric", "nope"), "--metric nope: there are embedded, dreamsim, clip, lpips"),
+        (("--metric", "fid"), "take thousands of images"),
+        (("-n", "3"), "-n 3 does not divide into groups of 2"),
+        (("--group", "1"), "--group must be 2 or more images"),
+        (("--samples", "8"), "takes -n images for each prompt"),
+        (("--steps-window", "0", "0.5"), "two ways to say one thing"),
+        (("--guidance-scale", "2", "2"), "--guidance-scale has a value twice"),
+        (("--model", "./none"), "there is no model at ./none"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    run(tmp_path / "out", *words, code=2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_own_are_refused_by_other_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "diversity", "--prompt", "x"]) == 2
+    assert "options of eval own, not of diversity" in capsys.readouterr().err
+    assert main(["eval", "own", "--prompt", "x"]) == 2
+    assert "eval own needs --model and --prompt" in capsys.readouterr().err
+
+
+def test_a_prompt_with_one_group_is_drawn_with_the_others() -> None:
+    request = own.request({"model": "a/b", "prompts": ["x", "y"], "images": 2, "group": 2})
+    parts = [{"seconds_an_image": 1, "pushed": 0, "measures": {"m": value}} for value in (0.2, 0.7)]
+    found = own._compared(dict.fromkeys(own.CONDITIONS, parts), ["m"], request.groups())
+    assert found["drawn"] == "groups"
+    with pytest.raises(ValueError, match="an interval needs two groups"):
+        replace(request, settings=replace(request.settings, prompts=("x",)))
