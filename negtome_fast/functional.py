@@ -398,7 +398,9 @@ def movable_tokens(
     if dropout > 0.0:
         # As diffusers does: a generator on the CPU draws there, whatever the device of x.
         device = x.device if generator is None else generator.device
-        drawn = torch.rand(items, tokens, generator=generator, dtype=torch.float32, device=device)
+        # Not generator=None: that overload takes no symbolic sizes.
+        given = {} if generator is None else {"generator": generator}
+        drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
         kept = (drawn > dropout).to(x.device)
         movable = kept if movable is None else movable & kept
     return movable

@@ -203,3 +203,18 @@ def test_nothing_that_watches_is_skipped() -> None:
     with torch.autograd.forward_ad.dual_level():
         seen.append(ops.nothing_watches(torch.autograd.forward_ad.make_dual(x, x)))
     assert seen == [False, False]
+
+
+def test_dropout_goes_with_dynamic_sizes() -> None:
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def guided(x: torch.Tensor) -> torch.Tensor:
+        return nf.negtome(x, threshold=0.0, dropout=0.5, backend="torch")
+
+    for items in (3, 4, 5):
+        x = sample(items=items)
+        y = guided(x)
+        spared = (y == x).all(dim=-1)
+        assert spared[0].all() and 0 < spared[1:].float().mean() < 1
+    assert counter.frame_count == 1

@@ -179,12 +179,6 @@ def match(
     return found[0], found[1]
 
 
-def rand(size, generator, dtype, **_):
-    """`aten::rand.generator` as dropout calls it: by the numbers of torch's global generator."""
-    shape = op.ConstantOfShape(op.Constant(value_ints=list(size)))
-    return op.RandomUniformLike(shape, dtype=int(dtype))
-
-
 def guide(
     x,
     reference,

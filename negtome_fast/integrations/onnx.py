@@ -38,7 +38,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.negtome_fast.guide.default: functions.guide,
         torch.ops.negtome_fast.match.default: functions.match,
-        torch.ops.aten.rand.generator: functions.rand,
     }
 
 
