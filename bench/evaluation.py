@@ -8,7 +8,6 @@ page that is not up to date exits with 1.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from negtome_fast.evaluation.studies import STUDIES
 from negtome_fast.evaluation.studies.study import load, write
 
 from ._path import ROOT
+from .marked import NOTHING, PART, fill
 
 PAGE = ROOT / "docs" / "evaluation.md"
 RESULTS = ROOT / "bench" / "results" / "eval"
@@ -29,16 +29,13 @@ def render(text: str, results: Path = RESULTS) -> str:
         ValueError: a mark that names no study.
     """
 
-    def replaced(found: re.Match[str]) -> str:
-        name = found["name"]
+    def body(name: str) -> str:
         if name not in STUDIES:
             raise ValueError(f"{PAGE.name} marks {name!r}; the studies are {', '.join(STUDIES)}")
         path = results / f"{name}.json"
-        body = STUDIES[name].table(load(path)) if path.is_file() else "not measured"
-        return f"<!-- begin: {name} -->\n{body}\n<!-- end: {name} -->"
+        return STUDIES[name].table(load(path)) if path.is_file() else NOTHING
 
-    pattern = r"<!-- begin: (?P<name>[\w-]+) -->\n.*?<!-- end: (?P=name) -->"
-    return re.sub(pattern, replaced, text, flags=re.DOTALL)
+    return fill(text, body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rendered != text:
             print(f"{PAGE.name} is not up to date: python -m bench.evaluation", file=sys.stderr)
         return int(rendered != text)
-    for name in re.findall(r"<!-- begin: ([\w-]+) -->", text):
+    for name in (part["name"] for part in PART.finditer(text)):
         path = RESULTS / f"{name}.json"
         if path.is_file():
             write(STUDIES[name], load(path), RESULTS)

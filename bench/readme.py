@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ._path import ROOT
+from .marked import Tables, body_of, fill
 from .results import FOLDER as RESULTS
 from .results import end_to_end, micro
 from .tables import (
@@ -328,7 +327,7 @@ def _study_origin(record: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: Tables = {
     "demo": ("demo.json", demo_table),
     "evidence": ("eval/rivals.json", evidence_table),
     "matched": ("eval/diversity.json", matched_table),
@@ -349,22 +348,10 @@ def render(text: str, results: Path = RESULTS) -> str:
         ValueError: a mark that names no table.
     """
 
-    def replace(found: re.Match[str]) -> str:
-        name = found["name"]
-        if name == "families":
-            return f"<!-- begin: families -->\n{families_table()}\n<!-- end: families -->"
-        if name not in TABLES:
-            known = ", ".join((*TABLES, "families"))
-            raise ValueError(f"README marks the table {name!r}; known: {known}")
-        file, table = TABLES[name]
-        path = results / file
-        body = "not measured"
-        if path.exists():
-            body = table(json.loads(path.read_text(encoding="utf-8")))
-        return f"<!-- begin: {name} -->\n{body}\n<!-- end: {name} -->"
+    def body(name: str) -> str:
+        return families_table() if name == "families" else body_of(name, TABLES, results)
 
-    pattern = r"<!-- begin: (?P<name>[\w-]+) -->\n.*?<!-- end: (?P=name) -->"
-    return re.sub(pattern, replace, text, flags=re.DOTALL)
+    return fill(text, body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

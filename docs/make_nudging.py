@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))  # bench is not installed
+
+from bench.marked import Tables, body_of, fill  # noqa: E402
+
 PAGE = DOCS / "nudging.md"
 PICTURES = DOCS / "pictures"
 RESULTS = DOCS.parent / "bench" / "results" / "eval"
@@ -82,7 +85,7 @@ def demo_table(record: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: Tables = {
     "demo": (DEMO, demo_table),
     "study": ("nudging.json", study_table),
     "goal": ("nudging.json", goal_table),
@@ -98,19 +101,7 @@ def render(text: str, results: Path = RESULTS) -> str:
         ValueError: a mark that names no table.
     """
 
-    def replace(found: re.Match[str]) -> str:
-        name = found["name"]
-        if name not in TABLES:
-            raise ValueError(f"{PAGE.name} marks the table {name!r}; known: {', '.join(TABLES)}")
-        file, table = TABLES[name]
-        path = results / file
-        body = "not measured"
-        if path.is_file():
-            body = table(json.loads(path.read_text(encoding="utf-8")))
-        return f"<!-- begin: {name} -->\n{body}\n<!-- end: {name} -->"
-
-    pattern = r"<!-- begin: (?P<name>[\w-]+) -->\n.*?<!-- end: (?P=name) -->"
-    return re.sub(pattern, replace, text, flags=re.DOTALL)
+    return fill(text, lambda name: body_of(name, TABLES, results))
 
 
 def draw() -> None:
