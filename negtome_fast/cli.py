@@ -397,23 +397,11 @@ def eval_command(options: argparse.Namespace) -> int:
 
 def generate_command(options: argparse.Namespace) -> int:
     from . import generate
-    from .config import NegToMeConfig
 
     values = {name: value for name, value in vars(options).items() if name != "command"}
     record, folder = values.pop("from", None), values.pop("output", None)
     overwrite, quiet = values.pop("overwrite", False), values.pop("quiet", False)
-    window = values.pop("steps_window", None)
-    if window is not None:
-        if values.keys() & {"t_start", "t_end"}:
-            raise ValueError(
-                "--steps-window and --t-start or --t-end are two ways to say one thing"
-            )
-        values["guided_steps"] = tuple(window)
-    # --steps is the scheduler's; the configuration's window of that name is --steps-window.
-    names = {field.name for field in fields(NegToMeConfig)} - {"steps", "seed"}
-    guidance = {name: values.pop(name) for name in names & values.keys()}
-    if "guided_steps" in values:
-        guidance["steps"] = values.pop("guided_steps")
+    guidance = generate.take_guidance(values)
     for name, kind in (("prompts", tuple), ("call", dict)):
         if name in values:
             values[name] = kind(values[name])

@@ -17,7 +17,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -467,6 +467,23 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     if "output_type" in known:
         arguments["output_type"] = "pil"
     return arguments
+
+
+def take_guidance(values: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of `NegToMeConfig` out of options of the command line, by name.
+
+    Raises:
+        ValueError: two windows.
+    """
+    window = values.pop("steps_window", None)
+    if window is not None and values.keys() & {"t_start", "t_end"}:
+        raise ValueError("--steps-window and --t-start or --t-end are two ways to say one thing")
+    # --steps is the scheduler's; the configuration's window of that name is --steps-window.
+    names = [f.name for f in fields(NegToMeConfig) if f.name not in ("steps", "seed")]
+    guidance = {name: values.pop(name) for name in names if name in values}
+    if window is not None:
+        guidance["steps"] = tuple(window)
+    return guidance
 
 
 def draw(

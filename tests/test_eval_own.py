@@ -15,6 +15,7 @@ from PIL import Image
 
 from negtome_fast import generate
 from negtome_fast.cli import main
+from negtome_fast.evaluation.external import METRICS, Batch, Metric
 from negtome_fast.evaluation.sampling import _load
 from negtome_fast.evaluation.studies import own
 from negtome_fast.models import model_folder
@@ -145,6 +146,32 @@ def test_an_image_is_that_of_its_seed(out: Path) -> None:
     expected = [np.asarray(i) for i in generate.draw(pipe, call, PROMPTS[0], (0, 1))]
     stored = [_load(path)["images"] for path in (out / "store").rglob("*.npz")]
     assert sum(np.array_equal(images, np.stack(expected)) for images in stored) == 1
+
+
+def test_metrics_of_other_libraries_see_images_and_prompts_of_a_group(
+    out: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    def double(device: str) -> list[Metric]:
+        devices.append(device)
+
+        def measure(batch: Batch) -> float:
+            assert batch.images.shape == (2, 3, 64, 64) and batch.prompts is not None
+            assert batch.prompts[0] == batch.prompts[1]
+            return float(PROMPTS.index(batch.prompts[0]))
+
+        target = Metric("to target", "lower", measure, ("target",))  # left out: there is none
+        return [Metric("CLIPScore", "higher", measure, ("prompts",)), target]
+
+    monkeypatch.setitem(METRICS, "clip", double)
+    run(out, "--guidance-scale", "1", "--metric", "embedded", "clip")
+    again = json.loads((out / "own.json").read_text(encoding="utf-8"))
+    (part,) = again["scales"]
+    assert devices == ["cpu"]
+    assert list(part["compared"]) == ["pairwise cosine", "Vendi score", "CLIPScore"]
+    assert part["conditions"]["unguided"]["measures"]["CLIPScore"][0] == 0.5
+    assert part["compared"]["CLIPScore"]["verdict"] == "no change seen"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ... import generate, machine
 from ...config import NegToMeConfig
 from ..bootstrap import Mean, bootstrap, paired_bootstrap
 from ..external import METRICS, Batch, Metric
+from ..sampling import _SEEDS as SEEDS
 from ..sampling import STORE, Group, _digest, _load, _save
 from ..scores import triple
 from .study import SCHEMA, save
@@ -34,9 +35,6 @@ NAME = "own"
 #: Of `METRICS`, those that mean something for a few images and need no others beside them.
 OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 _OF_FEW = {"inception-style score"}  # of `embedded`: nothing for a few images
-
-#: Seeds of a prompt: those of the next one begin after as many.
-SEEDS = 10_000
 
 CONDITIONS = ("unguided", "NegToMe")
 
@@ -97,17 +95,7 @@ def request(options: Mapping[str, Any]) -> Request:
     values = dict(options)
     if "model" not in values or "prompts" not in values:
         raise ValueError("eval own needs --model and --prompt: which model, and what it draws")
-    guidance: dict[str, Any] = {
-        name: values.pop(name)
-        for name in ("alpha", "threshold", "reference", "t_start", "t_end")
-        if name in values
-    }
-    if "steps_window" in values:
-        if guidance.keys() & {"t_start", "t_end"}:
-            raise ValueError(
-                "--steps-window and --t-start or --t-end are two ways to say one thing"
-            )
-        guidance["steps"] = tuple(values.pop("steps_window"))
+    guidance = generate.take_guidance(values)
     of_request = {name: values.pop(name) for name in ("group",) if name in values}
     for name in ("scales", "metrics"):
         if name in values:
