@@ -196,6 +196,17 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_cannot_be_loaded_name_the_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(device: str) -> Metric:
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setitem(METRICS, "clip", unreachable)
+    run(tmp_path, "--metric", "clip", code=2)
+    assert "--metric clip: its weights cannot be loaded: no connection\n" in capsys.readouterr().err
+
+
 def test_options_of_own_are_refused_by_other_studies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "diversity", "--prompt", "x"]) == 2
     assert "options of eval own, not of diversity" in capsys.readouterr().err

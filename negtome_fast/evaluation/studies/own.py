@@ -204,14 +204,14 @@ def table(result: Mapping[str, Any]) -> str:
         rows.append([scale, "seconds an image", *(f"{t:.3f}" for t in times), added, "no interval"])
     header = ["guidance scale", "measure", *CONDITIONS, "difference", "seen"]
     sizes, settings = result["sizes"], result["settings"]
-    count = sizes["images"] // sizes["group"]
+    count, prompts = sizes["images"] // sizes["group"], len(settings["prompts"])
     return (
         f"{markdown(header, rows)}\n\n"
-        f"{settings['model']}: {len(settings['prompts'])} prompts, {sizes['images']} images a "
+        f"{settings['model']}: {prompts} prompt{'s' * (prompts > 1)}, {sizes['images']} images a "
         f"condition in {count} groups of {sizes['group']}. Measures are of the images of a group, "
         "their means over groups; 95% intervals in brackets draw groups whole, each for itself: "
         "about one in twenty errs, and with fewer than 8 groups of a prompt they are too narrow. "
-        "Seconds are medians over groups, of use where nothing else ran. "
+        "Seconds are medians over groups, of use from several on and where nothing else ran. "
         f"torch {result['versions']['torch']}, {result['date'][:10]}. "
         f"Made by `{result['command']}`."
     )
@@ -221,7 +221,11 @@ def _measures(wanted: Request) -> list[Metric]:
     device = wanted.settings.device or generate._default_device()
     found: list[Metric] = []
     for name in dict.fromkeys(wanted.metrics):
-        made = METRICS[name]() if name == "embedded" else METRICS[name](device)
+        try:
+            made = METRICS[name]() if name == "embedded" else METRICS[name](device)
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"--metric {name}: its weights cannot be loaded: {reason}") from error
         found += [made] if isinstance(made, Metric) else made
     return [m for m in found if set(m.needs) <= {"prompts"} and m.name not in _OF_FEW]
 
