@@ -271,17 +271,13 @@ def evidence_table(record: dict[str, Any]) -> str:
     """Diversity and its price, of `negtome-fast eval rivals`; intervals are of 95%."""
     measures = {one["name"]: one["measures"] for one in record["conditions"]}
 
-    def cell(values: Sequence[float], form: str) -> str:
-        estimate, low, high = (format(value, form) for value in values)
-        return estimate if low == high else f"{estimate} [{low}, {high}]"
-
     rows = [
         [
             label,
-            cell(measures[name]["entropy"], ".2f"),
-            cell(measures[name]["cosine"], ".3f"),
-            cell(measures[name]["precision"], ".2f"),
-            cell(measures[name]["agreement"], ".0%"),
+            _estimate(measures[name]["entropy"], ".2f"),
+            _estimate(measures[name]["cosine"], ".3f"),
+            _estimate(measures[name]["precision"], ".2f"),
+            _estimate(measures[name]["agreement"], ".0%"),
         ]
         for name, label in EVIDENCE.items()
     ]
@@ -313,10 +309,16 @@ def nudging_table(record: dict[str, Any]) -> str:
         for one in subject["methods"]:
             label = record["methods"].get(one["name"], "the first attempt")
             shares = (one["measures"][name] for name in ("memorised", "agreement"))
-            cells = ["{:.0%} [{:.0%}, {:.0%}]".format(*share) for share in shares]
+            cells = [_estimate(share, ".0%") for share in shares]
             rows.append([f"{subject['label']} ({subject['images']} images)", label, *cells])
     header = ["what was memorised", "further attempts", "memorised", "prompt kept"]
     return "\n\n".join((_markdown(header, rows), _study_origin(record)))
+
+
+def _estimate(values: Sequence[float], form: str) -> str:
+    """An estimate and its interval; a share of exactly 0 or 1 has none."""
+    estimate, low, high = (format(max(value, 0.0), form) for value in values)
+    return estimate if low == high else f"{estimate} [{low}, {high}]"
 
 
 def _study_origin(record: dict[str, Any]) -> str:
