@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import io
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import NegToMeConfig
+from .files import write_atomically
 from .pictures import Row, sheet
 
 if TYPE_CHECKING:
@@ -702,16 +702,6 @@ class _Run:
         self.record["files"] = self.files
         text = json.dumps(self.record, indent=1) + "\n"
         write_atomically(self.folder / RECORD, text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is whole or as it was before, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

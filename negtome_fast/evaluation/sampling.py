@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from .. import models
 from ..config import NegToMeConfig
+from ..files import write_atomically
 from ..models.avatars import (
     IMAGE_SIZE,
     STYLES,
@@ -477,17 +477,12 @@ def _save(path: Path, part: dict[str, np.ndarray], identity: dict[str, Any] | No
     """Whole or not at all; the condition stands beside its batches, for readers of the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if identity is not None:
-        _replace(path.parent / "condition.json", (json.dumps(identity, indent=1) + "\n").encode())
+        write_atomically(
+            path.parent / "condition.json", (json.dumps(identity, indent=1) + "\n").encode()
+        )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **part)  # type: ignore[arg-type]
-    _replace(path, buffer.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    # Several processes may draw the same batch: each has a partial file of its own.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_atomically(path, buffer.getvalue())
 
 
 def _joined(

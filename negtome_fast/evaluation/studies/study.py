@@ -7,7 +7,6 @@ figures that are made of that file alone, so that they can be made again from a 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import machine
+from ...files import write_atomically
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
 from ..sampling import GROUP, Condition, Group, Laboratory, Samples, groups_of
@@ -209,9 +209,7 @@ def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Replaces the file at once; lists of one condition's samples stay on a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_json(result) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, (_json(result) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:
