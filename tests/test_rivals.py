@@ -21,6 +21,7 @@ from negtome_fast.evaluation.rivals import (
     ParticleGuidance,
 )
 from negtome_fast.evaluation.studies import overheads
+from negtome_fast.evaluation.studies import rivals as study
 
 STEPS = 4  # at sigma 1, 0.75, 0.5 and 0.25
 PROMPTS = ("a pixel art person", "a big smile person")
@@ -375,10 +376,14 @@ def test_impossible_settings_are_refused(kind: Any, arguments: Any, message: str
         kind(**arguments)
 
 
-def test_sweeps_are_of_different_settings_that_are_told_apart() -> None:
-    for name, settings in rivals.SWEEPS.items():
-        assert len(set(settings)) == len(settings) >= 3, name
-        assert len({type(one) for one in settings}) == 1, name
+def test_sweeps_are_of_different_settings_at_several_scales() -> None:
+    assert len({rival.label for rival in study.RIVALS}) == len(study.RIVALS)
+    for rival in study.RIVALS:
+        made = [(scale, method) for scale, _, method in rival.sweep]
+        assert len(set(made)) == len(made) == len({one.name for one in rival.conditions()})
+        assert len({type(method) for _, method in made}) == 1, rival.label
+        assert len({scale for scale, _ in made}) >= 3, rival.label
+        assert len({method for _, method in made}) >= 3 or rival.label == study.LOWER
 
 
 # Their time

@@ -281,26 +281,6 @@ class SPELL:
         return self.overcompensation * push.reshape(clean.shape)
 
 
-SWEEPS: dict[str, tuple[Baseline, ...]] = {
-    LowerScale.name: tuple(LowerScale(scale) for scale in (1.0, 1.25, 1.5, 2.0)),
-    IntervalGuidance.name: tuple(
-        IntervalGuidance(low, high)
-        for low, high in ((0.22, 0.95), (0.22, 0.9), (0.22, 0.84), (0.22, 0.74))
-    ),
-    CADS.name: tuple(
-        CADS(tau1=tau1, tau2=tau2)
-        for tau1, tau2 in ((0.9, 1.0), (0.9, 0.95), (0.75, 0.95), (0.6, 0.9))
-    ),
-    "particle guidance (features)": tuple(ParticleGuidance(s) for s in (20.0, 60.0, 120.0)),
-    "particle guidance (latents)": tuple(
-        ParticleGuidance(s, space="clean", sigma_min=0.5) for s in (50.0, 100.0, 400.0)
-    ),
-    SPELL.name: tuple(SPELL(radius) for radius in (15.0, 20.0, 30.0, 40.0)),
-}
-"""Settings of each method from weak to strong, found by looks at the embedded model at its own
-guidance scale. The strength of CADS lies in tau2: with rescaling, a condition of gamma 0 is pure
-noise whatever `scale` is, and `scale` and `psi` changed little."""
-
 _TINY = 1e-12
 
 

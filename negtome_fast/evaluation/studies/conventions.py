@@ -220,7 +220,7 @@ def draw_figures(result: dict[str, Any]) -> dict[str, Figure]:
 STUDY = Study(
     "conventions",
     "paper or authors' order, first or others, before or after the projection",
-    128,
+    256,
     run,
     table,
     draw_figures,

@@ -213,8 +213,8 @@ def table(result: dict[str, Any]) -> str:
     note = (
         "Guided: the frontier of `others` over guidance scales and alpha at prompt agreement "
         f"within {TOLERANCE:g} of unguided, alpha 0 included. Ratios are without the bias that few "
-        "images give to entropies; at 128 images a condition their intervals hold the truth in "
-        "about 91% of cases, not 95% (measures.md). "
+        "images give to entropies; measures.md says how often such intervals hold the truth, by the "
+        "number of images. "
         f"Entropy of the balanced world: {result['ceiling']:.2f} nats. Where prompts name balanced "
         f"attributes, the unguided model has entropy {measured['entropy'][0]:.2f} at a precision "
         f"of {measured['precision'][0]:.2f} ({measured['precision_decoded'][0]:.2f} against real "
@@ -280,7 +280,7 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
 STUDY = Study(
     "diversity",
     "guidance scale x reference, and the ratio at matched precision",
-    128,
+    256,
     run,
     table,
     draw,

@@ -151,7 +151,7 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
 STUDY = Study(
     "hyperparameters",
     "alpha x threshold x window x guidance scale, and the preset",
-    128,
+    256,
     run,
     table,
     draw,

@@ -45,43 +45,57 @@ class Rival:
 
 LOWER = "guidance scale"
 
-#: Sweeps begin at what is visible and end where images fall apart; found on a few images each.
+
+def _cads(low: float, high: float) -> tuple[str, Baseline]:
+    return f"tau {low:g} to {high:g}", CADS(tau1=low, tau2=high)
+
+
+def _interval(high: float) -> tuple[str, Baseline]:
+    return f"to {high:g}", IntervalGuidance(high=high)
+
+
+def _features(strength: float) -> tuple[str, Baseline]:
+    return f"features {strength:g}", ParticleGuidance(strength, "features", 0.5)
+
+
+def _latents(strength: float) -> tuple[str, Baseline]:
+    return f"latents {strength:g}", ParticleGuidance(strength, "clean", 0.5)
+
+
+def _spell(radius: float) -> tuple[str, Baseline]:
+    return f"radius {radius:g}", SPELL(radius)
+
+
+#: Sweeps begin at what is visible and end where images fall apart, at the model's own guidance
+#: scale and at lower ones; found on a few images each. The strength of CADS lies in tau2: with
+#: rescaling, a condition of gamma 0 is pure noise whatever its `scale` is.
 RIVALS = (
-    Rival(LOWER, [(s, "", None) for s in (1.0, 1.5, 2.0, 2.5, 3.5, 5.0)]),
+    Rival(LOWER, [(s, "", None) for s in (1.0, 1.25, 1.5, 2.0, 2.5, 3.5, 5.0)]),
     Rival(
         "interval guidance",
-        [
-            (2.5, "to 0.84", IntervalGuidance(high=0.84)),
-            (2.5, "to 0.6", IntervalGuidance(high=0.6)),
-            (5.0, "to 0.6", IntervalGuidance(high=0.6)),
-        ],
+        [(2.5, *_interval(high)) for high in (0.95, 0.9, 0.84, 0.74, 0.6)]
+        + [(1.5, *_interval(0.9)), (5.0, *_interval(0.84)), (5.0, *_interval(0.6))],
     ),
     Rival(
         "CADS",
-        [
-            (2.5, "tau1 0.8", CADS(tau1=0.8, tau2=1.0)),
-            (2.5, "tau1 0.7", CADS(tau1=0.7, tau2=1.0)),
-            (2.5, "tau1 0.6", CADS(tau1=0.6, tau2=0.9)),
-            (2.5, "tau 0.9 to 0.95", CADS(tau1=0.9, tau2=0.95)),
-            (2.5, "tau 0.75 to 0.95", CADS(tau1=0.75, tau2=0.95)),
-            (1.5, "tau 0.75 to 0.95", CADS(tau1=0.75, tau2=0.95)),
-        ],
+        [(2.5, *_cads(low, 1.0)) for low in (0.9, 0.8, 0.7)]
+        + [(2.5, *_cads(low, high)) for low, high in ((0.9, 0.95), (0.75, 0.95), (0.6, 0.9))]
+        + [(1.5, *_cads(low, high)) for low, high in ((0.9, 1.0), (0.8, 1.0), (0.9, 0.95))]
+        + [(1.5, *_cads(0.75, 0.95)), (1.0, *_cads(0.9, 0.95))],
     ),
     Rival(
         "particle guidance",
-        [
-            (2.5, "latents 100", ParticleGuidance(100.0, "clean", 0.5)),
-            (2.5, "latents 400", ParticleGuidance(400.0, "clean", 0.5)),
-            (2.5, "features 20", ParticleGuidance(20.0, "features", 0.5)),
-        ],
+        [(2.5, *_latents(strength)) for strength in (50.0, 100.0, 200.0, 400.0)]
+        + [(1.5, *_latents(strength)) for strength in (50.0, 100.0, 400.0)]
+        + [(1.0, *_latents(100.0))]
+        + [(2.5, *_features(strength)) for strength in (20.0, 60.0, 120.0)]
+        + [(1.5, *_features(strength)) for strength in (20.0, 60.0)],
     ),
     Rival(
         "SPELL",
-        [
-            (2.5, "radius 20", SPELL(20.0)),
-            (2.5, "radius 30", SPELL(30.0)),
-            (1.5, "radius 20", SPELL(20.0)),
-        ],
+        [(2.5, *_spell(radius)) for radius in (15.0, 20.0, 30.0, 40.0)]
+        + [(1.5, *_spell(radius)) for radius in (15.0, 20.0, 30.0)]
+        + [(1.0, *_spell(20.0))],
     ),
 )
 #: NegToMe's own sweep: guidance scale, alpha of `others`. Alpha 0 is the lower guidance scale.
@@ -181,4 +195,4 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
     return {"frontier": frontier}
 
 
-STUDY = Study("rivals", "other methods at matched precision", 128, run, table, draw)
+STUDY = Study("rivals", "other methods at matched precision", 256, run, table, draw)
