@@ -213,8 +213,8 @@ def table(result: dict[str, Any]) -> str:
     note = (
         "Guided: the frontier of `others` over guidance scales and alpha at prompt agreement "
         f"within {TOLERANCE:g} of unguided, alpha 0 included. Ratios are without the bias that few "
-        "images give to entropies; measures.md says how often such intervals hold the truth, by the "
-        "number of images. "
+        "images give to entropies; measures.md says how often such intervals hold the truth, by "
+        "the number of images. "
         f"Entropy of the balanced world: {result['ceiling']:.2f} nats. Where prompts name balanced "
         f"attributes, the unguided model has entropy {measured['entropy'][0]:.2f} at a precision "
         f"of {measured['precision'][0]:.2f} ({measured['precision_decoded'][0]:.2f} against real "
