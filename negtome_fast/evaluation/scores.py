@@ -21,7 +21,15 @@ from torch import Tensor
 from ..models.avatars import OPEN_ATTRIBUTES
 from ..models.reader import HEADS
 from . import metrics
-from .bootstrap import AttributeEntropy, InceptionScore, Interval, Mean, PairwiseCosine, Plan
+from .bootstrap import (
+    AttributeEntropy,
+    FrechetTo,
+    InceptionScore,
+    Interval,
+    Mean,
+    PairwiseCosine,
+    Plan,
+)
 from .sampling import Samples
 
 
@@ -66,6 +74,25 @@ class Scores:
         return metrics.prompt_hits(self.samples.readings, self.samples.prompts)
 
     @cached_property
+    def as_many_real(self) -> Tensor:
+        """Features of as many real images as samples, for Frechet distance and recall.
+
+        Fewer where there are not so many.
+        """
+        return self.real.features[: len(self.samples)]
+
+    @cached_property
+    def _drawn(self) -> dict[str, tuple[float, np.ndarray]]:
+        """Of the measures that were drawn, with the plan of `plan_of(samples, draws)`."""
+        return {}
+
+    def drawn(self, measure: str) -> tuple[float, np.ndarray]:
+        """A measure of `MEASURES`, of the samples and of each of its draws, (draws,)."""
+        if measure not in self._drawn:
+            self._drawn[measure] = drawn(self, measure, _plan(self, measure))
+        return self._drawn[measure]
+
+    @cached_property
     def likeness(self) -> np.ndarray:
         """Mean cosine of each sample with the others of its prompt, (N,)."""
         likeness = np.empty(len(self.samples))
@@ -93,6 +120,9 @@ def scores_of(
     }
 
 
+DRAWS = 1000
+
+
 @dataclass(frozen=True)
 class Measure:
     """A figure of a condition.
@@ -100,18 +130,24 @@ class Measure:
     Attributes:
         label: for tables and axes.
         values: what the statistic is computed of, N items.
-        statistic: of these.
+        statistic: of these; it may depend on the real images.
         within: computed in each prompt and averaged over prompts; otherwise over all samples.
         digits: after the point.
         better: the direction that is meant to be good.
+        draws: of the bootstrap.
     """
 
     label: str
     values: Callable[[Scores], Any]
-    statistic: Callable[[Any], float]
+    statistic: Callable[[Scores], Callable[[Any], float]]
     within: bool
     digits: int
     better: Literal["higher", "lower"]
+    draws: int = DRAWS
+
+
+def _mean(scores: Scores) -> Mean:
+    return Mean()
 
 
 #: With intervals.
@@ -119,38 +155,44 @@ MEASURES: dict[str, Measure] = {
     "entropy": Measure(
         "attribute entropy, nats",
         lambda s: s.samples.readings,
-        AttributeEntropy(OPEN_ATTRIBUTES),
+        lambda s: AttributeEntropy(OPEN_ATTRIBUTES),
         True,
         2,
         "higher",
     ),
     "cosine": Measure(
-        "pairwise cosine", lambda s: s.features, PairwiseCosine(), True, 3, "lower"
+        "pairwise cosine", lambda s: s.features, lambda s: PairwiseCosine(), True, 3, "lower"
     ),
-    "precision": Measure("precision", lambda s: s.inside.double(), Mean(), False, 3, "higher"),
+    "precision": Measure("precision", lambda s: s.inside.double(), _mean, False, 3, "higher"),
     "precision_decoded": Measure(
         "precision, real after the VAE",
         lambda s: s.inside_decoded.double(),
-        Mean(),
+        _mean,
         False,
         3,
         "higher",
     ),
-    "agreement": Measure("prompt kept", lambda s: s.hits.double(), Mean(), False, 3, "higher"),
+    "agreement": Measure("prompt kept", lambda s: s.hits.double(), _mean, False, 3, "higher"),
     "inception": Measure(
-        "inception-style score", lambda s: s.logits, InceptionScore(), False, 2, "higher"
+        "inception-style score", lambda s: s.logits, lambda s: InceptionScore(), False, 2, "higher"
+    ),
+    # A draw takes the eigenvalues of a matrix as large as the samples are many.
+    "frechet": Measure(
+        "Frechet distance",
+        lambda s: s.features,
+        lambda s: FrechetTo(s.as_many_real),
+        False,
+        0,
+        "lower",
+        draws=500,
     ),
 }  # fmt: skip
 
 #: Without intervals: repeated samples, which the bootstrap makes, bias them.
 POINT_MEASURES: dict[str, tuple[str, int]] = {
-    "frechet": ("Frechet distance", 1),
     "recall": ("recall", 3),
     "vendi": ("Vendi score", 2),
 }
-
-
-DRAWS = 1000
 
 
 def plan_of(samples: Samples, draws: int = DRAWS) -> Plan:
@@ -162,20 +204,23 @@ def plan_of(samples: Samples, draws: int = DRAWS) -> Plan:
 def drawn(scores: Scores, measure: str, plan: Plan) -> tuple[float, np.ndarray]:
     """A measure of the samples and of each draw, (draws,)."""
     how = MEASURES[measure]
-    return plan.apply(how.statistic, how.values(scores), how.within)
+    return plan.apply(how.statistic(scores), how.values(scores), how.within)
+
+
+def _plan(scores: Scores, measure: str) -> Plan:
+    return plan_of(scores.samples, MEASURES[measure].draws)
 
 
 def interval(scores: Scores, measure: str) -> Interval:
     """A measure with its 95% interval."""
-    plan = plan_of(scores.samples)
-    return plan.interval(*drawn(scores, measure, plan))
+    return _plan(scores, measure).interval(*scores.drawn(measure))
 
 
 def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -> Interval:
     """The difference or ratio to another condition of the same plan, paired by seed."""
     _check_paired(scores.samples, base.samples)
-    plan = plan_of(scores.samples)
-    (a, drawn_a), (b, drawn_b) = (drawn(side, measure, plan) for side in (scores, base))
+    plan = _plan(scores, measure)
+    (a, drawn_a), (b, drawn_b) = (side.drawn(measure) for side in (scores, base))
     if ratio:
         return plan.ratio(a, b, drawn_a, drawn_b)
     return plan.interval(a - b, drawn_a - drawn_b, no_change=0.0)
@@ -183,16 +228,15 @@ def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -
 
 def point_measures(scores: Scores) -> dict[str, float]:
     """`POINT_MEASURES`, at equal counts of samples and real images where both enter."""
-    count = min(len(scores.features), len(scores.real.features))
-    own, real = scores.features[:count], scores.real.features[:count]
     prompts = list(dict.fromkeys(scores.samples.prompts))
     vendi = []
     for prompt in prompts:
         at = [i for i, other in enumerate(scores.samples.prompts) if other == prompt]
         vendi.append(metrics.vendi_score(scores.features[at]))
     return {
-        "frechet": metrics.frechet_distance(own, real),
-        "recall": float(metrics.inside_manifold(own, real).double().mean()),
+        "recall": float(
+            metrics.inside_manifold(scores.features, scores.as_many_real).double().mean()
+        ),
         "vendi": sum(vendi) / len(vendi),
     }
 
