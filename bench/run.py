@@ -23,7 +23,7 @@ from .shapes import Shape, parse_shape
 DTYPES = ("float32", "bfloat16", "float16")
 #: One round of all candidates costs about this many times the multiply-adds of ours.
 ROUND_COST = 5
-#: What a shape may take on a CPU; a longer one is skipped, and the reason is written down.
+#: Seconds that a shape may take on a CPU; a longer one is skipped, and the reason written down.
 LONGEST_SHAPE = 120.0
 CPU_DEADLINE = 480.0
 
@@ -57,6 +57,12 @@ def build_parser(prog: str = "python -m bench run") -> argparse.ArgumentParser:
         "--deadline",
         type=_positive(float),
         help=f"begin no shape after so many seconds; default on a CPU {CPU_DEADLINE:.0f}",
+    )
+    parser.add_argument(
+        "--longest",
+        type=_positive(float),
+        default=LONGEST_SHAPE,
+        help="skip shapes that would take more seconds on a CPU; default %(default).0f",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--name", help="the result is bench/results/NAME.json")
@@ -94,11 +100,11 @@ def entries(arguments: argparse.Namespace, on_gpu: bool) -> list[Entry]:
     return [e for e in everything if not arguments.series or e.series in arguments.series]
 
 
-def too_long(shape: Shape, limits: dict[str, Any], rounds: int) -> str | None:
-    """Why this shape does not fit into the time of a CPU run, or None."""
+def too_long(shape: Shape, limits: dict[str, Any], rounds: int, longest: float) -> str | None:
+    """Why this shape does not fit into `longest` seconds on a CPU, or None."""
     rate = limits["matmul_tflops"] * 1e12
     seconds = rounds * ROUND_COST * 2 * shape.multiply_adds / rate
-    return f"would take {seconds:.0f} s or more here" if seconds > LONGEST_SHAPE else None
+    return f"would take {seconds:.0f} s or more here" if seconds > longest else None
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for entry in entries(arguments, on_gpu):
         shape = entry.shape
         dtype = arguments.dtype or entry.dtype or default_dtype
-        reason = None if on_gpu else too_long(shape, limits, MIN_ROUNDS["cpu"])
+        reason = None if on_gpu else too_long(shape, limits, MIN_ROUNDS["cpu"], arguments.longest)
         if deadline and time.perf_counter() - started > deadline:
             reason = f"the deadline of {deadline:.0f} s is over"
         if reason:

@@ -314,10 +314,14 @@ def test_bench_writes_a_result_and_prints_a_table(
     assert compare.main([str(out), str(out)]) == 0
 
 
-def test_what_is_too_large_for_the_time_is_skipped_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [["--shape", "2x65536x5120"], ["--shape", "2x64x16", "--longest", "1e-9"]]
+)
+def test_what_is_too_large_for_the_time_is_skipped_with_the_reason(
+    options: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "result.json"
-    options = ["--device", "cpu", "--shape", "2x65536x5120", "--out", str(out)]
-    assert bench_main(options) == 0
+    assert bench_main(["--device", "cpu", *options, "--out", str(out)]) == 0
     (case,) = json.loads(out.read_text())["cases"]
     assert "would take" in case["skipped"] and "times" not in case
 
