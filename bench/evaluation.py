@@ -7,7 +7,6 @@ page that is not up to date exits with 1.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from negtome_fast.evaluation.studies import STUDIES
 from negtome_fast.evaluation.studies.study import load, write
 
 from ._path import ROOT
-from .marked import NOTHING, PART, fill
+from .marked import NOTHING, PART, fill, update
 
 PAGE = ROOT / "docs" / "evaluation.md"
 RESULTS = ROOT / "bench" / "results" / "eval"
@@ -38,22 +37,16 @@ def render(text: str, results: Path = RESULTS) -> str:
     return fill(text, body)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.evaluation", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
-    text = PAGE.read_text(encoding="utf-8")
-    rendered = render(text)
-    if options.check:
-        if rendered != text:
-            print(f"{PAGE.name} is not up to date: python -m bench.evaluation", file=sys.stderr)
-        return int(rendered != text)
+def draw(text: str) -> None:
+    """Tables and figures of every marked study, beside its result."""
     for name in (part["name"] for part in PART.finditer(text)):
         path = RESULTS / f"{name}.json"
         if path.is_file():
             write(STUDIES[name], load(path), RESULTS)
-    PAGE.write_text(rendered, encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return update("bench.evaluation", __doc__, PAGE, render, argv, before=draw)
 
 
 if __name__ == "__main__":

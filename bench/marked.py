@@ -5,9 +5,11 @@ Such a part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,38 @@ def body_of(name: str, tables: Tables, results: Path) -> str:
     file, table = tables[name]
     path = results / file
     return table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else NOTHING
+
+
+def update(
+    module: str,
+    purpose: str | None,
+    page: Path,
+    render: Callable[[str], str],
+    argv: Sequence[str] | None = None,
+    before: Callable[[str], object] = lambda text: None,
+) -> int:
+    """The command `python -m MODULE [--check]`, which renders a page anew.
+
+    Args:
+        module: name of the command.
+        purpose: its help.
+        page: the file.
+        render: what the page is to be, of what it is.
+        argv: arguments; default: those of the program.
+        before: is called with the page before it is written; not with --check.
+
+    Returns:
+        The exit code: 1 where --check finds that the page is not what `render` makes of it.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    text = page.read_text(encoding="utf-8")
+    rendered = render(text)
+    if options.check:
+        if rendered != text:
+            print(f"{page.name} is not up to date: run python -m {module}", file=sys.stderr)
+        return int(rendered != text)
+    before(text)
+    page.write_text(rendered, encoding="utf-8")
+    return 0

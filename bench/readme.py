@@ -7,7 +7,6 @@ measured". That of the supported models comes from the layouts and the families 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._path import ROOT
-from .marked import Tables, body_of, fill
+from .marked import Tables, body_of, fill, update
 from .results import FOLDER as RESULTS
 from .results import end_to_end, micro
 from .tables import (
@@ -142,8 +141,8 @@ def speed_table(record: dict[str, Any]) -> str:
 
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory from 256 to 65,536 tokens, ours and the authors'."""
-    found = micro(record)
-    cases = [case for case in (found or {}).get("cases", ()) if case.get("series") == "tokens"]
+    found = micro(record) or {}
+    cases = [case for case in found.get("cases", ()) if case.get("series") == "tokens"]
     if not cases:
         return "not measured"
     rows = []
@@ -162,7 +161,7 @@ def growth_table(record: dict[str, Any]) -> str:
             ]
         )
     header = ("B x N x D", "ours", "authors'", "extra memory, ours", "authors'")
-    return _markdown(header, rows) + _not_measured(cases)
+    return _markdown(header, rows) + _not_measured(cases) + f"\n\n{_origin(found)}"
 
 
 def end_to_end_table(record: dict[str, Any]) -> str:
@@ -357,17 +356,7 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    rendered = render(text)
-    if options.check:
-        if rendered != text:
-            print("README.md is not up to date: run python -m bench.readme", file=sys.stderr)
-        return int(rendered != text)
-    README.write_text(rendered, encoding="utf-8")
-    return 0
+    return update("bench.readme", __doc__, README, render, argv)
 
 
 if __name__ == "__main__":

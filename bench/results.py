@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from negtome_fast.files import write_atomically
 
 from ._path import ROOT
 
@@ -17,9 +18,7 @@ FOLDER = ROOT / "bench" / "results"
 def save(path: Path, result: dict[str, Any]) -> None:
     """Replaces the file at once, so that a run that is killed leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:

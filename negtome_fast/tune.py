@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .files import write_atomically
 from .info import version_of
 from .kernels import aot, tuning
 from .kernels.tuning import Config, Problem
@@ -463,16 +462,8 @@ def write(path: Path, table: dict[str, Any]) -> None:
     """
     tuning.check(table, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text_of(table))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-        tuning.forget()
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text_of(table).encode())
+    tuning.forget()
 
 
 def start_table(path: Path, arch: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ seeds (docs/nudging.md).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ... import models
 from ...config import NegToMeConfig
+from ...files import write_atomically
 from ...models import avatars as world
 from ...models import overfit
 from ...nudging import (
@@ -215,10 +216,9 @@ class Draw:
         images = (drawn.images.clamp(0, 1) * 255).round().byte()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with open(partial, "wb") as file:
-                np.savez(file, images=images.numpy(), attempts=drawn.attempts, passed=drawn.passed)
-            os.replace(partial, path)
+            buffer = io.BytesIO()
+            np.savez(buffer, images=images.numpy(), attempts=drawn.attempts, passed=drawn.passed)
+            write_atomically(path, buffer.getvalue())
         # As stored, so that a run that goes on measures what one in a piece does.
         return Drawn(images.float() / 255, drawn.attempts, drawn.passed)
 
