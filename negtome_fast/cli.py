@@ -85,7 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _OfReference(argparse.Action):
-    """An option that belongs to the --reference before it; --reference itself begins one."""
+    """An option that belongs to the reference before it; the one that begins one has dest image."""
+
+    def __init__(self, *args: Any, begun_by: str = "--reference", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun_by = begun_by
 
     def __call__(
         self,
@@ -98,7 +102,7 @@ class _OfReference(argparse.Action):
         if self.dest == "image":
             references.append({"image": values})
         elif not references:
-            parser.error(f"{option} belongs to a --reference, which must come first")
+            parser.error(f"{option} belongs to a {self.begun_by}, which must come first")
         else:
             references[-1] = {**references[-1], self.dest: values}
         namespace.references = references
@@ -330,7 +334,9 @@ def _add_eval(commands: Any) -> None:
 
 def _add_own(evaluation: argparse.ArgumentParser) -> None:
     own = evaluation.add_argument_group(
-        "own", "every prompt without and with guidance from the same seeds, on any model"
+        "own",
+        "every prompt without and with guidance from the same seeds, on any model; several values "
+        "of an option, and a negative prompt, multiply the conditions",
     )
 
     def add(*names: str, **options: Any) -> None:
@@ -344,12 +350,26 @@ def _add_own(evaluation: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the first image, default 0")
     add("--metric", nargs="+", dest="metrics", help="embedded (default), dreamsim, clip, lpips")
     add("--guidance-scale", nargs="+", type=float, dest="scales", help="one or several")
-    add("--alpha", type=float, help="strength of the guidance")
-    add("--threshold", type=float, help="cosine similarity of a match")
-    add("--reference", choices=("first", "others"))
+    add("--true-cfg-scale", type=float, help="the same for distilled models, one value")
+    add("--negative-prompt", metavar="TEXT", help="draw all without and with it")
+    add("--alpha", nargs="+", type=float, help="strengths; negative pulls toward")
+    add("--threshold", nargs="+", type=float, help="cosine similarities of a match")
+    add("--reference", nargs="+", choices=("first", "others"), help="away from which of a group")
     add("--t-start", type=float, help="first timestep of the window, 1000: noise")
-    add("--t-end", type=float, help="last timestep of the window")
-    add("--steps-window", type=float, nargs=2, metavar=("START", "END"), help="fractions instead")
+    add("--t-end", nargs="+", type=float, help="last timesteps of the window")
+    add(
+        "--steps-window",
+        action="append",
+        nargs=2,
+        type=float,
+        metavar=("START", "END"),
+        help="fractions instead; may be repeated",
+    )
+    of_reference: dict[str, Any] = {"action": _OfReference, "begun_by": "--avoid"}
+    add("--avoid", **of_reference, dest="image", metavar="IMAGE", help="in place of --reference")
+    add("--mask", **of_reference, metavar="IMAGE", help="white: what of it may be matched")
+    add("--clean-reference", **of_reference, dest="noise", nargs=0, help="it is not noised")
+    add("--sharpen", type=float, metavar="BLUR", help="away from each image's own blurred draft")
     add("--steps", type=int, help="of the scheduler")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
@@ -376,8 +396,10 @@ def eval_command(options: argparse.Namespace) -> int:
             raise ValueError("eval own takes -n images for each prompt, not --samples or --quick")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if "references" in of_own:
+            of_own["references"] = tuple(_reference(entry) for entry in of_own["references"])
         result = own.perform(own.request(of_own), options.out, options.store)
-        print(f"{own.table(result)}\n{own.NAME}.json and a sheet of images in {options.out}")
+        print(f"{own.table(result)}\n{own.NAME}.json, figure and images in {options.out}")
         return 0
     if of_own:
         raise ValueError(f"{', '.join(of_own)}: options of eval own, not of {options.study}")

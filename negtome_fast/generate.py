@@ -649,17 +649,7 @@ class _Run:
         return ", ".join(words)
 
     def _rows(self) -> list[Row]:
-        from PIL import Image
-
-        rows = []
-        for entry in self.settings.references:
-            if Path(entry.image).is_file():
-                with Image.open(entry.image) as image:
-                    shown = [image.convert("RGB")]
-                if entry.mask is not None and Path(entry.mask).is_file():
-                    with Image.open(entry.mask) as mask:
-                        shown.append(mask.convert("RGB").resize(shown[0].size))
-                rows.append(Row("reference" + (" and mask" if entry.mask else ""), shown))
+        rows = reference_rows(self.settings.references)
         for number, guided in enumerate(self.guided):
             if self.plain:
                 rows.append(Row("without guidance", self.plain[number]))
@@ -702,6 +692,22 @@ class _Run:
         self.record["files"] = self.files
         text = json.dumps(self.record, indent=1) + "\n"
         write_atomically(self.folder / RECORD, text.encode())
+
+
+def reference_rows(references: Sequence[ReferenceFile]) -> list[Row]:
+    """Of a sheet: every reference that is an image, with its mask."""
+    from PIL import Image
+
+    rows = []
+    for entry in references:
+        if Path(entry.image).is_file():
+            with Image.open(entry.image) as image:
+                shown = [image.convert("RGB")]
+            if entry.mask is not None and Path(entry.mask).is_file():
+                with Image.open(entry.mask) as mask:
+                    shown.append(mask.convert("RGB").resize(shown[0].size))
+            rows.append(Row("reference" + (" and mask" if entry.mask else ""), shown))
+    return rows
 
 
 def versions() -> dict[str, str]:

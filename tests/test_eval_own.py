@@ -18,10 +18,12 @@ from negtome_fast.cli import main
 from negtome_fast.evaluation.external import METRICS, Batch, Metric
 from negtome_fast.evaluation.sampling import _load
 from negtome_fast.evaluation.studies import own
+from negtome_fast.evaluation.studies.own import measuring, results
+from negtome_fast.evaluation.studies.own.drawing import Plan
 from negtome_fast.models import model_folder
 
-for needed in ("diffusers", "efficientnet_lite_pytorch"):
-    pytest.importorskip(needed, reason="the extra 'demo' is not installed")
+for needed in ("diffusers", "efficientnet_lite_pytorch", "matplotlib"):
+    pytest.importorskip(needed, reason="the extra 'eval' is not installed")
 
 PROMPTS = ("a pixel art person", "a voxel art person")
 COMMAND = [
@@ -61,7 +63,8 @@ def test_both_conditions_have_the_same_prompts_and_seeds(result: dict[str, Any])
     assert [part["guidance_scale"] for part in result["scales"]] == [1, 2.5]
     assert [part["call"]["true_cfg_scale"] for part in result["scales"]] == [1, 2.5]
     for part in result["scales"]:
-        without, guided = (part["conditions"][name]["groups"] for name in own.CONDITIONS)
+        assert list(part["conditions"]) == ["unguided", "NegToMe"]
+        without, guided = (part["conditions"][name]["groups"] for name in part["conditions"])
         plans = [[(g["prompt"], g["seeds"]) for g in groups] for groups in (without, guided)]
         assert plans[0] == plans[1]
         assert plans[0] == [
@@ -71,7 +74,8 @@ def test_both_conditions_have_the_same_prompts_and_seeds(result: dict[str, Any])
             (PROMPTS[1], [10_002, 10_003]),
         ]
         assert [g["measures"] for g in without] != [g["measures"] for g in guided]
-        assert part["config"]["alpha"] == 0.9 and part["config"]["reference"] == "others"
+        config = part["conditions"]["NegToMe"]["config"]
+        assert config["alpha"] == 0.9 and config["reference"] == "others"
         assert part["drawn"] == "groups within prompts"
         assert all(g["pushed"] > 0 for g in guided) and {g["pushed"] for g in without} == {0.0}
 
@@ -79,14 +83,14 @@ def test_both_conditions_have_the_same_prompts_and_seeds(result: dict[str, Any])
 def test_means_differences_and_verdicts_follow_from_the_groups(result: dict[str, Any]) -> None:
     for part in result["scales"]:
         means = {}
-        for name in own.CONDITIONS:
-            condition = part["conditions"][name]
+        for name, condition in part["conditions"].items():
             values = [g["measures"]["pairwise cosine"] for g in condition["groups"]]
             means[name] = np.mean(values)
             assert condition["measures"]["pairwise cosine"][0] == pytest.approx(
                 means[name], abs=1e-4
             )
-        change = part["compared"]["pairwise cosine"]
+        assert "compared" not in part["conditions"]["unguided"]
+        change = part["conditions"]["NegToMe"]["compared"]["pairwise cosine"]
         difference, low, high = change["difference"]
         assert difference == pytest.approx(means["NegToMe"] - means["unguided"], abs=1e-4)
         assert low <= difference <= high
@@ -94,19 +98,31 @@ def test_means_differences_and_verdicts_follow_from_the_groups(result: dict[str,
         assert change["verdict"] == expected
 
 
+def compared(request: own.Request, values: tuple[float, ...]) -> dict[str, Any]:
+    """Both conditions with the same measure "m" in every group."""
+    prompts = [group.prompt for group in request.groups()]
+    parts = [
+        {"prompt": prompt, "seconds_an_image": 1, "pushed": 0, "measures": {"m": value}}
+        for prompt, value in zip(prompts, values, strict=True)
+    ]
+    conditions = request.conditions()
+    plans = [Plan(one, None, {}, None) for one in conditions]
+    return measuring.compared(plans, {one.name: parts for one in conditions})
+
+
 def test_no_change_is_said_where_there_is_none() -> None:
     request = own.request({"model": "a/b", "prompts": ["x"], "images": 4, "group": 2})
-    groups = request.groups()
-    same = [{"seconds_an_image": 1, "pushed": 0, "measures": {"m": value}} for value in (0.2, 0.7)]
-    found = own._compared(dict.fromkeys(own.CONDITIONS, same), ["m"], groups)
-    assert found["compared"]["m"] == {"difference": [0, 0, 0], "verdict": "no change seen"}
+    found = compared(request, (0.2, 0.7))["conditions"]["NegToMe"]["compared"]
+    assert found["m"] == {"difference": [0, 0, 0], "verdict": "no change seen"}
 
 
-def test_the_table_the_sheet_and_the_record_are_written(out: Path, result: dict[str, Any]) -> None:
+def test_table_figure_sheet_and_record_are_written(out: Path, result: dict[str, Any]) -> None:
     table = (out / "own.md").read_text(encoding="utf-8")
     assert table == own.table(result) + "\n"
     for word in ("pairwise cosine", "Vendi score", "seconds an image", "4 groups of 2"):
         assert word in table
+    assert sorted(own.figures(result)) == ["measures"]
+    assert (out / "own-measures.png").read_bytes().startswith(b"\x89PNG")
     assert {"cpu", "commit", "date", "versions", "command", "settings"} <= result.keys()
     assert "diffusers" in result["versions"] and "--guidance-scale 1.0 2.5" in result["command"]
     with Image.open(out / "own-sheet.png") as sheet:
@@ -169,9 +185,10 @@ def test_metrics_of_other_libraries_see_images_and_prompts_of_a_group(
     again = json.loads((out / "own.json").read_text(encoding="utf-8"))
     (part,) = again["scales"]
     assert devices == ["cpu"]
-    assert list(part["compared"]) == ["pairwise cosine", "Vendi score", "CLIPScore"]
+    guided = part["conditions"]["NegToMe"]["compared"]
+    assert list(guided) == ["pairwise cosine", "Vendi score", "CLIPScore"]
     assert part["conditions"]["unguided"]["measures"]["CLIPScore"][0] == 0.5
-    assert part["compared"]["CLIPScore"]["verdict"] == "no change seen"
+    assert guided["CLIPScore"]["verdict"] == "no change seen"
 
 
 @pytest.mark.parametrize(
@@ -216,8 +233,6 @@ def test_options_of_own_are_refused_by_other_studies(capsys: pytest.CaptureFixtu
 
 def test_a_prompt_with_one_group_is_drawn_with_the_others() -> None:
     request = own.request({"model": "a/b", "prompts": ["x", "y"], "images": 2, "group": 2})
-    parts = [{"seconds_an_image": 1, "pushed": 0, "measures": {"m": value}} for value in (0.2, 0.7)]
-    found = own._compared(dict.fromkeys(own.CONDITIONS, parts), ["m"], request.groups())
-    assert found["drawn"] == "groups"
+    assert compared(request, (0.2, 0.7))["drawn"] == "groups"
     with pytest.raises(ValueError, match="an interval needs two groups"):
         replace(request, settings=replace(request.settings, prompts=("x",)))

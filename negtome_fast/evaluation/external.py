@@ -334,7 +334,17 @@ class _Projections(nn.Module):
 def lpips(
     device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
 ) -> Metric:
-    """torchmetrics' LPIPS, mean over all pairs of images of a prompt; higher is more diverse.
+    """The first of `lpips_metrics`: between the outputs of a prompt; higher is more diverse."""
+    return lpips_metrics(device, net_type)[0]
+
+
+def lpips_metrics(
+    device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
+) -> list[Metric]:
+    """torchmetrics' LPIPS, mean over all pairs of images of a prompt, and to the closest target.
+
+    Both are distances: higher is more diverse, and less like the target. Targets are stretched to
+    the size of the images.
 
     Args:
         device: of the network.
@@ -351,21 +361,37 @@ def lpips(
         raise _missing("LPIPS", error) from error
     metric = metric.to(device)
 
+    def distance(first: Tensor, second: Tensor) -> float:
+        """Mean over images `(B, 3, H, W)` of both sides."""
+        metric.reset()
+        for parts in zip(first.split(_BATCH), second.split(_BATCH), strict=True):
+            metric.update(*(part.float().to(device) for part in parts))
+        return float(metric.compute())
+
     def in_prompt(images: Tensor) -> float:
         if len(images) < 2:
             raise ValueError("LPIPS between outputs needs 2 images of each prompt")
-        metric.reset()
         pairs = torch.combinations(torch.arange(len(images)))
-        for part in pairs.split(_BATCH):
-            first, second = (images[part[:, side]].float().to(device) for side in (0, 1))
-            metric.update(first, second)
-        return float(metric.compute())
+        return distance(images[pairs[:, 0]], images[pairs[:, 1]])
 
-    def measure(batch: Batch) -> float:
+    def between(batch: Batch) -> float:
         values = [in_prompt(batch.images[items]) for items in batch.within_prompts()]
         return sum(values) / len(values)
 
-    return Metric("LPIPS between outputs", "higher", measure)
+    def to_target(batch: Batch) -> float:
+        assert batch.target is not None  # `needs` was looked at
+        size = batch.images.shape[-2:]
+        targets = F.interpolate(batch.target.float(), size, mode="bilinear", antialias=True)
+        values = [
+            min(distance(image, target) for target in targets.clamp(0, 1).split(1))
+            for image in batch.images.split(1)
+        ]
+        return sum(values) / len(values)
+
+    return [
+        Metric("LPIPS between outputs", "higher", between),
+        Metric("LPIPS to target", "higher", to_target, ("target",)),
+    ]
 
 
 #: What makes each kind of metric; all but `embedded` take a device and need the extra.
@@ -375,5 +401,5 @@ METRICS: dict[str, Callable[..., Metric | list[Metric]]] = {
     "fid": fid,
     "inception": inception_score,
     "clip": clip_score,
-    "lpips": lpips,
+    "lpips": lpips_metrics,
 }

@@ -10,11 +10,12 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .studies import STUDIES
+from .studies import STUDIES, own
 from .studies.study import load
 
 if TYPE_CHECKING:
@@ -37,12 +38,35 @@ nav a { margin-right: 1rem; color: #0b57d0; }
 code { background: #f1f3f6; padding: 0 .25em; border-radius: 3px; font-size: .92em; }
 .quick { color: #b00020; font-weight: 600; }
 """
-INTRODUCTION = (
-    "What guidance does to the embedded model tiny-flux-avatars, measured with image features and "
-    "an attribute reader. Brackets and bars are 95% intervals of a bootstrap that draws groups of "
-    "images that were guided together as one, and the same groups on both sides of a comparison. "
-    "Every image's scores are in the JSON files beside this page. One small model: what holds here "
-    "need not hold on a large one in the same measure."
+ABOUT = (
+    "What guidance does to the images of a diffusion model. Brackets and bars are 95% intervals of "
+    "a bootstrap that draws groups of images that were guided together as one, and the same groups "
+    "on both sides of a comparison. All scores are in the JSON files beside this page."
+)
+ABOUT_EMBEDDED = (
+    "{sections}: the embedded model tiny-flux-avatars, measured with image features and an "
+    "attribute reader. One small model: what holds here need not hold on a large one in the same "
+    "measure."
+)
+ABOUT_OWN = (
+    "{section}: {model}, on prompts of its user. Nothing is known of what such images should show, "
+    "so they are measured by image features and other libraries' metrics alone."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of a kind of result; see `studies.Study` for the attributes."""
+
+    name: str
+    purpose: str
+    table: Callable[[dict[str, Any]], str]
+    figures: Callable[[dict[str, Any]], dict[str, Figure]]
+
+
+SECTIONS = (
+    *(Section(s.name, s.purpose, s.table, s.figures) for s in STUDIES.values()),
+    Section(own.NAME, own.PURPOSE, own.table, own.figures),
 )
 
 
@@ -53,22 +77,20 @@ def write(folder: Path) -> Path:
         FileNotFoundError: there are none.
         ValueError: a file is not the result of a study.
     """
-    results = [
-        (s, load(folder / f"{n}.json"))
-        for n, s in STUDIES.items()
-        if (folder / f"{n}.json").is_file()
-    ]
+    files = {section: folder / f"{section.name}.json" for section in SECTIONS}
+    results = [(section, load(path)) for section, path in files.items() if path.is_file()]
     if not results:
         raise FileNotFoundError(
             f"there are no results of studies in {folder}; negtome-fast eval diversity --out "
             f"{folder} makes one"
         )
     links = "".join(f'<a href="#{s.name}">{s.name}</a>' for s, _ in results)
-    sections = [_section(study, result, folder) for study, result in results]
+    about = "".join(f"<p>{html.escape(text)}</p>" for text in _introduction(results))
+    sections = [_section(section, result, folder) for section, result in results]
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>negtome-fast: evaluation</title><style>{STYLE}</style></head><body>"
-        f"<h1>negtome-fast: evaluation</h1><p>{html.escape(INTRODUCTION)}</p><nav>{links}</nav>"
+        f"<h1>negtome-fast: evaluation</h1>{about}<nav>{links}</nav>"
         f"{''.join(sections)}</body></html>\n"
     )
     path = folder / "report.html"
@@ -76,7 +98,20 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _section(study: Any, result: dict[str, Any], folder: Path) -> str:
+def _introduction(results: Sequence[tuple[Section, dict[str, Any]]]) -> list[str]:
+    """Which model each section is about, and how figures are to be read."""
+    paragraphs = [ABOUT]
+    embedded = [section.name for section, _ in results if section.name != own.NAME]
+    if embedded:
+        paragraphs.append(ABOUT_EMBEDDED.format(sections=", ".join(embedded)))
+    for section, result in results:
+        if section.name == own.NAME:
+            model = result["settings"]["model"]
+            paragraphs.append(ABOUT_OWN.format(section=section.name, model=model))
+    return paragraphs
+
+
+def _section(study: Section, result: dict[str, Any], folder: Path) -> str:
     figures = study.figures(result)
     pictures = [_png(figure) for figure in figures.values()]
     drawn = {f"{study.name}-{name}.png" for name in figures}
