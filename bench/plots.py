@@ -65,35 +65,40 @@ def speed_ups(result: dict[str, Any]) -> Figure | None:
     ]
     if not cases or not rivals:
         return None
-    height = 1.4 + len(cases) * (0.25 + 0.2 * len(rivals))
-    figure, (axes,) = _figure(9, height)
-    thickness = 0.84 / len(rivals)
-    longest = 1.0
-    for number, rival in enumerate(rivals):
-        for row, case in enumerate(cases):
-            ratio = case["times"].get(rival, {}).get("times_ours")
-            place = row + (number - (len(rivals) - 1) / 2) * thickness
-            if not ratio:
-                reason = case["times"].get(rival, {}).get("failed")
-                if reason:
-                    axes.text(0.02, place, f"did not run: {reason[:70]}", va="center", fontsize=7)
-                continue
-            middle, low, high = ratio["median"], ratio["p20"], ratio["p80"]
-            longest = max(longest, high)
-            axes.barh(
-                place,
-                middle,
-                thickness * 0.92,
-                color=COLOURS[rival],
-                label=CANDIDATES[rival].label if row == 0 else None,
-                xerr=[[max(middle - low, 0)], [max(high - middle, 0)]],
-                error_kw={"elinewidth": 0.9, "ecolor": "#333333", "capsize": 0},
-            )
-            axes.text(high + 0.012 * longest, place, f" {middle:.2f}", va="center", fontsize=7.5)
+    rows = [(case, [name for name in rivals if name in case["times"]]) for case in cases]
+    bars = sum(len(shown) for _, shown in rows)
+    figure, (axes,) = _figure(9, 1.4 + 0.25 * len(rows) + 0.2 * bars)
+    place, ticks, longest = 0.0, [], 1.0
+    legend = set()
+    for case, shown in rows:
+        ticks.append(place + (len(shown) - 1) / 2)
+        for rival in shown:
+            ratio = case["times"][rival].get("times_ours")
+            if ratio:
+                middle, low, high = ratio["median"], ratio["p20"], ratio["p80"]
+                longest = max(longest, high)
+                axes.barh(
+                    place,
+                    middle,
+                    0.92,
+                    color=COLOURS[rival],
+                    label=None if rival in legend else CANDIDATES[rival].label,
+                    xerr=[[max(middle - low, 0)], [max(high - middle, 0)]],
+                    error_kw={"elinewidth": 0.9, "ecolor": "#333333", "capsize": 0},
+                )
+                axes.text(
+                    high + 0.012 * longest, place, f" {middle:.2f}", va="center", fontsize=7.5
+                )
+                legend.add(rival)
+            else:
+                reason = case["times"][rival].get("failed", "")
+                axes.text(0.02, place, f"did not run: {reason[:70]}", va="center", fontsize=7)
+            place += 1
+        place += 1.2
     axes.axvline(1.0, color=COLOURS[OURS], linewidth=1.6)
-    axes.set_yticks(range(len(cases)), [_case_label(case) for case in cases], fontsize=8.5)
+    axes.set_yticks(ticks, [_case_label(case) for case in cases], fontsize=8.5)
     axes.set_xlim(0, longest * 1.12)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_ylim(place - 1.2, -1)
     axes.set_xlabel("time of a rival / time of ours: right of the blue line it is slower than ours")
     _tidy(axes, "How many times as long as ours")
     axes.grid(False, axis="y")
@@ -120,7 +125,7 @@ def roofline(result: dict[str, Any]) -> Figure | None:
     left, right = min(ridge, *intensities) / 3, max(ridge, *intensities) * 3
     axes.plot([left, ridge, right], [left * slope, roof, roof], color="#222222", linewidth=1.4)
     for text, x, y, side in (
-        ("ceiling of a matrix product", right, roof, "right"),
+        (f"ceiling of a {limits['dtype']} product", right, roof, "right"),
         ("ceiling of a copy", ridge * 0.55, ridge * 0.55 * slope, "right"),
     ):
         axes.annotate(
