@@ -398,7 +398,9 @@ def eval_command(options: argparse.Namespace) -> int:
             torch.set_num_threads(options.threads)
         if "references" in of_own:
             of_own["references"] = tuple(_reference(entry) for entry in of_own["references"])
-        result = own.perform(own.request(of_own), options.out, options.store)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line_warning
+            result = own.perform(own.request(of_own), options.out, options.store)
         print(f"{own.table(result)}\n{own.NAME}.json, figure and images in {options.out}")
         return 0
     if of_own:

@@ -225,6 +225,13 @@ def test_lpips_takes_every_pair_of_a_prompt_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="2 images of each prompt"):
         metric(Batch(batch.images, prompts=["a"] * 5 + ["b"]))
 
+    between, to_target = external.lpips_metrics()
+    assert between(batch) == pytest.approx(expected)
+    targets = torch.tensor([0.2, 0.8])[:, None, None, None].expand(-1, 3, 4, 6)
+    near = (0.2 + 0.1 + 0.1 + 0.3 + 0.1 + 0.2) / 6
+    assert to_target(Batch(batch.images, target=targets)) == pytest.approx(near)
+    assert between.better == to_target.better == "higher" and to_target.needs == ("target",)
+
 
 class DreamSimDouble:
     """DreamSim 0.2.1's model, whose embedding is the mean colour."""

@@ -59,8 +59,8 @@ def plans(wanted: Request, pipe: Any) -> list[list[Plan]]:
         for condition in wanted.conditions():
             settings = condition.settings(wanted.settings, scale)
             call = generate.call_arguments(pipe, settings)
-            if condition.negative:
-                _check_negative(pipe, call)
+            if wanted.settings.negative_prompt is not None:
+                _prepare_negative(pipe, call)
             guided = condition.guidance is not None
             config = generate.configuration(pipe, settings) if guided else None
             of_scale.append(Plan(condition, scale, call, config))
@@ -73,11 +73,17 @@ def plans(wanted: Request, pipe: Any) -> list[list[Plan]]:
     return found
 
 
-def _check_negative(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Refuses a negative prompt that the pipeline leaves out; for others see `check_differ`."""
+def _prepare_negative(pipe: Any, call: dict[str, Any]) -> None:
+    """Sees to it that conditions differ in the negative prompt alone.
+
+    Pipelines with a true_cfg_scale have no classifier-free guidance at all without any; for other
+    pipelines see `check_differ`.
+    """
     scale = inspect.signature(type(pipe).__call__).parameters.get("true_cfg_scale")
-    if scale is not None and call.get("true_cfg_scale", scale.default) <= 1:
-        raise ValueError(_WITHOUT_EFFECT)
+    if scale is not None:
+        if call.get("true_cfg_scale", scale.default) <= 1:
+            raise ValueError(_WITHOUT_EFFECT)
+        call.setdefault("negative_prompt", "")
 
 
 def check_differ(plain: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]) -> None:

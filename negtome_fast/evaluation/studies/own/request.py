@@ -219,9 +219,8 @@ def _command(options: Mapping[str, Any]) -> str:
                 words += ["--mask", reference.mask] if reference.mask else []
                 words += [] if reference.noise else ["--clean-reference"]
         elif name == "call":
-            for key, given in value:
-                text = given if isinstance(given, str) else json.dumps(given)
-                words += ["--argument", f"{key}={text}"]
+            # As JSON, so that text which looks like a number stays text.
+            words += [w for key, v in value for w in ("--argument", f"{key}={json.dumps(v)}")]
         elif isinstance(value, (list, tuple)):
             words += [option, *map(str, value)]
         else:
