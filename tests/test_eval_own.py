@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -423,21 +424,42 @@ def test_windows_thresholds_and_their_names() -> None:
     assert [one["t_end"] for one in several.guidances.values()] == [900, 700, 900, 700]
 
 
+def asked(words: list[str], picture: Path | None = None) -> own.Request:
+    """The request of a command's options, `picture` in place of the files that it names."""
+    found = vars(build_parser().parse_args(["eval", "own", *words]))
+    common = ("command", "study", "samples", "quick", "out", "store", "threads")
+    values = {name: value for name, value in found.items() if name not in common}
+    references = [_reference(entry) for entry in values.get("references", ())]
+    if picture is not None:
+        files = {"image": str(picture), "mask": str(picture.with_name("top.png"))}
+        references = [replace(entry, **files) for entry in references]
+    if references:
+        values["references"] = tuple(references)
+    return own.request(values)
+
+
 def test_the_recorded_command_asks_for_the_same(picture: Path) -> None:
     words = [*COMMAND[2:12], "--avoid", str(picture), "--clean-reference", "--avoid", str(picture)]
     words += ["--mask", str(picture), "--negative-prompt", "a b", "--alpha", "-0.5", "0.5"]
     words += ["--argument", 'a="1"', "--true-cfg-scale", "3", "--t-end", "700"]
-
-    def asked(options: list[str]) -> own.Request:
-        found = vars(build_parser().parse_args(["eval", "own", *options]))
-        common = ("command", "study", "samples", "quick", "out", "store", "threads")
-        values = {name: value for name, value in found.items() if name not in common}
-        values["references"] = tuple(_reference(entry) for entry in values["references"])
-        return own.request(values)
-
     request = asked(words)
     assert [one.noise for one in request.settings.references] == [False, True]
+    assert request.settings.call == {"a": "1"}
     assert asked(shlex.split(request.command)[3:]) == request
+
+
+def test_the_commands_of_the_page_can_be_run(picture: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "measures.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^negtome-fast eval own (.*?[^\\])$", page, re.M | re.S)
+    requests = [
+        asked(shlex.split(text.replace("\\\n", " ").replace("PATH_OR_HUB_ID", "a/b")), picture)
+        for text in commands
+    ]
+    counts = [len(request.conditions()) for request in requests]
+    assert counts == [2, 17, 4, 5, 3], "as the page says"
+    assert len(requests[1].groups()) * 4 * counts[1] == 544
+    presets = [request.settings.preset for request in requests]
+    assert presets == [None, None, "avoid", "avoid", "sharpen"]
 
 
 def test_many_images_are_announced_before_they_are_drawn(
