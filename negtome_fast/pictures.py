@@ -32,9 +32,10 @@ def sheet(title: str, rows: Sequence[Row], footer: str, tile: int = 160) -> Imag
 
     gap, margin, head = 8, 24, 28
     fitted = [[_fitted(image, tile) for image in row.images] for row in rows]
-    widths = [sum(image.width + gap for image in images) - gap for images in fitted]
-    width = max([420, *widths]) + 2 * margin
     title_font, font, small = (ImageFont.load_default(size=s) for s in (20, 16, 13))
+    widths = [sum(image.width + gap for image in images) - gap for images in fitted]
+    headings = [round(font.getlength(row.heading)) for row in rows]
+    width = max([420, *widths, *headings]) + 2 * margin
     title_lines = textwrap.wrap(title, max(20, (width - 2 * margin) // 10)) or [""]
     footer_lines = textwrap.wrap(footer, max(20, (width - 2 * margin) // 7))
     heights = [head + max([0, *(image.height for image in images)]) + gap for images in fitted]

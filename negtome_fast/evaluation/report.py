@@ -113,10 +113,8 @@ def _introduction(results: Sequence[tuple[Section, dict[str, Any]]]) -> list[str
 
 def _section(study: Section, result: dict[str, Any], folder: Path) -> str:
     figures = study.figures(result)
-    pictures = [_png(figure) for figure in figures.values()]
     drawn = {f"{study.name}-{name}.png" for name in figures}
     sheets = [path for path in sorted(folder.glob(f"{study.name}-*.png")) if path.name not in drawn]
-    pictures += [path.read_bytes() for path in sheets]
     facts = (
         f"{result['cpu']}, torch {result['versions']['torch']}, commit "
         f"{(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}"
@@ -127,8 +125,9 @@ def _section(study: Section, result: dict[str, Any], folder: Path) -> str:
     return (
         f'<h2 id="{study.name}">{study.name}: {html.escape(study.purpose)}</h2>'
         f'<p class="facts">{html.escape(facts)}</p>{rehearsal}'
-        + "".join(_image(picture, study.name) for picture in pictures)
+        + "".join(_image(_png(figure), study.name) for figure in figures.values())
         + _html(study.table(result))
+        + "".join(_image(path.read_bytes(), study.name) for path in sheets)
     )
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ....generate import reference_rows
 from ...sampling import _SEEDS as SEEDS
+from ...sampling import Group
 from .. import figures as plots
 from ..figures import BLUE, COLOURS, GREY, MARKERS
 from ..tables import cell, markdown, signed
+from .drawing import Plan
 from .request import UNGUIDED, Request
 
 if TYPE_CHECKING:
@@ -48,8 +51,8 @@ def _measure_table(result: Mapping[str, Any], measure: str) -> str:
             seen = ["", ""] if change is None else [signed(change["difference"], 3)]
             seen += [] if change is None else [change["verdict"]]
             found = cell(one["measures"][measure], 3)
-            rows.append([_scale(part["guidance_scale"]), name, found, *seen])
-    header = ["guidance scale", "condition", _titled(result, measure)]
+            rows.append([name, _scale(part["guidance_scale"]), found, *seen])
+    header = ["condition", "guidance scale", _titled(result, measure)]
     return markdown([*header, "difference to unguided", "seen"], rows)
 
 
@@ -61,9 +64,9 @@ def _cost_table(result: Mapping[str, Any]) -> str:
             seconds = one["seconds_an_image"]
             pushed = "" if one["config"] is None else f"{one['pushed']:.1%}"
             added = "" if name == UNGUIDED else f"{seconds / base - 1:+.1%}"
-            row = [_scale(part["guidance_scale"]), name, pushed, f"{seconds:.3f}", added]
+            row = [name, _scale(part["guidance_scale"]), pushed, f"{seconds:.3f}", added]
             rows.append(row)
-    header = ["guidance scale", "condition", "image tokens pushed", "seconds an image", "added"]
+    header = ["condition", "guidance scale", "image tokens pushed", "seconds an image", "added"]
     return markdown(header, rows)
 
 
@@ -111,8 +114,12 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     columns = min(3, len(measures))
     rows = -(-len(measures) // columns)
     several = len(scales) > 1
+    width = 1.5 + 3.8 * columns
     height = 3.6 if several else 1.2 + 0.34 * len(conditions)
-    figure, grid = plots.panels(1.5 + 3.8 * columns, rows * height + 0.5, columns, rows)
+    # A legend below, as wide as its names let it be: inches of a letter, a mark and a line.
+    beside = max(1, int(width / (0.075 * max(map(len, conditions)) + 0.6)))
+    below = 0.3 * -(-len(conditions) // beside) if several else 0.0
+    figure, grid = plots.panels(width, rows * height + 0.3 + below, columns, rows)
     for number, axes in enumerate(grid.flat):
         if number >= len(measures):
             axes.set_visible(False)
@@ -125,7 +132,6 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         plots.tidy(axes, _titled(result, measures[number], "\n"), x, "")
     if several:
         handles = grid[0][0].get_legend_handles_labels()
-        beside = min(len(conditions), 1 + columns)
         figure.legend(*handles, loc="outside lower center", ncols=beside, frameon=False)
     return {"measures": figure}
 
@@ -186,25 +192,24 @@ def shown(wanted: Request) -> set[int]:
     return {first + number * SEEDS for number in range(min(prompts, count, 6))}
 
 
-def sheet(wanted: Request, rows: Sequence[tuple[float | None, str, np.ndarray]]) -> Image:
-    """The references, and the images of (scale, condition, images uint8 (N, H, W, 3))."""
+def sheet(wanted: Request, rows: Sequence[tuple[Plan, Group, np.ndarray]]) -> Image:
+    """The references, and images uint8 (N, H, W, 3) of groups, their prompt above the unguided."""
     from PIL import Image
 
     from ....pictures import Row
     from ....pictures import sheet as labelled
 
     settings = wanted.settings
-    drawn = [
-        Row(
-            f"{name}, guidance scale {_scale(scale)}",
-            [Image.fromarray(image) for image in images],
-            accent="NegToMe" in name,
-        )
-        for scale, name, images in rows
-    ]
-    title = " | ".join(f'"{prompt}"' for prompt in settings.prompts[: len(shown(wanted))])
-    footer = f"{settings.model}, same seeds in all rows of a prompt"
-    return labelled(title, [*reference_rows(settings.references), *drawn], footer)
+    drawn = []
+    for plan, group, images in rows:
+        name = plan.condition.name
+        heading = f"{name}, guidance scale {_scale(plan.scale)}"
+        if name == UNGUIDED:
+            heading += f': "{shorten(group.prompt, 60, placeholder="...")}"'
+        pictures = [Image.fromarray(image) for image in images]
+        drawn.append(Row(heading, pictures, accent=plan.config is not None))
+    footer = "the same seeds in all rows of a prompt"
+    return labelled(settings.model, [*reference_rows(settings.references), *drawn], footer)
 
 
 def _check(result: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def perform(
                         check_differ(parts[UNGUIDED], parts[name])
                     drawn[name].append(meter.record(group, parts[name]))
                     if group.seeds[0] in shown:
-                        rows.append((plan.scale, name, parts[name]["images"]))
+                        rows.append((plan, group, parts[name]["images"]))
                     bar.update(wanted.group)
             scales.append(compared(of_scale, drawn))
     configs = [plan.config for of_scale in by_scale for plan in of_scale if plan.config is not None]
