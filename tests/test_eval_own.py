@@ -565,6 +565,13 @@ def test_a_tiny_qwen_image_differs_in_the_negative_prompt_alone(
     parts = qwen()
     pipe = QwenImagePipeline(parts.scheduler, vae, None, None, parts.transformer)
     monkeypatch.setattr(generate, "load_pipeline", lambda settings: pipe)
+
+    def distance(batch: Batch) -> float:
+        assert batch.target is not None and batch.target.shape == (1, 3, 32, 32)
+        return float((batch.images - batch.target).abs().mean())
+
+    likeness = [Metric("LPIPS to target", "higher", distance, ("target",))]
+    monkeypatch.setitem(METRICS, "lpips", lambda device: likeness)
     calls: list[dict[str, Any]] = []
     real = generate.draw
     monkeypatch.setattr(generate, "draw", lambda *a, **b: calls.append(a[1]) or real(*a, **b))
@@ -573,11 +580,13 @@ def test_a_tiny_qwen_image_differs_in_the_negative_prompt_alone(
             "model": "owner/qwen", "prompts": ["a person"], "images": 4, "group": 2, "steps": 2,
             "height": 32, "width": 32, "threshold": [-1.0], "t_end": [0.0],
             "negative_prompt": "captain red", "references": (generate.ReferenceFile(str(picture)),),
+            "metrics": ["lpips"],
         }
     )  # fmt: skip
     result = own.perform(request, tmp_path, tmp_path / "store", progress=False)
     (part,) = result["scales"]
     assert part["conditions"]["NegToMe"]["pushed"] > 0.9
+    assert result["better"] == {"LPIPS to target": "higher"}
     # Without any negative prompt this pipeline would have no classifier-free guidance.
     assert {call["negative_prompt"] for call in calls} == {"", "captain red"}
     assert all("true_cfg_scale" not in call for call in calls)

@@ -84,8 +84,8 @@ def _note(result: Mapping[str, Any]) -> str:
         words.append(f"The target is {images}{whole}.")
     if settings["preset"] == "sharpen":
         words.append(
-            f"NegToMe: every image away from its own unguided copy, blurred by "
-            f"{settings['blur']:g} 64ths of its longer side, whose time is counted. Contrast: mean "
+            "NegToMe: every image away from its own unguided copy, blurred by a radius of "
+            f"{settings['blur']:g}/64 of its longer side, whose time is counted. Contrast: mean "
             "difference of neighbouring pixels, in 256ths."
         )
     if settings["negative_prompt"] is not None:
