@@ -2,14 +2,15 @@
 
 Similarities exist one tile at a time: a block of reference tokens is normalised once, every
 source chunk is multiplied with it, and a running `(maximum, index)` is kept for each token.
-Only columns are normalised: the norm of a source token does not change its argmax. On a GPU the
+Only columns are normalised: the norm of a source token does not change its argmax. On a CPU with
+int8 instructions most of the work is left to the products of `coarse`. On a GPU the
 fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest" for exact matches.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,17 +19,13 @@ from torch import Tensor
 
 from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
+from . import coarse
+from .coarse import EPSILON, RUN, Search, padded, piece_rows
 
-EPSILON = 1e-12
 #: Size of a block of normalised reference tokens: 8 MB in fp32.
 BLOCK_ELEMENTS = 2 * 2**20
-#: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
-#: columns at the ragged end of a product otherwise, which would decide between equal tokens.
-RUN = 64
 #: Tokens that are pushed at a time, on an accelerator.
 PUSH_ROWS = 1024
-#: Elements that are pushed at a time on a CPU, so that they stay in its cache between the steps.
-PUSH_ELEMENTS = 2**18
 #: Elements up to which all pairs of items are matched, or all items pushed, at once: for small
 #: problems the calls cost more than the arithmetic.
 SMALL = 4 * 2**20
@@ -80,10 +77,6 @@ def _all_finite(norms: Tensor) -> bool:
     return norms.numel() == 0 or math.isfinite(float(norms.amax()))
 
 
-def _padded(columns: int) -> int:
-    return -(-columns // RUN) * RUN
-
-
 class _Tiles:
     """Tile sizes, and the scratch memory that all tiles share.
 
@@ -96,7 +89,7 @@ class _Tiles:
         longest = max(x.shape[1], reference.shape[1])
         self.rows = min(longest, 1024 if x.device.type == "cpu" else 4096)
         fitting = BLOCK_ELEMENTS // x.shape[2] // RUN * RUN
-        self.columns = min(_padded(longest), 4096, max(256, fitting))
+        self.columns = min(padded(longest), 4096, max(256, fitting))
         self.scores = torch.empty(self.rows * self.columns, dtype=dtype, device=x.device)
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -135,16 +128,16 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _search(
     columns: Tensor,
     allowed: Tensor | None,
-    searches: list[tuple[Tensor, Tensor, Tensor]],
+    searches: list[Search],
     tiles: _Tiles,
 ) -> None:
-    """For each `(rows, best, index)` fill in the best column of every row, unscaled by its norm."""
+    """Fill in the best column for the rows of every search."""
     dtype = tiles.scores.dtype
     for start in range(0, columns.shape[0], tiles.columns):
         block = columns[start : start + tiles.columns].to(dtype)
         part = None if allowed is None else allowed[start : start + tiles.columns]
         block, excluded = _normalized_block(block, part)
-        count, ragged = len(block), _padded(len(block)) - len(block)
+        count, ragged = len(block), padded(len(block)) - len(block)
         if ragged:
             block = F.pad(block, (0, 0, 0, ragged))
             excluded = None if excluded is None else F.pad(excluded, (0, ragged), value=True)
@@ -187,10 +180,13 @@ def match(
         if reference_mask is not None and matching == "paper":
             allowed = reference_mask[shared]
         searches = [
-            (x[i] if matching == "paper" else reference[o], similarity[i, s], index[i, s])
+            Search(x[i] if matching == "paper" else reference[o], similarity[i, s], index[i, s])
             for i, s, o in members
         ]
-        _search(columns, allowed, searches, tiles)
+        if coarse.pays(columns, searches):
+            coarse.search(columns, allowed, searches, partial(_search, tiles=tiles))
+        else:
+            _search(columns, allowed, searches, tiles)
 
     for item, slot, other in (pair for part in pairs.by_columns.values() for pair in part):
         rows = x[item] if matching == "paper" else reference[other]
@@ -211,7 +207,7 @@ def match(
 
 
 def _fits_at_once(x: Tensor, reference: Tensor, pairs: _Pairs) -> bool:
-    (tokens, channels), width = x.shape[1:], _padded(max(reference.shape[1], x.shape[1]))
+    (tokens, channels), width = x.shape[1:], padded(max(reference.shape[1], x.shape[1]))
     elements = tokens * channels + width * channels + tokens * width
     return x.device.type == "cpu" and pairs.even and len(pairs.items) * elements <= SMALL
 
@@ -369,7 +365,7 @@ def _push_item(
 ) -> None:
     """Write one item, `(N, D)`, to `out`; tokens whose entries of `flat` `(S, N)` are not negative
     are moved."""
-    rows = PUSH_ROWS if x.device.type != "cpu" else max(1, PUSH_ELEMENTS // x.shape[1])
+    rows = PUSH_ROWS if x.device.type != "cpu" else piece_rows(x.shape[1])
     for first in range(0, x.shape[0], rows):
         chunk = slice(first, first + rows)
         source, target, numbers = x[chunk], out[chunk], flat[:, chunk]

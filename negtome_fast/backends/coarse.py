@@ -1,0 +1,328 @@
+"""Matching on a CPU with int8 instructions: a coarse product, then fp32 cosines of what it leaves.
+
+Around a common centre c, unit tokens are a = c + s p + e and b = c + t q + f, where p and q are
+integers of at most 127 and e and f is what rounding to them leaves. For the columns b of a row a,
+
+    a . b = a . c + s t (p . q) + c . (b - c) + R,    |R| <= |e| |t q| + |a - c| |f|
+
+where a . c does not change the argmax and p . q is exact. Columns that R cannot tell from the best
+are compared in fp32. The centre makes R small where all tokens resemble each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import NOTHING, compute_dtype
+
+#: Where everything lies; the caller's default device may be another.
+CPU = "cpu"
+EPSILON = 1e-12
+#: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
+#: columns at the ragged end of a product otherwise, which would decide between equal tokens.
+RUN = 64
+#: Elements of a piece of tokens that stays in a core's cache from one step to the next, and the
+#: most cores that share a piece.
+PIECE_ELEMENTS, PIECE_CORES = 2**18, 4
+#: Size of a block of rounded columns: 16 MB.
+BLOCK_ELEMENTS = 2**24
+BLOCK_COLUMNS = 4096
+#: Rows of a product, and of the first one, which shows whether coarse scores tell columns apart.
+ROWS, FIRST_ROWS = 512, 128
+#: Share of a product's rows that it may leave undecided before it is given up.
+UNDECIDED = 0.25
+#: A row is decided by fp32 scores of single pairs if no more columns are in question than one for
+#: this many, or than a few: a product in fp32 makes some 32 scores in the time of one such pair.
+COLUMNS_PER_PAIR, FEW = 128, 4
+#: Fewest channels, rows and columns, and multiply-adds of all searches, for which the products are
+#: what takes the time, and for which a first one in vain takes little of it.
+LEAST_CHANNELS, LEAST_TOKENS, LEAST_WORK = 256, 512, 3 * 2**30
+#: 127^2 times as many channels fit into int32, and the fp32 norm of as many is right to 2^-10.
+MOST_CHANNELS = 2**15 - 1
+#: Tokens whose mean is the centre. Any centre is right; a good one leaves little in question.
+SAMPLE = 256
+#: Relative error of a norm in fp32, and what fp32 rounds off a unit token (a few 2^-24).
+NORM_ERROR, UNIT_ERROR = 2.0**-9, 2.0**-20
+#: What fp32 rounds off a coarse score, its offset and its bound: each of them is less than 8, and
+#: there are less than 20 operations, of 2^-24 each.
+SCORE_ERROR = 2.0**-16
+
+
+class Search(NamedTuple):
+    """Rows `(N, D)` whose best column is to be filled in, `(N,)` each, unscaled by their norm."""
+
+    rows: Tensor
+    best: Tensor
+    at: Tensor
+
+
+def pays(columns: Tensor, searches: list[Search]) -> bool:
+    """Whether `search` is faster than products in fp32."""
+    rows, channels = [len(entry.rows) for entry in searches], columns.shape[1]
+    return (
+        columns.device.type == "cpu"
+        and compute_dtype(columns.dtype) == torch.float32
+        and LEAST_CHANNELS <= channels <= MOST_CHANNELS
+        and min(*rows, len(columns)) >= LEAST_TOKENS
+        and sum(rows) * len(columns) * channels >= LEAST_WORK
+        and has_int8_products()
+    )
+
+
+def has_int8_products() -> bool:
+    """Whether this processor multiplies int8 faster than fp32, and torch's library makes use of it.
+
+    Without these instructions `torch._int_mm` is a plain loop.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
+
+
+def padded(columns: int) -> int:
+    return -(-columns // RUN) * RUN
+
+
+def piece_rows(channels: int) -> int:
+    """Tokens of a piece."""
+    return max(1, PIECE_ELEMENTS * min(torch.get_num_threads(), PIECE_CORES) // channels)
+
+
+class _Rounded(NamedTuple):
+    """K unit tokens minus the centre: `values * scale`, and bounds on what that leaves out.
+
+    `length` bounds the norm before and after rounding, `error` the norm of their difference.
+    """
+
+    values: Tensor  # int8 (K, D); all else (K,)
+    scale: Tensor
+    length: Tensor
+    error: Tensor
+    norm: Tensor
+    along_centre: Tensor
+
+
+def _pieces(count: int, channels: int) -> Iterator[slice]:
+    size = piece_rows(channels)
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def _centre(tokens: Tensor) -> Tensor:
+    """Mean `(D,)` of the finite unit tokens of a sample."""
+    sample = tokens[:: -(-len(tokens) // SAMPLE)].to(torch.float32)
+    norm = torch.linalg.vector_norm(sample, dim=1, keepdim=True)
+    unit = torch.where(norm.isfinite(), sample / norm.clamp_min(EPSILON), 0.0)
+    return unit.mean(dim=0)
+
+
+def _rounded(tokens: Tensor, centre: Tensor, count: int, along_centre: bool) -> _Rounded:
+    """`tokens` `(K, D)` and zeros up to `count`; `along_centre` is zero where not asked for."""
+    values = torch.zeros(count, tokens.shape[1], dtype=torch.int8, device=CPU)
+    scale, length, error, norm, along = torch.zeros(5, count, device=CPU).unbind(0)
+    for part in _pieces(*tokens.shape):
+        wide = tokens[part].to(torch.float32)
+        norm[part] = torch.linalg.vector_norm(wide, dim=1)
+        unit = (wide * norm[part, None].clamp_min(EPSILON).reciprocal()).sub_(centre)
+        finite = norm[part].isfinite()
+        if not bool(finite.all()):
+            unit.masked_fill_(~finite[:, None], 0)
+        largest = torch.maximum(unit.amax(dim=1), -unit.amin(dim=1)).clamp_min(EPSILON)
+        scale[part] = largest / 127
+        values[part] = whole = (unit * (127 / largest)[:, None]).round_()
+        length[part] = torch.linalg.vector_norm(unit, dim=1)
+        if along_centre:
+            # fp32 sums of many channels could be off by more than the rest of the bound.
+            along[part] = torch.sum(unit * centre, dim=1, dtype=torch.float64)
+        error[part] = torch.linalg.vector_norm(unit.sub_(whole.mul_(scale[part, None])), dim=1)
+    error.mul_(1 + NORM_ERROR).add_(UNIT_ERROR)
+    length.mul_(1 + NORM_ERROR).add_(error)
+    return _Rounded(values, scale, length, error, norm, along)
+
+
+class _Block(NamedTuple):
+    """Columns as the product takes them, `(M, D)`, and padded to whole runs, `(M',)`."""
+
+    tokens: Tensor
+    allowed: Tensor | None
+    centre: Tensor
+    rounded: _Rounded
+    excluded: Tensor | None
+    longest: float
+
+    @classmethod
+    def of(cls, tokens: Tensor, allowed: Tensor | None) -> _Block | None:
+        """None where no column may be chosen."""
+        centre = _centre(tokens)
+        rounded = _rounded(tokens, centre, padded(len(tokens)), along_centre=True)
+        usable = rounded.norm.isfinite()
+        usable[len(tokens) :] = False
+        if allowed is not None:
+            usable[: len(tokens)] &= allowed
+        if not bool(usable.any()):
+            return None
+        excluded = None if bool(usable.all()) else ~usable
+        return cls(tokens, allowed, centre, rounded, excluded, float(rounded.length.amax()))
+
+
+class _Scratch:
+    """Memory that all products share."""
+
+    def __init__(self, columns: int) -> None:
+        self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
+        self.scores = torch.empty(ROWS * columns, device=CPU)
+
+    def of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        size, shape = rows * columns, (rows, columns)
+        return self.products[:size].view(shape), self.scores[:size].view(shape)
+
+
+def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs `(row, column)` `(P,)` in ascending order, the best of each row among them.
+
+    The last tensor, bool `(K,)`, tells the rows that are left out because more columns are in
+    question than pays. Rows that are not finite have no pairs.
+    """
+    columns = block.rounded
+    products, scores = scratch.of(len(rows.values), len(columns.values))
+    torch._int_mm(rows.values, columns.values.T, out=products)
+    # The bound on R is the sum of one number of the row and one of the column.
+    row_bound = rows.error * block.longest
+    column_bound = columns.error * rows.length.amax()
+    lower_offset = columns.along_centre - column_bound
+    if block.excluded is not None:
+        lower_offset.masked_fill_(block.excluded, NOTHING)
+    scores.copy_(products).mul_(columns.scale).mul_(rows.scale[:, None]).add_(lower_offset)
+
+    by_run, twice = scores.view(len(scores), -1, RUN), (2 * column_bound).view(-1, RUN)
+    highest = by_run.amax(dim=2)
+    level = highest.amax(dim=1) - 2 * row_bound - SCORE_ERROR
+    level.masked_fill_(~rows.norm.isfinite(), torch.inf)
+    near = highest + twice.amax(dim=1) >= level[:, None]
+    row, run = near.nonzero().unbind(1)
+    pair, offset = (by_run[row, run] + twice[run] >= level[row, None]).nonzero().unbind(1)
+    row, column = row[pair], run[pair] * RUN + offset
+    left = torch.bincount(row, minlength=len(level)) > max(
+        FEW, len(columns.values) // COLUMNS_PER_PAIR
+    )
+    decided = ~left[row]
+    return row[decided], column[decided], left
+
+
+def _scores_of_pairs(
+    rows: Tensor, row: Tensor, columns: Tensor, column: Tensor, norm: Tensor
+) -> Tensor:
+    """Products `(P,)` of the given rows with the given columns of unit length, in fp32.
+
+    Every pair is added up in the same order, so that equal columns tie. No product overflows: it is
+    less than the product of two norms whose squares do not.
+    """
+    scores = torch.empty(len(row), device=CPU)
+    for part in _pieces(len(row), rows.shape[1]):
+        source = rows.index_select(0, row[part]).to(torch.float32)
+        target = columns.index_select(0, column[part]).to(torch.float32)
+        torch.sum(source.mul_(target), dim=1, out=scores[part])
+    return scores / norm[column].clamp_min(EPSILON)
+
+
+def _best_of_pairs(
+    scores: Tensor, row: Tensor, column: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Maximum `(count,)` over the pairs of each row and its lowest column; -inf, -1 without any."""
+    best = torch.full((count,), NOTHING, device=CPU).scatter_reduce_(0, row, scores, "amax")
+    winner = scores == best[row]
+    index = torch.full((count,), torch.iinfo(torch.int64).max, device=CPU)
+    index.scatter_reduce_(0, row[winner], column[winner], "amin")
+    return best, index.where(best > NOTHING, -1)
+
+
+def _improve(best: Tensor, index: Tensor, value: Tensor, at: Tensor) -> None:
+    better = value > best
+    index.copy_(torch.where(better, at, index))
+    best.copy_(torch.where(better, value, best))
+
+
+def _search_block(
+    search: Search, block: _Block, start: int, scratch: _Scratch
+) -> tuple[Tensor, int]:
+    """Fill in `search` from the block of columns that starts at `start`.
+
+    Returns the numbers of the rows that are left to a product in fp32, and how many rows were
+    seen; with fewer than all, the coarse product was given up.
+    """
+    left, first, size = [], 0, FIRST_ROWS
+    while first < len(search.rows):
+        part = slice(first, first + size)
+        rows = search.rows[part]
+        rounded = _rounded(rows, block.centre, len(rows), along_centre=False)
+        row, column, undecided = _candidates(rounded, block, scratch)
+        scores = _scores_of_pairs(rows, row, block.tokens, column, block.rounded.norm)
+        value, at = _best_of_pairs(scores, row, column, len(rows))
+        _improve(search.best[part], search.at[part], value, at + start)
+        left.append(undecided.nonzero()[:, 0] + first)
+        first += len(rows)
+        if len(left[-1]) > UNDECIDED * len(rows):
+            break
+        size = ROWS
+    return torch.cat(left), first
+
+
+def _search_rest(
+    rest: list[tuple[Search, Tensor | slice]],
+    columns: Tensor,
+    allowed: Tensor | None,
+    start: int,
+    in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
+    again: bool,
+) -> None:
+    """Fill in the given rows of searches by a product in fp32.
+
+    `again`: compute the scores found as those of pairs, so that they compare with other blocks'.
+    """
+    found = []
+    for entry, which in rest:
+        rows = entry.rows[which]
+        best = torch.full((len(rows),), NOTHING, device=CPU)
+        found.append(Search(rows, best, torch.full((len(rows),), -1, device=CPU)))
+    in_fp32(columns, allowed, found)
+    norm = torch.linalg.vector_norm(columns.to(torch.float32), dim=1) if again else None
+    for (entry, which), (rows, value, at) in zip(rest, found, strict=True):
+        if norm is not None:
+            row = (at >= 0).nonzero()[:, 0]
+            value[row] = _scores_of_pairs(rows, row, columns, at[row], norm)
+        best, index = entry.best[which], entry.at[which]
+        _improve(best, index, value, at + start)
+        entry.best[which], entry.at[which] = best, index
+
+
+def search(
+    columns: Tensor,
+    allowed: Tensor | None,
+    searches: list[Search],
+    in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
+) -> None:
+    """Fill in the best of the `columns` `(M, D)` for the rows of every search.
+
+    `in_fp32` does the same for the rows that the coarse product leaves undecided. Where these are
+    many, the product is not tried any more.
+    """
+    size = min(BLOCK_COLUMNS, max(LEAST_TOKENS, BLOCK_ELEMENTS // columns.shape[1] // RUN * RUN))
+    scratch, tried = _Scratch(min(size, padded(len(columns)))), True
+    for start in range(0, len(columns), size):
+        tokens = columns[start : start + size]
+        mask = None if allowed is None else allowed[start : start + size]
+        block = _Block.of(tokens, mask) if tried else None
+        rest: list[tuple[Search, Tensor | slice]] = []
+        for entry in searches:
+            seen = 0
+            if tried and block is not None:
+                left, seen = _search_block(entry, block, start, scratch)
+                tried = seen == len(entry.rows)
+                if len(left):
+                    rest.append((entry, left))
+            if seen < len(entry.rows):
+                rest.append((entry, slice(seen, None)))
+        if rest:
+            _search_rest(rest, tokens, mask, start, in_fp32, again=size < len(columns))
