@@ -149,8 +149,11 @@ def test_match_and_output_are_right(
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_stays_within_its_bound(kind: Callable[[torch.Generator], Tensor]) -> None:
     x = kind(torch.Generator().manual_seed(0))
-    centre = coarse._centre(x[0])
-    a, b = (coarse._rounded(part, centre, len(part), along_centre=True) for part in (x[1], x[0]))
+    centre, scratch = coarse._centre(x[0]), coarse._Scratch(256, CHANNELS)
+    a, b = (
+        coarse._rounded(part, centre, len(part), scratch, along_centre=True)
+        for part in (x[1], x[0])
+    )
     wide, unit = (
         centre.double(),
         [
@@ -171,10 +174,11 @@ def test_best_column_is_never_lost(
     kind: Callable[[torch.Generator], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = kind(torch.Generator().manual_seed(1))
-    block = coarse._Block.of(x[0], None)
+    scratch = coarse._Scratch(256, CHANNELS)
+    block = coarse._Block.of(x[0], None, scratch)
     assert block is not None
-    rows = coarse._rounded(x[1], block.centre, len(x[1]), along_centre=False)
-    row, column, left = coarse._candidates(rows, block, coarse._Scratch(256))
+    rows = coarse._rounded(x[1], block.centre, len(x[1]), scratch, along_centre=False)
+    row, column, left = coarse._candidates(rows, block, scratch)
     cosines = torch.nn.functional.normalize(x[1].double(), dim=-1)
     cosines = cosines @ torch.nn.functional.normalize(x[0].double(), dim=-1).T
     kept = torch.zeros(cosines.shape, dtype=torch.bool)

@@ -32,7 +32,7 @@ PIECE_ELEMENTS, PIECE_CORES = 2**18, 4
 BLOCK_ELEMENTS = 2**24
 BLOCK_COLUMNS = 4096
 #: Rows of a product, and of the first one, which shows whether coarse scores tell columns apart.
-ROWS, FIRST_ROWS = 512, 128
+ROWS, FIRST_ROWS = 512, 64
 #: Share of a product's rows that it may leave undecided before it is given up.
 UNDECIDED = 0.25
 #: A row is decided by fp32 scores of single pairs if no more columns are in question than one for
@@ -44,9 +44,11 @@ LEAST_CHANNELS, LEAST_TOKENS, LEAST_WORK = 256, 512, 3 * 2**30
 #: 127^2 times as many channels fit into int32, and the fp32 norm of as many is right to 2^-10.
 MOST_CHANNELS = 2**15 - 1
 #: Tokens whose mean is the centre. Any centre is right; a good one leaves little in question.
-SAMPLE = 256
+SAMPLE = 64
 #: Relative error of a norm in fp32, and what fp32 rounds off a unit token (a few 2^-24).
 NORM_ERROR, UNIT_ERROR = 2.0**-9, 2.0**-20
+#: Relative error of a term of a sum in fp32, for each term of the sum and any order of them.
+TERM_ERROR = 2.0**-24 * (1 + 2.0**-8)
 #: What fp32 rounds off a coarse score, its offset and its bound: each of them is less than 8, and
 #: there are less than 20 operations, of 2^-24 each.
 SCORE_ERROR = 2.0**-16
@@ -118,24 +120,40 @@ def _centre(tokens: Tensor) -> Tensor:
     return unit.mean(dim=0)
 
 
-def _rounded(tokens: Tensor, centre: Tensor, count: int, along_centre: bool) -> _Rounded:
+class _Scratch:
+    """Memory that all pieces and products share: new memory costs as much as a step of either."""
+
+    def __init__(self, columns: int, channels: int) -> None:
+        self.pieces = torch.empty(2, piece_rows(channels), channels, device=CPU)
+        self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
+        self.scores = torch.empty(ROWS * columns, device=CPU)
+
+    def of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        size, shape = rows * columns, (rows, columns)
+        return self.products[:size].view(shape), self.scores[:size].view(shape)
+
+
+def _rounded(
+    tokens: Tensor, centre: Tensor, count: int, scratch: _Scratch, along_centre: bool
+) -> _Rounded:
     """`tokens` `(K, D)` and zeros up to `count`; `along_centre` is zero where not asked for."""
     values = torch.zeros(count, tokens.shape[1], dtype=torch.int8, device=CPU)
     scale, length, error, norm, along = torch.zeros(5, count, device=CPU).unbind(0)
     for part in _pieces(*tokens.shape):
-        wide = tokens[part].to(torch.float32)
-        norm[part] = torch.linalg.vector_norm(wide, dim=1)
-        unit = (wide * norm[part, None].clamp_min(EPSILON).reciprocal()).sub_(centre)
+        unit, whole = scratch.pieces[:, : part.stop - part.start].unbind(0)
+        unit.copy_(tokens[part])
+        norm[part] = torch.linalg.vector_norm(unit, dim=1)
+        unit.mul_(norm[part, None].clamp_min(EPSILON).reciprocal()).sub_(centre)
         finite = norm[part].isfinite()
         if not bool(finite.all()):
             unit.masked_fill_(~finite[:, None], 0)
+        if along_centre:
+            along[part] = torch.mul(unit, centre, out=whole).sum(dim=1)
         largest = torch.maximum(unit.amax(dim=1), -unit.amin(dim=1)).clamp_min(EPSILON)
         scale[part] = largest / 127
-        values[part] = whole = (unit * (127 / largest)[:, None]).round_()
+        torch.mul(unit, (127 / largest)[:, None], out=whole).round_()
+        values[part] = whole
         length[part] = torch.linalg.vector_norm(unit, dim=1)
-        if along_centre:
-            # fp32 sums of many channels could be off by more than the rest of the bound.
-            along[part] = torch.sum(unit * centre, dim=1, dtype=torch.float64)
         error[part] = torch.linalg.vector_norm(unit.sub_(whole.mul_(scale[part, None])), dim=1)
     error.mul_(1 + NORM_ERROR).add_(UNIT_ERROR)
     length.mul_(1 + NORM_ERROR).add_(error)
@@ -153,10 +171,10 @@ class _Block(NamedTuple):
     longest: float
 
     @classmethod
-    def of(cls, tokens: Tensor, allowed: Tensor | None) -> _Block | None:
+    def of(cls, tokens: Tensor, allowed: Tensor | None, scratch: _Scratch) -> _Block | None:
         """None where no column may be chosen."""
         centre = _centre(tokens)
-        rounded = _rounded(tokens, centre, padded(len(tokens)), along_centre=True)
+        rounded = _rounded(tokens, centre, padded(len(tokens)), scratch, along_centre=True)
         usable = rounded.norm.isfinite()
         usable[len(tokens) :] = False
         if allowed is not None:
@@ -165,18 +183,6 @@ class _Block(NamedTuple):
             return None
         excluded = None if bool(usable.all()) else ~usable
         return cls(tokens, allowed, centre, rounded, excluded, float(rounded.length.amax()))
-
-
-class _Scratch:
-    """Memory that all products share."""
-
-    def __init__(self, columns: int) -> None:
-        self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
-        self.scores = torch.empty(ROWS * columns, device=CPU)
-
-    def of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        size, shape = rows * columns, (rows, columns)
-        return self.products[:size].view(shape), self.scores[:size].view(shape)
 
 
 def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,9 +194,11 @@ def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tenso
     columns = block.rounded
     products, scores = scratch.of(len(rows.values), len(columns.values))
     torch._int_mm(rows.values, columns.values.T, out=products)
-    # The bound on R is the sum of one number of the row and one of the column.
+    # The bound on R is the sum of one number of the row and one of the column. The latter includes
+    # the rounding of c . (b - c), which is a sum over all channels; |c| is at most 1.
     row_bound = rows.error * block.longest
-    column_bound = columns.error * rows.length.amax()
+    sum_error = block.tokens.shape[1] * TERM_ERROR
+    column_bound = columns.error * rows.length.amax() + columns.length * sum_error
     lower_offset = columns.along_centre - column_bound
     if block.excluded is not None:
         lower_offset.masked_fill_(block.excluded, NOTHING)
@@ -256,7 +264,7 @@ def _search_block(
     while first < len(search.rows):
         part = slice(first, first + size)
         rows = search.rows[part]
-        rounded = _rounded(rows, block.centre, len(rows), along_centre=False)
+        rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
         row, column, undecided = _candidates(rounded, block, scratch)
         scores = _scores_of_pairs(rows, row, block.tokens, column, block.rounded.norm)
         value, at = _best_of_pairs(scores, row, column, len(rows))
@@ -309,11 +317,11 @@ def search(
     many, the product is not tried any more.
     """
     size = min(BLOCK_COLUMNS, max(LEAST_TOKENS, BLOCK_ELEMENTS // columns.shape[1] // RUN * RUN))
-    scratch, tried = _Scratch(min(size, padded(len(columns)))), True
+    scratch, tried = _Scratch(min(size, padded(len(columns))), columns.shape[1]), True
     for start in range(0, len(columns), size):
         tokens = columns[start : start + size]
         mask = None if allowed is None else allowed[start : start + size]
-        block = _Block.of(tokens, mask) if tried else None
+        block = _Block.of(tokens, mask, scratch) if tried else None
         rest: list[tuple[Search, Tensor | slice]] = []
         for entry in searches:
             seen = 0
