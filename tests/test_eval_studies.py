@@ -19,7 +19,7 @@ from negtome_fast.evaluation import frontier, report, sampling
 from negtome_fast.evaluation.rivals import SPELL, IntervalGuidance
 from negtome_fast.evaluation.sampling import Condition, Group, Laboratory, batches_of, groups_of
 from negtome_fast.evaluation.scores import MEASURES, Real, change, record, scores_of
-from negtome_fast.evaluation.studies import STUDIES
+from negtome_fast.evaluation.studies import STUDIES, applications
 from negtome_fast.evaluation.studies.study import Run, Sizes, load, perform
 
 for needed in ("diffusers", "dicebear", "matplotlib", "efficientnet_lite_pytorch"):
@@ -250,6 +250,54 @@ def test_study_writes_scores_table_figures_and_sheets(
     assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png")))
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page needs something else"
     assert "A rehearsal" in page
+
+
+def test_sharpening_goes_away_from_the_blurred_copy_of_each_image_itself(
+    lab: Laboratory, tmp_path: Path
+) -> None:
+    from negtome_fast import Reference
+
+    base = lab.sample(condition(negtome=None), groups()).only([0, 3])
+    copies = applications.blurred_copies(base)
+    assert copies.images.shape == base.images.shape
+    sharp, soft = (applications.contrast(one.pixels()) for one in (base, copies))
+    assert (soft < 0.8 * sharp).all()
+
+    def away(item: int) -> Condition:
+        picture = copies.images[item].transpose(1, 2, 0)
+        return condition(negtome=NegToMeConfig(t_end=0), references=(Reference(picture),))
+
+    run = Run(lab, TINY, tmp_path, progress=False)
+    found = applications.own_references(run, base, "own", away)
+    assert (found.prompts, found.seeds) == (base.prompts, base.seeds)
+    assert found.groups.tolist() == base.groups.tolist()
+    for item, (prompt, seed) in enumerate(zip(base.prompts, base.seeds, strict=True)):
+        alone = lab.sample(away(item), [Group(prompt, (seed,))])
+        assert (found.images[item] == alone.images[0]).all()
+        swapped = lab.sample(away(1 - item), [Group(prompt, (seed,))])
+        assert (found.images[item] != swapped.images[0]).any(), "its reference does not matter"
+
+
+def test_contrast_is_the_mean_step_between_neighbours() -> None:
+    stripes = torch.zeros(1, 3, 8, 8)
+    stripes[..., ::2] = 1
+    assert applications.contrast(stripes).tolist() == [255 / 2]
+    assert applications.contrast(stripes.mT).tolist() == [255 / 2]
+    assert applications.contrast(torch.full((2, 3, 8, 8), 0.5)).tolist() == [0, 0]
+
+
+def test_applications_compare_image_by_image(lab: Laboratory) -> None:
+    base = lab.sample(condition(negtome=None), groups())
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.normal(size=len(base)))
+    found = applications.measured(
+        {"a": values + 0.25, "b": values}, {"a": values, "b": values}, base
+    )
+    assert found["differences"]["a"] == [0.25, 0.25, 0.25, "higher"]
+    assert found["differences"]["b"] == [0, 0, 0, "no change seen"]
+    estimate, low, high = found["measured"]["a"]
+    assert low < estimate < high, "the values differ more than their pairs do"
+    assert "differences" not in applications.measured({"a": values}, None, base)
 
 
 def test_result_is_the_same_when_drawn_again_from_the_store(
