@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
     "off": Method("unguided", None, SCALES),
     "others": Method("NegToMe, others", {}, (1.0, 1.5, 2.5, 5.0)),
     "alpha-0.3": Method("NegToMe, others, alpha 0.3", {"alpha": 0.3}, (1.0, 1.5, 2.5)),
-    "alpha-0.15": Method("NegToMe, others, alpha 0.15", {"alpha": 0.15}, (1.5, 2.5)),
+    "alpha-0.15": Method("NegToMe, others, alpha 0.15", {"alpha": 0.15}, (1.0, 1.5, 2.5)),
     "first": Method("NegToMe, first", {"reference": "first"}, (1.0, 2.5)),
     "official": Method(
         "NegToMe, first, authors' order",

@@ -81,13 +81,14 @@ RIVALS = (
         [(2.5, *_cads(low, 1.0)) for low in (0.9, 0.8, 0.7)]
         + [(2.5, *_cads(low, high)) for low, high in ((0.9, 0.95), (0.75, 0.95), (0.6, 0.9))]
         + [(1.5, *_cads(low, high)) for low, high in ((0.9, 1.0), (0.8, 1.0), (0.9, 0.95))]
-        + [(1.5, *_cads(0.75, 0.95)), (1.0, *_cads(0.9, 0.95))],
+        + [(1.5, *_cads(0.75, 0.95))]
+        + [(1.0, *_cads(low, high)) for low, high in ((0.8, 1.0), (0.9, 0.95))],
     ),
     Rival(
         "particle guidance",
         [(2.5, *_latents(strength)) for strength in (50.0, 100.0, 200.0, 400.0)]
         + [(1.5, *_latents(strength)) for strength in (50.0, 100.0, 400.0)]
-        + [(1.0, *_latents(100.0))]
+        + [(1.0, *_latents(strength)) for strength in (50.0, 100.0, 200.0)]
         + [(2.5, *_features(strength)) for strength in (20.0, 60.0, 120.0)]
         + [(1.5, *_features(strength)) for strength in (20.0, 60.0)],
     ),
@@ -95,7 +96,7 @@ RIVALS = (
         "SPELL",
         [(2.5, *_spell(radius)) for radius in (15.0, 20.0, 30.0, 40.0)]
         + [(1.5, *_spell(radius)) for radius in (15.0, 20.0, 30.0)]
-        + [(1.0, *_spell(20.0))],
+        + [(1.0, *_spell(radius)) for radius in (15.0, 20.0, 30.0)],
     ),
 )
 #: NegToMe's own sweep: guidance scale, alpha of `others`. Alpha 0 is the lower guidance scale.
@@ -106,6 +107,7 @@ OURS = (
     (1.0, 0.3),
     (1.5, 0.3),
     (2.5, 0.3),
+    (1.0, 0.15),
     (1.5, 0.15),
     (2.5, 0.15),
 )
