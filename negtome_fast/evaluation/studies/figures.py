@@ -55,10 +55,30 @@ def frontier(
     x: str = "precision",
     y: str = "entropy",
     line: bool = True,
+    best_only: bool = False,
 ) -> None:
-    """A point a condition with its intervals, and the frontier of each method as a line."""
+    """A point a condition with its intervals, and the frontier of each method as a line.
+
+    `best_only`: a condition that another of its series beats in both measures is a faint point,
+    without intervals and note.
+    """
     for one in series:
         points = [(c["measures"][x], c["measures"][y]) for c in one.conditions]
+        notes = list(one.notes)
+        if best_only:
+            beaten = [_beaten(p, points) for p in points]
+            faint = [p for p, hidden in zip(points, beaten, strict=True) if hidden]
+            axes.scatter(
+                [p[0][0] for p in faint],
+                [p[1][0] for p in faint],
+                color=one.colour,
+                marker=one.marker,
+                s=16,
+                alpha=0.35,
+                linewidths=0,
+            )
+            notes = [note for note, hidden in zip(notes, beaten, strict=False) if not hidden]
+            points = [p for p, hidden in zip(points, beaten, strict=True) if not hidden]
         if not points:
             continue
         across, up = ([p[i][0] for p in points] for i in (0, 1))
@@ -77,11 +97,16 @@ def frontier(
         if line and len(points) > 1:
             drawn = outline(list(zip(across, up, strict=True)))
             axes.plot(*zip(*drawn, strict=True), color=one.colour, linewidth=1.6, alpha=0.6)
-        for note, a, b in zip(one.notes, across, up, strict=False):
+        for note, a, b in zip(notes, across, up, strict=False):
             axes.annotate(
                 note, (a, b), textcoords="offset points", xytext=(6, 5), fontsize=7.5,
                 color=one.colour,
             )  # fmt: skip
+
+
+def _beaten(point: Any, points: Sequence[Any]) -> bool:
+    """Whether the estimates of another point are above in both measures."""
+    return any(all(a[0] > b[0] for a, b in zip(one, point, strict=True)) for one in points)
 
 
 def sweep(axes: Axes, series: Sequence[Series], at: Sequence[float], measure: str) -> None:

@@ -175,7 +175,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
-    frontier, grid = figures.panels(9.5, 6)
+    frontier, grid = figures.panels(10.5, 6.6)
     axes = grid[0][0]
     labels = ["NegToMe", *(rival.label for rival in RIVALS)]
     palette = (BLUE, GREY, *COLOURS)
@@ -185,10 +185,10 @@ def draw(result: dict[str, Any]) -> dict[str, Figure]:
         notes = [one["name"].removeprefix(label).strip() for one in own]
         marker = "o" if number < 2 else MARKERS[number - 2]
         series.append(Series(label, own, palette[number], marker, notes))
-    figures.frontier(axes, series)
+    figures.frontier(axes, series, best_only=True)
     figures.tidy(
         axes,
-        "NegToMe and its rivals; guidance scale and, after it, the rival's own setting",
+        "NegToMe and its rivals: guidance scale, setting (faint: the method itself does better)",
         "precision",
         "attribute entropy, nats",
     )
