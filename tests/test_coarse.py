@@ -237,14 +237,14 @@ def test_first_of_equal_tokens_is_chosen(
 def test_score_of_a_pair_does_not_depend_on_the_others(threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 300, 1000, generator=generator)
-    norm = torch.linalg.vector_norm(x[0], dim=1)
     row, column = torch.arange(300), torch.arange(300).flip(0)
+    scratch = coarse._Scratch(1, 1000)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        scores = coarse._scores_of_pairs(x[1], row, x[0], column, norm)
+        scores = coarse._scores_of_pairs(x[1], row, x[0], column, scratch)
         for count in (1, 2, 7, 64):
-            part = coarse._scores_of_pairs(x[1], row[-count:], x[0], column[-count:], norm)
+            part = coarse._scores_of_pairs(x[1], row[-count:], x[0], column[-count:], scratch)
             assert torch.equal(part, scores[-count:])
     finally:
         torch.set_num_threads(before)

@@ -107,11 +107,6 @@ class _Rounded(NamedTuple):
     along_centre: Tensor
 
 
-def _pieces(count: int, channels: int) -> Iterator[slice]:
-    size = piece_rows(channels)
-    return (slice(first, min(first + size, count)) for first in range(0, count, size))
-
-
 def _centre(tokens: Tensor) -> Tensor:
     """Mean `(D,)` of the finite unit tokens of a sample."""
     sample = tokens[:: -(-len(tokens) // SAMPLE)].to(torch.float32)
@@ -128,7 +123,16 @@ class _Scratch:
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
         self.scores = torch.empty(ROWS * columns, device=CPU)
 
-    def of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each piece of `count` tokens, its place and twice the memory `(K, D)` for it."""
+        size = self.pieces.shape[1]
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            one, other = self.pieces[:, : part.stop - first].unbind(0)
+            yield part, one, other
+
+    def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Memory for a product and its scores, `(rows, columns)`."""
         size, shape = rows * columns, (rows, columns)
         return self.products[:size].view(shape), self.scores[:size].view(shape)
 
@@ -139,8 +143,7 @@ def _rounded(
     """`tokens` `(K, D)` and zeros up to `count`; `along_centre` is zero where not asked for."""
     values = torch.zeros(count, tokens.shape[1], dtype=torch.int8, device=CPU)
     scale, length, error, norm, along = torch.zeros(5, count, device=CPU).unbind(0)
-    for part in _pieces(*tokens.shape):
-        unit, whole = scratch.pieces[:, : part.stop - part.start].unbind(0)
+    for part, unit, whole in scratch.halves(len(tokens)):
         unit.copy_(tokens[part])
         norm[part] = torch.linalg.vector_norm(unit, dim=1)
         unit.mul_(norm[part, None].clamp_min(EPSILON).reciprocal()).sub_(centre)
@@ -164,7 +167,6 @@ class _Block(NamedTuple):
     """Columns as the product takes them, `(M, D)`, and padded to whole runs, `(M',)`."""
 
     tokens: Tensor
-    allowed: Tensor | None
     centre: Tensor
     rounded: _Rounded
     excluded: Tensor | None
@@ -182,7 +184,7 @@ class _Block(NamedTuple):
         if not bool(usable.any()):
             return None
         excluded = None if bool(usable.all()) else ~usable
-        return cls(tokens, allowed, centre, rounded, excluded, float(rounded.length.amax()))
+        return cls(tokens, centre, rounded, excluded, float(rounded.length.amax()))
 
 
 def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +194,7 @@ def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tenso
     question than pays. Rows that are not finite have no pairs.
     """
     columns = block.rounded
-    products, scores = scratch.of(len(rows.values), len(columns.values))
+    products, scores = scratch.tile(len(rows.values), len(columns.values))
     torch._int_mm(rows.values, columns.values.T, out=products)
     # The bound on R is the sum of one number of the row and one of the column. The latter includes
     # the rounding of c . (b - c), which is a sum over all channels; |c| is at most 1.
@@ -220,7 +222,7 @@ def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tenso
 
 
 def _scores_of_pairs(
-    rows: Tensor, row: Tensor, columns: Tensor, column: Tensor, norm: Tensor
+    rows: Tensor, row: Tensor, columns: Tensor, column: Tensor, scratch: _Scratch
 ) -> Tensor:
     """Products `(P,)` of the given rows with the given columns of unit length, in fp32.
 
@@ -228,11 +230,12 @@ def _scores_of_pairs(
     less than the product of two norms whose squares do not.
     """
     scores = torch.empty(len(row), device=CPU)
-    for part in _pieces(len(row), rows.shape[1]):
-        source = rows.index_select(0, row[part]).to(torch.float32)
-        target = columns.index_select(0, column[part]).to(torch.float32)
-        torch.sum(source.mul_(target), dim=1, out=scores[part])
-    return scores / norm[column].clamp_min(EPSILON)
+    for part, source, target in scratch.halves(len(row)):
+        source.copy_(rows.index_select(0, row[part]))
+        target.copy_(columns.index_select(0, column[part]))
+        norm = torch.linalg.vector_norm(target, dim=1).clamp_min_(EPSILON)
+        torch.div(source.mul_(target).sum(dim=1), norm, out=scores[part])
+    return scores
 
 
 def _best_of_pairs(
@@ -266,7 +269,7 @@ def _search_block(
         rows = search.rows[part]
         rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
         row, column, undecided = _candidates(rounded, block, scratch)
-        scores = _scores_of_pairs(rows, row, block.tokens, column, block.rounded.norm)
+        scores = _scores_of_pairs(rows, row, block.tokens, column, scratch)
         value, at = _best_of_pairs(scores, row, column, len(rows))
         _improve(search.best[part], search.at[part], value, at + start)
         left.append(undecided.nonzero()[:, 0] + first)
@@ -283,6 +286,7 @@ def _search_rest(
     allowed: Tensor | None,
     start: int,
     in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
+    scratch: _Scratch,
     again: bool,
 ) -> None:
     """Fill in the given rows of searches by a product in fp32.
@@ -295,11 +299,10 @@ def _search_rest(
         best = torch.full((len(rows),), NOTHING, device=CPU)
         found.append(Search(rows, best, torch.full((len(rows),), -1, device=CPU)))
     in_fp32(columns, allowed, found)
-    norm = torch.linalg.vector_norm(columns.to(torch.float32), dim=1) if again else None
     for (entry, which), (rows, value, at) in zip(rest, found, strict=True):
-        if norm is not None:
+        if again:
             row = (at >= 0).nonzero()[:, 0]
-            value[row] = _scores_of_pairs(rows, row, columns, at[row], norm)
+            value[row] = _scores_of_pairs(rows, row, columns, at[row], scratch)
         best, index = entry.best[which], entry.at[which]
         _improve(best, index, value, at + start)
         entry.best[which], entry.at[which] = best, index
@@ -333,4 +336,4 @@ def search(
             if seen < len(entry.rows):
                 rest.append((entry, slice(seen, None)))
         if rest:
-            _search_rest(rest, tokens, mask, start, in_fp32, again=size < len(columns))
+            _search_rest(rest, tokens, mask, start, in_fp32, scratch, again=size < len(columns))
