@@ -29,6 +29,7 @@ from .bootstrap import (
     Mean,
     PairwiseCosine,
     Plan,
+    is_biased,
 )
 from .sampling import Samples
 
@@ -213,7 +214,8 @@ def _plan(scores: Scores, measure: str) -> Plan:
 
 def interval(scores: Scores, measure: str) -> Interval:
     """A measure with its 95% interval."""
-    return _plan(scores, measure).interval(*scores.drawn(measure))
+    recentre = is_biased(MEASURES[measure].statistic(scores))
+    return _plan(scores, measure).interval(*scores.drawn(measure), recentre=recentre)
 
 
 def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -> Interval:
@@ -223,7 +225,8 @@ def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -
     (a, drawn_a), (b, drawn_b) = (side.drawn(measure) for side in (scores, base))
     if ratio:
         return plan.ratio(a, b, drawn_a, drawn_b)
-    return plan.interval(a - b, drawn_a - drawn_b, no_change=0.0)
+    recentre = is_biased(MEASURES[measure].statistic(scores))
+    return plan.interval(a - b, drawn_a - drawn_b, no_change=0.0, recentre=recentre)
 
 
 def point_measures(scores: Scores) -> dict[str, float]:

@@ -133,15 +133,9 @@ def own_references(
 
 
 def interval(values: Tensor, samples: Samples, no_change: float | None = None) -> Interval:
-    """Of the mean, which the bootstrap does not bias.
-
-    It is not moved by what a thousand draws happen to lie off: an end at exactly 0, where few
-    images changed, would be moved across it.
-    """
+    """Of the mean."""
     plan = plan_of(samples)
-    estimate, drawn = plan.apply(Mean(), values, False)
-    found = plan.interval(float(drawn.mean()), drawn, no_change)
-    return replace(found, estimate=estimate)
+    return plan.interval(*plan.apply(Mean(), values, False), no_change, recentre=False)
 
 
 def difference(values: Tensor, other: Tensor, samples: Samples) -> list[Any]:

@@ -179,7 +179,7 @@ def _summary(
     plan = plan_of(_only(scores.samples, kinds, kind))
 
     def mean(values: Tensor) -> Interval:
-        return plan.interval(*plan.apply(Mean(), values[at], False))
+        return plan.interval(*plan.apply(Mean(), values[at], False), recentre=False)
 
     def change(values: Tensor, other: Tensor) -> Interval:
         (a, drawn_a), (b, drawn_b) = (plan.apply(Mean(), v[at], False) for v in (values, other))
