@@ -249,7 +249,8 @@ def _best_of_pairs(
     return best, index.where(best > NOTHING, -1)
 
 
-def _improve(best: Tensor, index: Tensor, value: Tensor, at: Tensor) -> None:
+def improve(best: Tensor, index: Tensor, value: Tensor, at: Tensor) -> None:
+    """Put `value` and `at` into `best` and `index` where they are better; equal ones stay."""
     better = value > best
     index.copy_(torch.where(better, at, index))
     best.copy_(torch.where(better, value, best))
@@ -271,7 +272,7 @@ def _search_block(
         row, column, undecided = _candidates(rounded, block, scratch)
         scores = _scores_of_pairs(rows, row, block.tokens, column, scratch)
         value, at = _best_of_pairs(scores, row, column, len(rows))
-        _improve(search.best[part], search.at[part], value, at + start)
+        improve(search.best[part], search.at[part], value, at + start)
         left.append(undecided.nonzero()[:, 0] + first)
         first += len(rows)
         if len(left[-1]) > UNDECIDED * len(rows):
@@ -304,7 +305,7 @@ def _search_rest(
             row = (at >= 0).nonzero()[:, 0]
             value[row] = _scores_of_pairs(rows, row, columns, at[row], scratch)
         best, index = entry.best[which], entry.at[which]
-        _improve(best, index, value, at + start)
+        improve(best, index, value, at + start)
         entry.best[which], entry.at[which] = best, index
 
 

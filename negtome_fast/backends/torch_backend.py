@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
 from . import coarse
-from .coarse import EPSILON, RUN, Search, padded, piece_rows
+from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows
 
 #: Size of a block of normalised reference tokens: 8 MB in fp32.
 BLOCK_ELEMENTS = 2 * 2**20
@@ -150,9 +150,7 @@ def _search(
                 elif ragged:
                     scores[:, count:] = NOTHING
                 value, at = _row_maximum(scores)
-                better = value > best[chunk]
-                index[chunk] = torch.where(better, at + start, index[chunk])
-                best[chunk] = torch.where(better, value, best[chunk])
+                improve(best[chunk], index[chunk], value, at + start)
 
 
 def match(
