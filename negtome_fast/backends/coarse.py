@@ -32,7 +32,7 @@ PIECE_ELEMENTS, PIECE_CORES = 2**18, 4
 BLOCK_ELEMENTS = 2**24
 BLOCK_COLUMNS = 4096
 #: Rows of a product, and of the first one, which shows whether coarse scores tell columns apart.
-ROWS, FIRST_ROWS = 512, 64
+ROWS, FIRST_ROWS = 768, 64
 #: Share of a product's rows that it may leave undecided before it is given up.
 UNDECIDED = 0.25
 #: A row is decided by fp32 scores of single pairs if no more columns are in question than one for
