@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import shapes
 from .shapes import Shape
@@ -13,6 +13,7 @@ SERIES = {
     "tokens": "2 items of 640 channels, 256 to 65,536 tokens",
     "batch": "1,024 tokens of 640 channels, 2 to 32 items",
     "channels": "2 items of 2,048 tokens, 64 to 5,120 channels",
+    "independent": "shapes of models with tokens of which none resembles another, on a CPU",
 }
 #: Sweeps show how cost grows; what it is made of is seen on the shapes.
 SWEPT = ("authors", "split", "matmul")
@@ -69,6 +70,15 @@ CPU = (
     Entry(shapes.SDXL_64_ONE_GROUP),
     Entry(shapes.SDXL_32_ONE_GROUP),
     Entry(shapes.FLUX_768, dtype="bfloat16", against=("authors",)),
+    # Matching by a coarse product, which the CPU has, depends on the tokens.
+    *(
+        Entry(replace(shape, independent=True), "independent", dtype, ("authors",), 5.0, False)
+        for shape, dtype in (
+            (shapes.SDXL_64_ONE_GROUP, None),
+            (shapes.SDXL_32_ONE_GROUP, None),
+            (shapes.FLUX_768, "bfloat16"),
+        )
+    ),
     *sweeps(seconds=1.0),
     Entry(shapes.SDXL_32, seconds=6.0),
     Entry(shapes.SD3_512, seconds=6.0),

@@ -164,6 +164,22 @@ def growth_table(record: dict[str, Any]) -> str:
     return _markdown(header, rows) + _not_measured(cases) + f"\n\n{_origin(found)}"
 
 
+def independent_table(record: dict[str, Any]) -> str:
+    """Tokens of which none resembles another, the worst for the coarse product of the CPU."""
+    cases = [case for case in record["cases"] if case.get("series") == "independent"]
+    rows = [
+        [
+            f"{case['shape'].removesuffix(',independent')} {case['dtype']}",
+            time_text(case["times"]["ours"]["seconds"]["median"]),
+            _over_ours(case["times"], "authors"),
+        ]
+        for case in cases
+        if "ours" in case.get("times", {})
+    ]
+    table = _markdown(("B x N x D, independent tokens", "ours", "authors' / ours"), rows)
+    return table + _not_measured(cases) if cases else "not measured"
+
+
 def end_to_end_table(record: dict[str, Any]) -> str:
     """What guidance adds to a step and to an image: a model a row."""
     rows = []
@@ -334,7 +350,8 @@ TABLES: Tables = {
     "matched": ("eval/diversity.json", matched_table),
     "nudging": ("eval/nudging.json", nudging_table),
     "cpu": ("cpu.json", speed_table),
-    "cpu-growth": ("cpu.json", growth_table),
+    "cpu-independent": ("cpu.json", independent_table),
+    "cpu-growth": ("cpu-tokens.json", growth_table),
     "end-to-end-cpu": ("end-to-end-cpu.json", end_to_end_table),
     "end-to-end-gpu": ("gpu.json", end_to_end_table),
     "gpu": ("gpu.json", speed_table),

@@ -14,13 +14,17 @@ SHARED = (0.3, 0.95)
 
 @dataclass(frozen=True)
 class Shape:
-    """Hidden states `(items, tokens, channels)` in equal `groups` whose item 0 is the reference."""
+    """Hidden states `(items, tokens, channels)` in equal `groups` whose item 0 is the reference.
+
+    `independent`: no token resembles another, see `random_tokens`.
+    """
 
     name: str
     items: int
     tokens: int
     channels: int
     groups: int = 1
+    independent: bool = False
 
     @property
     def multiply_adds(self) -> int:
@@ -38,7 +42,8 @@ class Shape:
 
     def __str__(self) -> str:
         size = f"{self.items}x{self.tokens}x{self.channels}"
-        return size if self.groups == 1 else f"{size}/{self.groups}"
+        size = size if self.groups == 1 else f"{size}/{self.groups}"
+        return f"{size},independent" if self.independent else size
 
 
 FLUX_1024 = Shape("FLUX 1024 px", 4, 4096, 3072)
@@ -58,18 +63,20 @@ QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640,
 
 
 def parse_shape(text: str) -> Shape:
-    """`"4x4096x640"` or, with two groups, `"8x4096x640/2"`.
+    """`"4x4096x640"` or, with two groups, `"8x4096x640/2"`; `,independent` may follow.
 
     Raises:
         ValueError: anything else, or groups that do not divide the items or hold a single item.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?(,independent)?", text)
     if not found:
-        raise ValueError(f"shape {text!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
-    items, tokens, channels, groups = (int(part or 1) for part in found.groups())
+        raise ValueError(
+            f"shape {text!r} is not ITEMSxTOKENSxCHANNELS, .../GROUPS or ...,independent"
+        )
+    items, tokens, channels, groups = (int(part or 1) for part in found.groups()[:4])
     if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
         raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
-    return Shape(text, items, tokens, channels, groups)
+    return Shape(text, items, tokens, channels, groups, independent=found[5] is not None)
 
 
 def random_tokens(
@@ -79,14 +86,15 @@ def random_tokens(
 
     Each token is `c * r + sqrt(1 - c^2) * noise` for a random reference token `r` and a random
     `c`, so that cosines spread around the threshold as they do in a network. Independent tokens
-    would never be similar in hundreds of channels, and nothing would ever be pushed.
+    would never be similar in hundreds of channels, and nothing would ever be pushed: those of an
+    `independent` shape, for methods whose time depends on how clear the match is.
     """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.empty(shape.items, shape.tokens, shape.channels, dtype=dtype, device=device)
     size = shape.items // shape.groups
     for item in range(shape.items):
         x[item].normal_(generator=generator)
-        if item % size == 0:
+        if item % size == 0 or shape.independent:
             continue
         reference = x[item - item % size]
         shared = torch.rand(shape.tokens, 1, generator=generator, device=device)
