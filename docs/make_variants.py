@@ -2,7 +2,7 @@
 
 The forms are prototypes in plain torch, put in the operator's place while the embedded model draws
 a condition; they are no part of the package. Writes docs/variants.json and the tables of
-docs/beyond.md. A quarter of an hour on one free core; goes on where it was interrupted. With
+docs/beyond.md. Half an hour on one free core; goes on where it was interrupted. With
 --check nothing is drawn: exits with 1 where the page's tables are not those of the file.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 DOCS = Path(__file__).resolve().parent
 PAGE, FILE = DOCS / "beyond.md", DOCS / "variants.json"
 
-IMAGES = 128
+IMAGES = 256
 SCALE = 1.5
 WINDOW = 750.0
 THRESHOLD = 0.65
@@ -277,15 +277,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(condition: dict[str, Any], measure: str) -> str:
-    """`estimate [low, high]`, or the estimate where the file has no more."""
-    value = condition["measures"][measure]
-    if not isinstance(value, list):
-        return f"{value:.0f}"
-    if measure == "agreement":
-        return f"{value[0]:.1%}"
-    digits = 2 if measure == "entropy" else 3
-    return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+def cell(one: dict[str, Any], measure: str) -> str:
+    from negtome_fast.evaluation.studies.tables import measure_cell
+
+    return measure_cell(one, measure)
 
 
 def signed(found: Sequence[float]) -> str:
