@@ -276,6 +276,8 @@ EVIDENCE = {
     "guidance scale 1": "a lower scale, 1",
     "interval guidance 2.5, to 0.6": "interval guidance",
     "CADS 1.5, tau 0.75 to 0.95": "CADS, scale 1.5",
+    "particle guidance 1, latents 100": "particle guidance, scale 1",
+    "SPELL 1, radius 20": "SPELL, scale 1",
     "NegToMe 2.5, alpha 0.3": "NegToMe `others`, alpha 0.3, scale 2.5",
     "NegToMe 2.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 2.5",
     "NegToMe 1.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 1.5",
