@@ -32,7 +32,7 @@ def devices() -> list[torch.device]:
 
 def collect() -> dict[str, Any]:
     """All facts as plain values."""
-    from .backends import triton_backend
+    from .backends import coarse, triton_backend
 
     rows = []
     for device in devices():
@@ -49,6 +49,7 @@ def collect() -> dict[str, Any]:
                 "triton": ready,
                 "triton_reason": reason,
                 "auto": auto,
+                "int8_products": device.type == "cpu" and coarse.has_int8_products(),
             }
         )
     return {
@@ -75,7 +76,8 @@ def text() -> str:
         lines.append(
             f"  triton: {state}" + (f", {row['triton_reason']}" if row["triton_reason"] else "")
         )
-        lines.append("  torch: ready (chunked, linear memory)")
+        products = ", large products in int8 first" if row["int8_products"] else ""
+        lines.append(f"  torch: ready (chunked, linear memory{products})")
     if facts["override"]:
         lines.append(f'{ops.BACKEND_VARIABLE}={facts["override"]} decides what "auto" means')
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import negtome_fast
+from negtome_fast.backends import coarse
 from negtome_fast.cli import main
 from negtome_fast.demo import Measures, PromptResult, table
 
@@ -114,6 +115,15 @@ def test_info_says_what_would_be_used_and_why(capsys: pytest.CaptureFixture[str]
     assert facts["devices"][0]["device"] == "cpu"
     assert facts["devices"][0]["auto"] == "torch"
     assert facts["packages"]["torch"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_info_says_whether_the_cpu_multiplies_int8_first(
+    there: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coarse, "has_int8_products", lambda: there)
+    assert main(["info"]) == 0
+    assert ("in int8 first" in capsys.readouterr().out) == there
 
 
 def test_info_shows_the_override(
