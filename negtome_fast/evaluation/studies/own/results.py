@@ -160,13 +160,15 @@ def _lines(axes: Axes, scales: Sequence[Mapping[str, Any]], measure: str) -> Non
         found = [scales[i]["conditions"][name] for i in order]
         values = [one["measures"][measure] for one in found]
         # Beside each other, so that every error bar can be read.
-        aside = gap * 0.3 * (number - (len(names) - 1) / 2) / len(names)
+        aside = gap * 0.12 * (number - (len(names) - 1) / 2) / len(names)
         places = [at[i] + aside for i in order]
         axes.errorbar(
             places, [v[0] for v in values], yerr=plots.bar_ends(values), label=name,
             linestyle="-" if style["fillstyle"] == "full" else "--",
             linewidth=1.4, elinewidth=0.9, capsize=2.5, markersize=5, **style,
         )  # fmt: skip
+    # Ticks say what the scales are, beside which the marks lie.
+    axes.set_xticks(at, [f"{scale:g}" for scale in at])
 
 
 def _points(
