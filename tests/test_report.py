@@ -137,6 +137,17 @@ def test_bars_are_the_ratios_of_the_file() -> None:
     assert widths == [float(rank + 1) for rank in range(1, len(CANDIDATES))]
 
 
+def test_roofline_shows_what_is_beyond_the_ceiling() -> None:
+    found = everything()
+    case = next(
+        case for case in found["cases"] if "tflops" in case.get("times", {}).get("ours", {})
+    )
+    case["times"]["ours"]["tflops"] = 40 * found["ceilings"]["matmul_tflops"]
+    figure = plots.roofline(found)
+    assert figure is not None
+    assert figure.axes[0].get_ylim()[1] > 40 * found["ceilings"]["matmul_tflops"]
+
+
 def test_growth_shows_where_a_rival_does_not_fit() -> None:
     found = everything()
     large = next(c for c in found["cases"] if c["shape"] == "2x512x32")
