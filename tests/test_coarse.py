@@ -288,6 +288,42 @@ def test_ignores_the_default_device_and_autocast(everywhere: None, products: lis
     assert len(products) == 3 * len(products[: len(products) // 3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_ignores_the_default_dtype(
+    dtype: torch.dtype, everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_small_blocks(monkeypatch)
+    # Every column comes again in a later block, where a less rounded score would take its place.
+    x = tokens(torch.Generator().manual_seed(0), (2, 300, CHANNELS)).repeat(1, 2, 1)
+    expected = match(x, x[0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = match(x, x[0])
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("saturate", [False, True])
+def test_a_library_whose_products_overflow_is_not_used(
+    saturate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        product = a.int() @ b.int()
+        return product.clamp(-(2**15), 2**15 - 1) if saturate else product
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    coarse._products_are_exact.cache_clear()
+    try:
+        assert HAS_INT8_PRODUCTS() is not saturate
+    finally:
+        coarse._products_are_exact.cache_clear()
+
+
 def test_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def pays(rows: int, columns: int, channels: int, dtype: torch.dtype, device: str) -> bool:
         # Expanded, so that large tokens take no memory.

@@ -12,15 +12,17 @@ are compared in fp32. The centre makes R small where all tokens resemble each ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import NOTHING, compute_dtype
 
-#: Where everything lies; the caller's default device may be another.
+#: Where everything lies, and what is not a whole number; the caller's defaults may be others.
 CPU = "cpu"
+FP32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
 EPSILON = 1e-12
 #: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
 #: columns at the ragged end of a product otherwise, which would decide between equal tokens.
@@ -78,10 +80,28 @@ def pays(columns: Tensor, searches: list[Search]) -> bool:
 def has_int8_products() -> bool:
     """Whether this processor multiplies int8 faster than fp32, and torch's library makes use of it.
 
-    Without these instructions `torch._int_mm` is a plain loop.
+    Without these instructions `torch._int_mm` is a plain loop. A library that is told not to use
+    them, by `ONEDNN_MAX_CPU_ISA`, adds up in int16, which overflows.
     """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
+    return (
+        supported is not None
+        and bool(supported())
+        and torch.backends.mkldnn.is_available()
+        and _products_are_exact()
+    )
+
+
+@cache
+def _products_are_exact() -> bool:
+    """Whether the largest int8 products add up as they should."""
+    rows = torch.full((2, 256), 127, dtype=torch.int8, device=CPU)
+    rows[1] = -127
+    product = torch._int_mm(rows.repeat(32, 1), rows.repeat(32, 1).T)
+    expected = 127 * 127 * 256
+    return bool(
+        (product[0::2, 0::2] == expected).all() and (product[0::2, 1::2] == -expected).all()
+    )
 
 
 def padded(columns: int) -> int:
@@ -119,9 +139,9 @@ class _Scratch:
     """Memory that all pieces and products share: new memory costs as much as a step of either."""
 
     def __init__(self, columns: int, channels: int) -> None:
-        self.pieces = torch.empty(2, piece_rows(channels), channels, device=CPU)
+        self.pieces = torch.empty(2, piece_rows(channels), channels, **FP32)
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
-        self.scores = torch.empty(ROWS * columns, device=CPU)
+        self.scores = torch.empty(ROWS * columns, **FP32)
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each piece of `count` tokens, its place and twice the memory `(K, D)` for it."""
@@ -142,7 +162,7 @@ def _rounded(
 ) -> _Rounded:
     """`tokens` `(K, D)` and zeros up to `count`; `along_centre` is zero where not asked for."""
     values = torch.zeros(count, tokens.shape[1], dtype=torch.int8, device=CPU)
-    scale, length, error, norm, along = torch.zeros(5, count, device=CPU).unbind(0)
+    scale, length, error, norm, along = torch.zeros(5, count, **FP32).unbind(0)
     for part, unit, whole in scratch.halves(len(tokens)):
         unit.copy_(tokens[part])
         norm[part] = torch.linalg.vector_norm(unit, dim=1)
@@ -229,7 +249,7 @@ def _scores_of_pairs(
     Every pair is added up in the same order, so that equal columns tie. No product overflows: it is
     less than the product of two norms whose squares do not.
     """
-    scores = torch.empty(len(row), device=CPU)
+    scores = torch.empty(len(row), **FP32)
     for part, source, target in scratch.halves(len(row)):
         source.copy_(rows.index_select(0, row[part]))
         target.copy_(columns.index_select(0, column[part]))
@@ -242,7 +262,7 @@ def _best_of_pairs(
     scores: Tensor, row: Tensor, column: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """Maximum `(count,)` over the pairs of each row and its lowest column; -inf, -1 without any."""
-    best = torch.full((count,), NOTHING, device=CPU).scatter_reduce_(0, row, scores, "amax")
+    best = torch.full((count,), NOTHING, **FP32).scatter_reduce_(0, row, scores, "amax")
     winner = scores == best[row]
     index = torch.full((count,), torch.iinfo(torch.int64).max, device=CPU)
     index.scatter_reduce_(0, row[winner], column[winner], "amin")
@@ -297,7 +317,7 @@ def _search_rest(
     found = []
     for entry, which in rest:
         rows = entry.rows[which]
-        best = torch.full((len(rows),), NOTHING, device=CPU)
+        best = torch.full((len(rows),), NOTHING, **FP32)
         found.append(Search(rows, best, torch.full((len(rows),), -1, device=CPU)))
     in_fp32(columns, allowed, found)
     for (entry, which), (rows, value, at) in zip(rest, found, strict=True):
