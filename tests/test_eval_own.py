@@ -207,6 +207,8 @@ def test_metrics_of_other_libraries_see_images_and_prompts_of_a_group(
         (("--metric", "nope"), "--metric nope: there are embedded, dreamsim, clip, lpips"),
         (("--metric", "fid"), "take thousands of images"),
         (("-n", "3"), "-n 3 does not divide into groups of 2"),
+        (("-n", "20000"), "-n must be 10000 or fewer images of a prompt"),
+        (("--guidance-scale", "nan", "1"), "--guidance-scale must be finite numbers"),
         (("--group", "1"), "--group must be 2 or more images"),
         (("--samples", "8"), "takes -n images for each prompt"),
         (("--steps-window", "0", "0.5"), "two ways to say one thing"),
@@ -372,6 +374,11 @@ def test_what_is_better_follows_the_sign_of_alpha(
     assert (
         results._titled({"better": {"cosine to target": ""}}, "cosine to target")[-6:] == "target"
     )
+
+
+def test_settings_that_are_nearly_equal_are_two_conditions() -> None:
+    request = own.request({"model": "a/b", "prompts": ["x"], "alpha": [0.1234567, 0.1234568]})
+    assert len(request.conditions()) == 3
 
 
 def test_every_combination_of_settings_is_a_condition(tmp_path: Path) -> None:
@@ -623,6 +630,7 @@ def test_a_result_of_another_version_says_what_to_do(
         (("--sharpen", "2", "--reference", "first", "others"), "with --sharpen leave it out"),
         (("--avoid", "PICTURE", "--sharpen", "2"), "two studies"),
         (("--sharpen", "0"), "--sharpen is the radius of a blur, above 0"),
+        (("--sharpen", "nan"), "--sharpen is the radius of a blur, above 0"),
         (("--alpha", "0.5", "0.5"), "--alpha has a value twice"),
         (("--threshold", "0.5", "2"), "threshold is a cosine similarity"),
         (("--t-start", "800", "--t-end", "700", "900"), "t_start=800 lies below t_end=900"),

@@ -184,6 +184,13 @@ def test_scores_are_those_of_the_images(lab: Laboratory) -> None:
         change(scores, replace(base, samples=other), "cosine")
 
 
+def test_more_images_than_real_ones_are_refused_before_they_are_drawn(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["eval", "diversity", "--samples", "8192"]) == 2
+    assert "more than the 4096 real ones" in capsys.readouterr().err
+
+
 def test_real_images_are_balanced_over_styles_and_begin_with_the_fewer(lab: Laboratory) -> None:
     some, more = lab.real_features(8), lab.real_features(16)
     assert more.shape == (16, 1280)

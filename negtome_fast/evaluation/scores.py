@@ -76,10 +76,12 @@ class Scores:
 
     @cached_property
     def as_many_real(self) -> Tensor:
-        """Features of as many real images as samples, for Frechet distance and recall.
-
-        Fewer where there are not so many.
-        """
+        """Features of as many real images as samples, for Frechet distance and recall."""
+        if len(self.samples) > len(self.real.features):
+            raise ValueError(
+                f"{len(self.samples)} samples of a condition need as many real images, there are "
+                f"{len(self.real.features)}"
+            )
         return self.real.features[: len(self.samples)]
 
     @cached_property

@@ -53,6 +53,13 @@ class Sizes:
     decoded: int = 1024
     quick: bool = False
 
+    def __post_init__(self) -> None:
+        if self.images > self.real:
+            raise ValueError(
+                f"{self.images} images of a condition are more than the {self.real} real ones that "
+                "they are compared with"
+            )
+
     @classmethod
     def rehearsal(cls) -> Sizes:
         return cls(images=16, group=2, steps=4, real=32, decoded=32, quick=True)

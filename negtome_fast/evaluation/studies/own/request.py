@@ -7,6 +7,7 @@ doubles them. All of it is checked before a model is loaded.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,10 +27,10 @@ UNGUIDED, NEGATIVE, GUIDED = "unguided", "negative prompt", "NegToMe"
 
 #: Options that take several values, and the words for one of them in a condition's name.
 SWEPT = {
-    "alpha": "alpha {:g}",
-    "threshold": "threshold {:g}",
-    "t_end": "t >= {:g}",
-    "steps_window": "steps {0[0]:g} to {0[1]:g}",
+    "alpha": "alpha {:.15g}",
+    "threshold": "threshold {:.15g}",
+    "t_end": "t >= {:.15g}",
+    "steps_window": "steps {0[0]:.15g} to {0[1]:.15g}",
     "reference": "reference {}",
 }
 
@@ -97,10 +98,14 @@ class Request:
             )
         if self.group < 2:
             raise ValueError(f"--group must be 2 or more images, got {self.group}")
-        if images < 1 or images % self.group or images > SEEDS:
+        if images < 1 or images % self.group:
             raise ValueError(f"-n {images} does not divide into groups of {self.group}: --group")
+        if images > SEEDS:
+            raise ValueError(f"-n must be {SEEDS} or fewer images of a prompt, got {images}")
         if images * len(self.settings.prompts) < 2 * self.group:
             raise ValueError("an interval needs two groups of images: more prompts, or a larger -n")
+        if any(scale is not None and not math.isfinite(scale) for scale in self.scales):
+            raise ValueError("--guidance-scale must be finite numbers")
         if len(set(self.scales)) < len(self.scales):
             raise ValueError("--guidance-scale has a value twice")
         self._check_purpose()
@@ -112,7 +117,7 @@ class Request:
         sharpens = settings.preset == "sharpen"
         if sharpens and settings.references:
             raise ValueError("--sharpen and --avoid are two studies: ask for one of them")
-        if sharpens and settings.blur <= 0:
+        if sharpens and not 0 < settings.blur < math.inf:
             raise ValueError(f"--sharpen is the radius of a blur, above 0, got {settings.blur:g}")
         if (sharpens or settings.references) and any(
             "reference" in {**settings.guidance, **more} for more in self.guidances.values()
