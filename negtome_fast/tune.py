@@ -505,19 +505,19 @@ def run(
     Raises:
         RuntimeError: there is no GPU that the Triton backend can use.
     """
-    from .backends import triton_backend
+    from .backends import triton_runtime as runtime
 
     hint = "; `negtome-fast tune --dry-run` lists what would be measured"
     if not torch.cuda.is_available():
         raise RuntimeError(f"tuning measures on a GPU, and PyTorch finds none{hint}")
     device = torch.device("cuda", torch.cuda.current_device())
-    usable, reason = triton_backend.available(device)
-    if not usable or triton_backend._interpreting():
+    usable, reason = runtime.available(device)
+    if not usable or runtime.interpreting():
         raise RuntimeError(f"tuning needs compiled kernels: {reason}{hint}")
-    arch = triton_backend._arch(device.index)
+    arch = runtime.architecture(device.index)
     # An architecture without limits of its own is pruned by those of its family.
     target = arch if arch in aot.TARGETS else tuning.family(arch)
-    multiprocessors = triton_backend._multiprocessors(device.index)
+    multiprocessors = runtime.multiprocessors(device.index)
     path = out or tuning.FOLDER / f"{arch}.json"
     table = start_table(path, arch)
     write(path, table)  # a folder that cannot be written to shows before the work, not after
