@@ -122,7 +122,7 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
         blocks = tile if kernel == "rows" else rows
         variants = {"first, in place": {**blocks, **pipelines}, "others": {**blocks, **others}}
     elif kernel in ("tiles", "pairs"):
-        tile |= {"GROUP": config.GROUP, "FLATTEN": False}
+        tile |= {"GROUP": config.GROUP, "FLATTEN": bool(config.FLATTEN)}
         tile |= {"row_descriptor": None, "column_descriptor": None}
         mode, pairs = ("others", True) if kernel == "pairs" else ("first", False)
         union = {**tile, "MODE": mode, "OFFICIAL": False, "PAIRS": pairs, "UNION": True}
@@ -131,7 +131,6 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
         if config.DESCRIPTORS:
             # What is left out here is an argument: a descriptor instead of None.
             described = {k: v for k, v in union.items() if k not in _DESCRIPTORS}
-            described["FLATTEN"] = bool(config.FLATTEN)
             variants = {"paper, descriptors": described, **variants}
     elif kernel == "nudge":
         block = {"BLOCK": config.BLOCK_K, "INTERPRETED": False}
