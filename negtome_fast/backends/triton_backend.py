@@ -482,7 +482,12 @@ def _guide(
             return similarity, pushed
         keys = torch.empty(shape, dtype=torch.int64, device=x.device)
         scale = _reference_scales(reference, reference_mask, pairing, plan, keys)
-        _tiles(x, reference, pairing, False, scale, keys, plan)
+        if plan.kind == "coarse":
+            from .triton_coarse import raise_keys
+
+            raise_keys(x, reference, pairing, scale, keys, plan)
+        else:
+            _tiles(x, reference, pairing, False, scale, keys, plan)
         finish_kernel[(_blocks(N, plan.finish.BLOCK_M), B)](
             x,
             reference,
