@@ -95,6 +95,8 @@ _FIXED = {
     "stats_ptr": "*fp32",
     "row_stats_ptr": "*fp32",
     "column_stats_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "blocks_ptr": "*fp32",
     "upper_ptr": "*fp32",
     "lower_ptr": "*i32",
     "counts_ptr": "*i32",
@@ -167,6 +169,8 @@ def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str,
         block = {**rows, "BLOCK_D": config.BLOCK_K, "MODE": "first"}
         references = {**block, "lower_ptr": None, "counts_ptr": None}
         return {"sources": {**block, "scale_ptr": None}, "references": references}
+    if kernel == "bias":
+        return {"columns": {"BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}}
     blocks = {**rows, "BLOCK_N": config.BLOCK_N}
     if kernel == "select":
         return {"lists": {**blocks, "TILE": config.BLOCK_M}}

@@ -45,7 +45,7 @@ LEAST = tl.constexpr(1e-12)
 
 _RUNTIME = [*RUNTIME_SIZES, "counts", "lists", "first_row", "row_count", "tiles", "column_blocks"]
 _RUNTIME += ["item_step", "items_each", "centre_step", "reference_every", "sources", "references"]
-_RUNTIME += ["lists_each"]
+_RUNTIME += ["lists_each", "rows"]
 
 
 @triton.jit
@@ -206,6 +206,46 @@ def round_kernel(
 # ---------------------------------------------------------------------------------------------
 # Bounds by int8 tiles
 # ---------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=_RUNTIME)
+def bias_kernel(
+    row_stats_ptr,
+    column_stats_ptr,
+    bias_ptr,
+    blocks_ptr,
+    rows,
+    M,
+    along_error,
+    references,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What the bounds of a column hold for every row: the offset and the largest |a - c| |f|.
+
+    bias (Q, M) fp32 is added to the scores of a column; blocks (2, Q, column blocks) fp32 are the
+    largest length of a block's columns, and the largest of what bias holds beyond their offset.
+    Program (k, q) owns BLOCK_N columns of item q. row_stats (3, rows) of all `rows` source tokens
+    and column_stats (4, Q, M) are round_kernel's.
+    """
+    longest = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, rows, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        length = tl.load(row_stats_ptr + rows.to(tl.int64) + row, mask=row < rows, other=0.0)
+        longest = tl.maximum(longest, length)
+
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < M
+    field = references.to(tl.int64) * M
+    line = tl.program_id(1).to(tl.int64) * M + columns
+    length = tl.load(column_stats_ptr + field + line, mask=inside, other=0.0)
+    error = tl.load(column_stats_ptr + 2 * field + line, mask=inside, other=0.0)
+    offset = tl.load(column_stats_ptr + 3 * field + line, mask=inside, other=0.0)
+    spread = tl.max(longest, axis=0) * error + along_error * length
+    tl.store(bias_ptr + line, offset + spread, mask=inside)
+    block = blocks_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(block, tl.max(length, axis=0))
+    tl.store(block + references * tl.num_programs(0), tl.max(spread, axis=0))
+
+
 @triton.jit
 def accumulate_int8(product, rows, columns, INTERPRETED: tl.constexpr):
     """`product + rows @ columns`, exact; in fp64 where interpreted, since numpy is slow in int."""
@@ -223,12 +263,13 @@ def bound_kernel(
     column_values_descriptor,
     row_stats_ptr,
     column_stats_ptr,
+    bias_ptr,
+    blocks_ptr,
     upper_ptr,
     lower_ptr,
     row_count,
     M,
     width,
-    along_error,
     slots,
     products,
     group_size,
@@ -245,8 +286,9 @@ def bound_kernel(
 ):
     """Bounds of all tiles: upper (products, column blocks, rows) fp32, lower (sources, rows) int32.
 
-    row_values (S, row_count, width) and column_values (Q, M, width) int8, contiguous, and their
-    stats from round_kernel; or 3-d tensor descriptors of them with blocks of one item. Product
+    row_values (S, row_count, width) and column_values (Q, M, width) int8, contiguous, or 3-d tensor
+    descriptors of them with blocks of one item; their stats from round_kernel; bias (Q, M) and
+    blocks (2, Q, column blocks) from bias_kernel. Product
     number s * slots + slot is that of source s and the reference it meets in `slot`, which is row
     `reference item // reference_every` of column_values. lower is over all slots, as `ordered`.
 
@@ -293,31 +335,27 @@ def bound_kernel(
                 column_side = tl.load(column_pointers[None, :] + channels[:, None])
                 sums = accumulate_int8(sums, row_block, column_side, INTERPRETED)
 
-        # Upper bound of every element, less what depends on the row alone
-        row_inside = rows < row_count
-        row_field = sources.to(tl.int64) * row_count
-        column_field = references.to(tl.int64) * M
-        row_stats = row_stats_ptr + row_line + rows
-        column_stats = column_stats_ptr + column_line + columns
-        row_scale = tl.load(row_stats, mask=row_inside, other=0.0)
-        row_length = tl.load(row_stats + row_field, mask=row_inside, other=0.0)
-        row_error = tl.load(row_stats + 2 * row_field, mask=row_inside, other=0.0)
-        column_inside = columns < M
-        column_scale = tl.load(column_stats, mask=column_inside, other=0.0)
-        length = tl.load(column_stats + column_field, mask=column_inside, other=0.0)
-        error = tl.load(column_stats + 2 * column_field, mask=column_inside, other=0.0)
-        offset = tl.load(column_stats + 3 * column_field, mask=column_inside, other=float("-inf"))
-        spread = tl.max(row_length, axis=0) * error + along_error * length
-        bias = offset + spread
-        score = sums.to(tl.float32) * column_scale[None, :] * row_scale[:, None] + bias[None, :]
-
         # Largest upper bound of every row, and what that column's score is at least
-        reach = row_error * tl.max(length, axis=0) + SCORE_ERROR
+        row_inside = rows < row_count
+        row_stats = row_stats_ptr + row_line + rows
+        row_scale = tl.load(row_stats, mask=row_inside, other=0.0)
+        row_error = tl.load(
+            row_stats + 2 * (sources.to(tl.int64) * row_count), mask=row_inside, other=0.0
+        )
+        column_inside = columns < M
+        column_scale = tl.load(
+            column_stats_ptr + column_line + columns, mask=column_inside, other=0.0
+        )
+        bias = tl.load(bias_ptr + column_line + columns, mask=column_inside, other=float("-inf"))
+        block = blocks_ptr + reference * column_blocks + column_block
+        reach = row_error * tl.load(block) + SCORE_ERROR
+        spread = tl.load(block + references * column_blocks)
+        score = sums.to(tl.float32) * column_scale[None, :] * row_scale[:, None] + bias[None, :]
         upper = tl.max(score, axis=1) + reach
         upper = tl.where(row_scale > 0.0, upper, float("-inf"))
+        lower = upper - 2.0 * (reach + spread)
         line = product.to(tl.int64) * column_blocks + column_block
         tl.store(upper_ptr + line * row_count + rows, upper, mask=row_inside)
-        lower = upper - 2.0 * (reach + tl.max(spread, axis=0))
         tl.atomic_max(
             lower_ptr + row_line + rows,
             ordered(lower),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 #: tiles, pairs the symmetric form for "others". finish: push what tiles found. resolve: keys to
 #: similarity and index. push: push from similarity and index. nudge: embedding nudging (nudge.py).
 #: COARSE: match by int8 bounds, then exact scores (coarse.py), in the order of their launches.
-COARSE = ("centre", "round", "bound", "select", "score")
+COARSE = ("centre", "round", "bias", "bound", "select", "score")
 KERNELS = ("scale", "rows", "tiles", "pairs", "finish", "resolve", "push", "nudge", *COARSE)
 #: The kernels that an entry of a table configures, and how paper matching may be launched.
 TUNED = ("rows", "tiles", "pairs", "finish")
@@ -85,6 +85,7 @@ class Plan(NamedTuple):
     nudge: Config
     centre: Config
     round: Config
+    bias: Config
     bound: Config
     select: Config
     score: Config
@@ -122,6 +123,7 @@ _INTERPRETED = Plan(
     nudge=NUDGE,
     centre=Config(64, 0, 128, 1, 1),
     round=Config(64, 0, 128, 1, 1),
+    bias=Config(1, 64, 128, 1, 1),
     bound=Config(64, 64, 128, 1, 1, GROUP=2),
     select=Config(64, 16, 0, 1, 1),
     score=Config(64, 64, 128, 1, 1),
@@ -133,6 +135,7 @@ _INTERPRETED = Plan(
 _COARSE_STREAMING = {
     "centre": Config(64, 0, 64, 4, 1),
     "round": Config(1, 0, 8192, 8, 1),
+    "bias": Config(1, 256, 1024, 4, 1),
     "select": Config(64, 16, 0, 4, 1),
 }
 _COARSE = {
@@ -147,8 +150,8 @@ _COARSE = {
         Config(64, 64, 16, 8, 2),
     ),
     "sm_90": (
-        Config(128, 256, 128, 8, 4, DESCRIPTORS=1),
-        Config(128, 128, 64, 8, 3),
+        Config(128, 256, 128, 8, 3, DESCRIPTORS=1),
+        Config(128, 128, 64, 8, 3, RESIDENT=2),
         Config(64, 64, 16, 8, 2),
     ),
     "sm_100": (

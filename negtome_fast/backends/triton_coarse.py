@@ -1,7 +1,7 @@
 """Kind "coarse" of the Triton backend: int8 products with bounds, then exact scores of the rest.
 
 kernels/coarse.py says what is computed and why no best token is lost. For D channels, rounded up to
-whole steps, this takes D + 16 bytes a reference token, half of what it takes in bf16, and for as
+whole steps, this takes D + 20 bytes a reference token, half of what it takes in bf16, and for as
 many source tokens at a time as fit into SCRATCH_BYTES, D + 16 bytes and 8 bytes for each block of
 columns that they meet. The values of item 0 of 75,600 tokens of 5,120 channels are 388 MB.
 
@@ -121,11 +121,14 @@ class _Rounded(NamedTuple):
 class _Part(NamedTuple):
     """Source tokens first to first + K - 1 of S items, and what is in question for them.
 
-    upper and listed (lists, K), lower (S, K), counts (lists + 1,): see bound_kernel, select_kernel.
+    bias (Q, M), blocks (2, Q, column blocks), upper and listed (lists, K), lower (S, K), counts
+    (lists + 1,), tasks (lists, tiles): see the kernels.
     """
 
     first: int
     rounded: _Rounded
+    bias: Tensor
+    blocks: Tensor
     upper: Tensor
     lower: Tensor
     counts: Tensor
@@ -141,6 +144,8 @@ class _Scratch:
         sizes: dict[str, tuple[int, torch.dtype]] = {
             "values": (sources * rows * layout.width, torch.int8),
             "stats": (3 * sources * rows, torch.float32),
+            "bias": (layout.rounded * layout.columns, torch.float32),
+            "blocks": (2 * layout.rounded * layout.column_blocks, torch.float32),
             "upper": (lists * rows, torch.float32),
             "lower": (sources * rows, torch.int32),
             "counts": (lists + 1, torch.int32),
@@ -165,6 +170,8 @@ class _Scratch:
         return _Part(
             first,
             _Rounded(view("values", sources, rows, layout.width), view("stats", 3, sources, rows)),
+            view("bias", layout.rounded, layout.columns),
+            view("blocks", 2, layout.rounded, layout.column_blocks),
             view("upper", lists, rows),
             view("lower", sources, rows),
             view("counts", lists + 1),
@@ -257,12 +264,24 @@ def _round(
     )
 
 
-def _bound(part: _Part, columns: _Rounded, layout: _Layout) -> None:
+def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -> None:
     """Fill in `upper` and `lower` of a part."""
-    from ..kernels.coarse import bound_kernel
+    from ..kernels.coarse import bias_kernel, bound_kernel
 
     config, pairing, rows = layout.bound, layout.pairing, part.rounded
     count = rows.values.shape[1]
+    bias_kernel[(layout.column_blocks, layout.rounded)](
+        rows.stats,
+        columns.stats,
+        part.bias,
+        part.blocks,
+        layout.sources * count,
+        layout.columns,
+        layout.channels * TERM_ERROR,
+        layout.rounded,
+        BLOCK_N=config.BLOCK_N,
+        **plan.bias.meta("BLOCK_K"),
+    )
     products = layout.sources * pairing.slots
     tasks = products * layout.column_blocks * backend._blocks(count, config.BLOCK_M)
     row_descriptor = column_descriptor = None
@@ -278,12 +297,13 @@ def _bound(part: _Part, columns: _Rounded, layout: _Layout) -> None:
         column_descriptor,
         rows.stats,
         columns.stats,
+        part.bias,
+        part.blocks,
         part.upper,
         part.lower,
         count,
         layout.columns,
         layout.width,
-        layout.channels * TERM_ERROR,
         pairing.slots,
         products,
         pairing.group_size,
@@ -372,7 +392,7 @@ def _parts(
     for first in range(0, layout.tokens, layout.rows):
         part = scratch.part(layout, first)
         _round(x, centre, part.rounded, layout, plan, part=part)
-        _bound(part, columns, layout)
+        _bound(part, columns, layout, plan)
         _select(part, layout, plan)
         yield part, columns
 
