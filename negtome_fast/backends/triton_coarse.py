@@ -549,5 +549,5 @@ def columns_in_question(
                 upper = product * scale[mine, None] * stats[0] + stats[3]
                 upper += length[mine, None] * stats[2] + error[mine, None] * stats[1]
                 upper += layout.channels * TERM_ERROR * stats[1] + 2.0**-13
-                found[mine] += (upper >= level[mine, None]).sum(dim=1)
+                found[mine] += ((upper >= level[mine, None]) & (upper > -torch.inf)).sum(dim=1)
     return found
