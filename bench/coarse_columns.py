@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def measure(
     inputs = rotating_inputs(shape, dtype, device)
     chosen = {kind: _call(kind, shape, inputs[0])[2] for kind in KINDS}
     sampler = timing.cuda_sampler if device.type == "cuda" else timing.cpu_sampler
-    samplers = {kind: sampler(lambda x, k=kind: _call(k, shape, x), inputs) for kind in KINDS}
+    samplers = {kind: sampler(partial(_call, kind, shape), inputs) for kind in KINDS}
     rounds = 5 if device.type == "cuda" else 1
     samples = timing.interleave(samplers, seconds, min_rounds=rounds)
     return {

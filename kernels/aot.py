@@ -162,7 +162,7 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
 
 def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
     """`_constants` of the kernels of kind "coarse"."""
-    rows = {"BLOCK_M": config.BLOCK_M}
+    rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M}
     if kernel == "centre":
         return {"sample": {**rows, "BLOCK_K": config.BLOCK_K}}
     if kernel == "round":
