@@ -91,6 +91,23 @@ _FIXED = {
     "circle_code": "i64",
     "step_size": "fp32",
     "tolerance": "fp32",
+    "centre_ptr": "*fp32",
+    "values_ptr": "*i8",
+    "row_values_ptr": "*i8",
+    "column_values_ptr": "*i8",
+    "row_values_descriptor": "*i8",
+    "column_values_descriptor": "*i8",
+    "stats_ptr": "*fp32",
+    "row_stats_ptr": "*fp32",
+    "column_stats_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "blocks_ptr": "*fp32",
+    "upper_ptr": "*fp32",
+    "lower_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "listed_ptr": "*i32",
+    "tasks_ptr": "*i32",
+    "along_error": "fp32",
 }
 # Arguments that are numbers, not pointers, with NUMBERS.
 _NUMBERS = ("alpha_ptr", "threshold_ptr")
@@ -98,10 +115,11 @@ _NUMBERS = ("alpha_ptr", "threshold_ptr")
 _UNIT_STRIDES = ("stride_td", "stride_xd", "stride_rd", "stride_cd", "stride_od")
 # The block of a descriptor holds these two sides.
 _DESCRIPTORS = {"row_descriptor": "BLOCK_M", "column_descriptor": "BLOCK_N"}
+_DESCRIPTORS |= {"row_values_descriptor": "BLOCK_M", "column_values_descriptor": "BLOCK_N"}
 # A pointer to tokens that is moved by an offset of 32 bits, in Triton's own language.
 _NARROW = r"tt\.addptr [^\n]*!tt\.ptr<%s>[^\n]*, (?:tensor<[\dx]*i32|i32\b)"
 
-MATCHING = ("rows", "tiles", "pairs")
+MATCHING = ("rows", "tiles", "pairs", "score")
 
 
 def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
@@ -136,6 +154,8 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
         block = {"BLOCK": config.BLOCK_K, "INTERPRETED": False}
         variants = {"cosine": {**block, "OBJECTIVE": "cosine"}}
         variants["squared"] = {**block, "OBJECTIVE": "squared"}
+    elif kernel in tuning.COARSE:
+        variants = _coarse_constants(kernel, config)
     elif kernel == "resolve":
         common = {**rows, "MODE": "others"}
         variants = {"official": {**common, "OFFICIAL": True}}
@@ -149,9 +169,33 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
     return {first: variants[first]}
 
 
-def _function(kernel: str) -> Any:
-    from . import match, nudge, push, rows
+def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
+    """`_constants` of the kernels of kind "coarse"."""
+    rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M}
+    if kernel == "centre":
+        return {"sample": {**rows, "BLOCK_K": config.BLOCK_K}}
+    if kernel == "round":
+        block = {**rows, "BLOCK_D": config.BLOCK_K, "MODE": "first"}
+        references = {**block, "lower_ptr": None, "counts_ptr": None}
+        return {"sources": {**block, "scale_ptr": None}, "references": references}
+    if kernel == "bias":
+        return {"columns": {"BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}}
+    blocks = {**rows, "BLOCK_N": config.BLOCK_N}
+    if kernel == "select":
+        return {"lists": {**blocks, "TILE": config.BLOCK_M}}
+    blocks |= {"BLOCK_K": config.BLOCK_K, "MODE": "first", "INTERPRETED": False}
+    if kernel == "score":
+        return {"listed": {**blocks, "SPLIT": 2}}
+    blocks["GROUP"] = config.GROUP
+    pointers = {**blocks, "row_values_descriptor": None, "column_values_descriptor": None}
+    return {"descriptors": blocks} if config.DESCRIPTORS else {"pointers": pointers}
 
+
+def _function(kernel: str) -> Any:
+    from . import coarse, match, nudge, push, rows
+
+    if kernel in tuning.COARSE:
+        return getattr(coarse, f"{kernel}_kernel")
     return {
         "scale": match.scale_kernel,
         "rows": rows.rows_kernel,
@@ -199,7 +243,7 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name in _DESCRIPTORS:
             block = [1, constants[_DESCRIPTORS[name]], constants["BLOCK_K"]]
-            signature[name] = f"tensordesc<{_POINTER[dtype][1:]}{block}>"
+            signature[name] = f"tensordesc<{_FIXED.get(name, _POINTER[dtype])[1:]}{block}>"
         elif name in _NUMBERS and values.get("NUMBERS"):
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
@@ -212,7 +256,7 @@ def compile_kernel(
             if divisible and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if kernel in ("tiles", "pairs") and target.backend == "cuda":
+    if kernel in ("tiles", "pairs", "bound", "score") and target.backend == "cuda":
         options |= config.cap()
     return triton.compile(
         ASTSource(function, signature, constexprs=values, attrs=attributes),
@@ -433,6 +477,8 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spills']}")
     if row["shared"] > row["shared_limit"]:
         found.append(f"{row['shared']} bytes of shared memory exceed {row['shared_limit']}")
+    if row["kernel"] == "bound" and not row["matrix_instructions"]:
+        found.append("no tensor-core instruction")
     if row["kernel"] in MATCHING:
         if row["dtype"] != "float32" and not row["matrix_instructions"]:
             found.append("no tensor-core instruction")

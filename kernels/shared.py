@@ -48,6 +48,15 @@ RUNTIME_SIZES = [
 # Pairing, as kernels/pairing.py defines it
 # ---------------------------------------------------------------------------------------------
 @triton.jit
+def source_item(program, group_size, MODE: tl.constexpr):
+    """The source item that program number `program` owns: every item, or all but group heads."""
+    item = program
+    if MODE == "first":
+        item = program // (group_size - 1) * group_size + program % (group_size - 1) + 1
+    return item
+
+
+@triton.jit
 def reference_item(item, slot, group_size, reference_step, MODE: tl.constexpr):
     """The reference item that source `item` meets in `slot` (a scalar or a tensor)."""
     if MODE == "external":

@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 #: scale: column scales. rows: match and push, a program owns its rows. tiles, pairs: match by
 #: tiles, pairs the symmetric form for "others". finish: push what tiles found. resolve: keys to
 #: similarity and index. push: push from similarity and index. nudge: embedding nudging (nudge.py).
-KERNELS = ("scale", "rows", "tiles", "pairs", "finish", "resolve", "push", "nudge")
+#: COARSE: match by int8 bounds, then exact scores (coarse.py), in the order of their launches.
+COARSE = ("centre", "round", "bias", "bound", "select", "score")
+KERNELS = ("scale", "rows", "tiles", "pairs", "finish", "resolve", "push", "nudge", *COARSE)
 #: The kernels that an entry of a table configures, and how paper matching may be launched.
 TUNED = ("rows", "tiles", "pairs", "finish")
-KINDS = ("rows", "tiles")
+#: "coarse" is in no shipped table until it is measured faster somewhere.
+KINDS = ("rows", "tiles", "coarse")
 DTYPES = ("float32", "bfloat16", "float16")
 INTERPRETED = "interpreted"
 FOLDER = Path(__file__).parent / "tuned"
@@ -60,6 +63,11 @@ class Config(NamedTuple):
             return {}
         return {"maxnreg": 65536 // (self.RESIDENT * self.num_warps * 32) // 8 * 8}
 
+    def meta(self, *names: str) -> dict[str, int]:
+        """Keyword arguments of a launch: the named fields, `num_warps` and `num_stages`."""
+        fields = self._asdict()
+        return {name: fields[name] for name in (*names, "num_warps", "num_stages")}
+
     def options(self, cap: bool = False) -> tuple[tuple[str, int], ...]:
         """Launch options, with that of `cap` where asked for."""
         limit = self.cap().items() if cap else ()
@@ -88,6 +96,12 @@ class Plan(NamedTuple):
     resolve: Config
     push: Config
     nudge: Config
+    centre: Config
+    round: Config
+    bias: Config
+    bound: Config
+    select: Config
+    score: Config
 
     def configuration(self, kernel: str) -> Config:
         if kernel not in KERNELS:
@@ -120,7 +134,50 @@ _INTERPRETED = Plan(
     resolve=Config(64, 0, 128, 1, 1),
     push=Config(64, 0, 128, 1, 1),
     nudge=NUDGE,
+    centre=Config(64, 0, 128, 1, 1),
+    round=Config(64, 0, 128, 1, 1),
+    bias=Config(1, 64, 128, 1, 1),
+    bound=Config(64, 64, 128, 1, 1, GROUP=2),
+    select=Config(64, 16, 0, 1, 1),
+    score=Config(64, 64, 128, 1, 1),
 )
+
+# The kind "coarse", by the architecture of a table: bound, and score for 2-byte dtypes and fp32.
+# The other three are bound by memory. round holds whole tokens in registers, whatever its BLOCK_K
+# says: that is the width which the compile report checks.
+_COARSE_STREAMING = {
+    "centre": Config(64, 0, 64, 4, 1),
+    "round": Config(1, 0, 8192, 8, 1),
+    "bias": Config(1, 256, 1024, 4, 1),
+    "select": Config(64, 16, 0, 4, 1),
+}
+_COARSE = {
+    "sm_80": (
+        Config(128, 128, 128, 8, 3),
+        Config(128, 128, 32, 8, 3),
+        Config(64, 64, 16, 8, 2),
+    ),
+    "sm_89": (
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 32, 8, 3),
+        Config(64, 64, 16, 8, 2),
+    ),
+    "sm_90": (
+        Config(128, 256, 128, 8, 3, DESCRIPTORS=1),
+        Config(128, 128, 64, 8, 3, RESIDENT=2),
+        Config(64, 64, 16, 8, 2),
+    ),
+    "sm_100": (
+        Config(128, 128, 128, 8, 3, DESCRIPTORS=1),
+        Config(128, 128, 64, 8, 3),
+        Config(64, 64, 16, 8, 2),
+    ),
+    "gfx942": (
+        Config(128, 128, 64, 8, 2),
+        Config(128, 128, 32, 8, 2),
+        Config(64, 64, 16, 8, 2),
+    ),
+}
 
 # Whose table serves an architecture without one of its own. sm_86, sm_120 and sm_121 have 99 KiB of
 # shared memory, as sm_89 has.
@@ -219,12 +276,19 @@ def load(path: Path) -> dict[str, Any]:
     return table
 
 
+def _coarse(arch: str, dtype: str) -> dict[str, Config]:
+    """The configurations of the kernels of kind "coarse"."""
+    bound, *score = _COARSE[family(arch)]
+    return {**_COARSE_STREAMING, "bound": bound, "score": score[element_size(dtype) == 4]}
+
+
 @functools.cache
 def _entries(path: Path) -> tuple[tuple[Problem, Plan], ...]:
     found = []
     for entry in load(path)["entries"]:
         problem = Problem(*(entry[name] for name in Problem._fields))
         configs = {kernel: Config(*entry[kernel]) for kernel in TUNED}
+        configs |= _coarse(path.stem, problem.dtype)
         found.append((problem, Plan(entry["kind"], **_STREAMING, **configs)))
     return tuple(found)
 

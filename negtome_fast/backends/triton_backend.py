@@ -145,7 +145,12 @@ def _push(
         scale = match.scales(keys)
         pointers = (x, reference, scale, keys, *results)
         if len(shape.finish) == 1:
-            match.tiles(scale, keys)
+            if shape.coarse:
+                from .triton_coarse import raise_keys
+
+                raise_keys(x, reference, shape.pairing, scale, keys, shape.plan)
+            else:
+                match.tiles(scale, keys)
             shape.finish[0](aligned, *pointers)
         else:
             with SideStream(x) as side:

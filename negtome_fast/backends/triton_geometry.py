@@ -48,8 +48,28 @@ class Push:
     movable: Strides | None
 
 
-def _blocks(length: int, block: int) -> int:
+def blocks(length: int, block: int) -> int:
+    """How many blocks cover `length`."""
     return -(-length // block)
+
+
+def reference_step(pairing: Pairing) -> int:
+    """How many reference items further the next source item's first one is."""
+    return pairing.references if pairing.per_item else 0
+
+
+def programs(config: tuning.Config, tasks: int, device: torch.device) -> int:
+    """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
+    multiprocessors = 3 if runtime.interpreting() else runtime.multiprocessors(device.index)
+    return min(tasks, multiprocessors * config.RESIDENT)
+
+
+def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
+    """What the tuning table says for x (B, N, D) and references of M tokens, as it is now."""
+    arch = tuning.INTERPRETED if runtime.interpreting() else runtime.architecture(x.device.index)
+    sources = pairing.items - pairing.groups if pairing.mode == "first" else pairing.items
+    _, N, D = x.shape
+    return tuning.plan(arch, runtime.DTYPES[x.dtype], sources * pairing.slots, N, M, D)
 
 
 class Geometry:
@@ -62,7 +82,7 @@ class Geometry:
         official: official matching.
         total: the sum of all slots' pushes.
         push: None where the call only matches.
-        device: index of the device; None when interpreted.
+        device: of the tokens.
         plan: of the tuning table.
     """
 
@@ -75,7 +95,7 @@ class Geometry:
         official: bool,
         total: bool,
         push: Push | None,
-        device: int | None,
+        device: torch.device,
         plan: tuning.Plan,
     ) -> None:
         self.x, self.reference, self.pairing, self.mask = x, reference, pairing, mask
@@ -90,8 +110,7 @@ class Geometry:
         self.by_slot = push is None or official or total
         # A key of the union of all slots has 31 bits for slot and token.
         self.by_rows = not self.by_slot and (plan.kind == "rows" or self.slots * self.M >= 2**31)
-        # How many reference items further the next source item's first one is.
-        step = pairing.references if pairing.per_item else 0
+        step = reference_step(pairing)
         self._sizes = (self.N, self.M, self.D, self.slots, self.group_size, step)
 
     @property
@@ -105,9 +124,17 @@ class Geometry:
         return self.plan.pairs if self.pairs else self.plan.tiles
 
     @property
+    def coarse(self) -> bool:
+        """Whether int8 bounds leave few tiles to the exact product."""
+        from .triton_coarse import serves
+
+        return self.plan.kind == "coarse" and serves(self.mode, self.D)
+
+    @property
     def overlaps(self) -> bool:
         """Whether items are matched one after another, and each is pushed beside the next."""
-        return not self.pairs and bool(self.plan.tiles.OVERLAP) and self.items > 1
+        overlap = self.plan.kind == "tiles" and self.plan.tiles.OVERLAP
+        return not self.pairs and bool(overlap) and self.items > 1
 
     # -----------------------------------------------------------------------------------------
     # Launches
@@ -115,7 +142,7 @@ class Geometry:
     @staticmethod
     def scale_room(tokens: int) -> int:
         """Scales of an item of `tokens` tokens, in whole blocks."""
-        return _blocks(tokens, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
+        return blocks(tokens, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
 
     def _scale(self, tokens: Tokens, mask: Strides | None, item_step: int, keys: int) -> Launch:
         from ..kernels.match import scale_kernel
@@ -123,7 +150,7 @@ class Geometry:
         (items, length, _), config = tokens.shape, self.plan.scale
         return Launch(
             scale_kernel,
-            (_blocks(self.scale_room(length), config.BLOCK_M), _blocks(items, item_step)),
+            (blocks(self.scale_room(length), config.BLOCK_M), blocks(items, item_step)),
             (length, self.D, item_step, keys, *tokens.strides, *(mask or (0, 0))),
             (config.BLOCK_M, config.BLOCK_K),
             config.options(),
@@ -164,8 +191,8 @@ class Geometry:
         from ..kernels.match import tile_kernel
 
         config = self.config
-        row_blocks = _blocks(self.N, config.BLOCK_M)
-        column_blocks = _blocks(self.M, config.BLOCK_N)
+        row_blocks = blocks(self.N, config.BLOCK_M)
+        column_blocks = blocks(self.M, config.BLOCK_N)
         tasks = products * row_blocks * column_blocks
         if tasks == 0:
             return None
@@ -176,7 +203,7 @@ class Geometry:
         rows, columns = (self.reference, self.x) if self.official else (self.x, self.reference)
         return Launch(
             tile_kernel,
-            (self._programs(tasks), 1),
+            (programs(config, tasks, self.device), 1),
             (
                 *self._sizes[:4],
                 *(first_product, products),
@@ -197,13 +224,6 @@ class Geometry:
             config.options(cap=not (self.interpreted or torch.version.hip)),
         )
 
-    def _programs(self, tasks: int) -> int:
-        """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
-        multiprocessors = 3
-        if not self.interpreted:
-            multiprocessors = runtime.multiprocessors(self.device or 0)
-        return min(tasks, multiprocessors * self.config.RESIDENT)
-
     @functools.cached_property
     def resolve(self) -> Launch:
         """From keys to similarity and index of every slot."""
@@ -212,7 +232,7 @@ class Geometry:
         config = self.plan.resolve
         return Launch(
             resolve_kernel,
-            (_blocks(self.N, config.BLOCK_M), self.items),
+            (blocks(self.N, config.BLOCK_M), self.items),
             (*self._sizes, *self.x.strides, *self.reference.strides),
             (self.mode, self.official, config.BLOCK_M, config.BLOCK_K),
             config.options(),
@@ -233,7 +253,7 @@ class Geometry:
         strides = (*self.x.strides, *self.reference.strides, *push.out, *push.strides)
         return Launch(
             kernel,
-            (_blocks(self.N, config.BLOCK_M), items),
+            (blocks(self.N, config.BLOCK_M), items),
             (*self._sizes, *number, *strides, *(push.movable or (0, 0))),
             (
                 *(self.mode, push.numbers, *constant, push.inplace, self.interpreted),
@@ -284,18 +304,14 @@ def geometry(
     push: Push | None = None,
 ) -> Geometry:
     """The geometry of a call; arguments as for `Geometry`, but tensors."""
-    device = x.device.index
-    arch = tuning.INTERPRETED if runtime.interpreting() else runtime.architecture(device)
-    mask_strides = None if mask is None else mask.stride()
+    device, mask_strides = x.device, None if mask is None else mask.stride()
     shape, other = x.shape, reference.shape
     key = (
         *(shape, x.stride(), other, reference.stride(), x.dtype, device, mask_strides),
         *(pairing, official, total, push),
     )
-    sources = pairing.items - pairing.groups if pairing.mode == "first" else pairing.items
-    products = sources * pairing.slots
     # Asked every time: a table may have changed.
-    plan = tuning.plan(arch, runtime.DTYPES[x.dtype], products, shape[1], other[1], shape[2])
+    plan = plan_of(x, other[1], pairing)
     known = _known.get(key)
     if known is None or known.plan != plan:
         if len(_known) >= MOST:

@@ -19,7 +19,7 @@ from ..kernels.pairing import Pairing
 #: Short names of the command line, and those of tuning tables.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 REFERENCES = ("first", "others", "external")
-KINDS = ("auto", *tuning.KINDS)
+KINDS = ("auto", "rows", "tiles")
 HEADER, DESCRIPTION = "negtome.h", "negtome.json"
 SCHEMA = 1
 
@@ -101,6 +101,8 @@ class Operator:
             self.target, self.dtype, products, self.tokens, self.tokens, self.channels
         )
         kind = "tiles" if self.resolves else plan.kind if self.kind == "auto" else self.kind
+        if kind == "coarse":  # more launches than are exported; tiles choose the same tokens
+            kind = "tiles"
         return plan._replace(
             kind=kind,
             tiles=plan.tiles._replace(DESCRIPTORS=0),

@@ -29,11 +29,12 @@ BACKENDS = ("cpu", "cuda", "rocm")
 MODULES = ("functional.py", "module.py", "reference.py")
 BACKEND_MODULES = (
     *("__init__.py", "coarse.py", "torch_backend.py", "triton_backend.py"),
-    *("triton_descriptors.py", "triton_runtime.py", "triton_streams.py"),
+    *("triton_coarse.py", "triton_descriptors.py", "triton_geometry.py"),
+    *("triton_launch.py", "triton_runtime.py", "triton_streams.py"),
 )
 KERNEL_MODULES = (
     *("__init__.py", "pairing.py", "tuning.py"),
-    *("division.py", "shared.py", "match.py", "push.py", "rows.py"),
+    *("division.py", "shared.py", "match.py", "push.py", "rows.py", "coarse.py"),
 )
 _OPERATOR = re.compile(r'"negtome_fast::(\w+)"')
 _OPERATORS = 3

@@ -1,0 +1,547 @@
+"""Kind "coarse" of the Triton backend: int8 products with bounds, then exact scores of the rest.
+
+kernels/coarse.py says what is computed and why no best token is lost. For D channels, rounded up to
+whole steps, this takes D + 20 bytes a reference token, half of what it takes in bf16, and for as
+many source tokens at a time as fit into SCRATCH_BYTES, D + 16 bytes and 8 bytes for each block of
+columns that they meet. The values of item 0 of 75,600 tokens of 5,120 channels are 388 MB.
+
+Nothing waits for the device: what is in question is counted, listed and walked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import tuning
+from ..kernels.pairing import Pairing
+from . import triton_runtime as runtime
+from .triton_descriptors import descriptors
+from .triton_geometry import blocks, geometry, plan_of, programs, reference_step
+
+#: The most memory for what grows with the number of source tokens at a time; at least one block of
+#: rows of all items is taken at a time, whatever it needs.
+SCRATCH_BYTES = 2**28
+#: kernels/coarse.py bounds the errors of sums of fewer channels than this.
+MOST_CHANNELS = 2**15 - 1
+#: The values of a token begin at multiples of this, and steps over them need no masks.
+STEP = 128
+#: Bound on the relative error of a term of a sum of fp32, in any order, times that on the centre's
+#: norm and on the rounding of the bound itself.
+TERM_ERROR = 2.0**-24 * 1.02
+#: A row of which more than this share of blocks is in question counts as undecided in statistics.
+UNDECIDED = 0.25
+
+
+def serves(mode: str, channels: int) -> bool:
+    """Whether this kind takes a problem where the tuning table asks for it.
+
+    For "others", kind "pairs" computes half of the products: int8 at twice the rate gains nothing.
+    """
+    return mode != "others" and channels <= MOST_CHANNELS
+
+
+# ---------------------------------------------------------------------------------------------
+# What lies where
+# ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of a problem: S source items, Q reference items that are rounded, C centres."""
+
+    pairing: Pairing
+    tokens: int
+    references: int
+    columns: int
+    channels: int
+    bound: tuning.Config
+    score: tuning.Config
+
+    @property
+    def width(self) -> int:
+        """Bytes of a rounded token."""
+        step = max(STEP, self.bound.BLOCK_K)
+        return blocks(self.channels, step) * step
+
+    @property
+    def sources(self) -> int:
+        return len(self.pairing.sources)
+
+    @property
+    def item_step(self) -> int:
+        """Only every such reference item is met: with "first", the heads of the groups."""
+        return self.pairing.group_size if self.pairing.mode == "first" else 1
+
+    @property
+    def rounded(self) -> int:
+        return blocks(self.references, self.item_step)
+
+    @property
+    def centre_steps(self) -> tuple[int, int]:
+        """How many source items, and how many reference items, share a centre.
+
+        Items of a group, or of a set of references, resemble each other more than others.
+        """
+        if self.pairing.mode != "external":
+            return self.pairing.group_size, self.pairing.group_size
+        own = self.pairing.per_item
+        return 1 if own else max(self.pairing.items, 1), self.pairing.references
+
+    @property
+    def column_blocks(self) -> int:
+        return blocks(self.columns, self.bound.BLOCK_N)
+
+    @property
+    def lists(self) -> int:
+        """Blocks of columns of all products."""
+        return self.sources * self.pairing.slots * self.column_blocks
+
+    @property
+    def rows(self) -> int:
+        """Source tokens at a time."""
+        each = self.sources * (self.width + 16) + self.lists * 8
+        block = self.bound.BLOCK_M
+        most = max(SCRATCH_BYTES // each // block, 1) * block
+        parts = blocks(self.tokens, most)
+        return min(blocks(blocks(self.tokens, parts), block) * block, self.tokens)
+
+    def tiles(self, rows: int) -> int:
+        """The most tasks that a list of `rows` rows makes."""
+        return blocks(rows, self.score.BLOCK_M)
+
+
+class _Rounded(NamedTuple):
+    """values (Q, K, width) int8 and stats (., Q, K) fp32, see round_kernel."""
+
+    values: Tensor
+    stats: Tensor
+
+
+class _Part(NamedTuple):
+    """Source tokens first to first + K - 1 of S items, and what is in question for them.
+
+    bias (Q, M), blocks (2, Q, column blocks), upper and listed (lists, K), lower (S, K), counts
+    (lists + 1,), tasks (lists, tiles): see the kernels.
+    """
+
+    first: int
+    rounded: _Rounded
+    bias: Tensor
+    blocks: Tensor
+    upper: Tensor
+    lower: Tensor
+    counts: Tensor
+    listed: Tensor
+    tasks: Tensor
+
+
+class _Scratch:
+    """Memory of one part, which the next one takes again."""
+
+    def __init__(self, layout: _Layout, device: torch.device) -> None:
+        rows, sources, lists = layout.rows, layout.sources, layout.lists
+        sizes: dict[str, tuple[int, torch.dtype]] = {
+            "values": (sources * rows * layout.width, torch.int8),
+            "stats": (3 * sources * rows, torch.float32),
+            "bias": (layout.rounded * layout.columns, torch.float32),
+            "blocks": (2 * layout.rounded * layout.column_blocks, torch.float32),
+            "upper": (lists * rows, torch.float32),
+            "lower": (sources * rows, torch.int32),
+            "counts": (lists + 1, torch.int32),
+            "listed": (lists * rows, torch.int32),
+            "tasks": (lists * layout.tiles(rows), torch.int32),
+        }
+        self._whole = {
+            name: torch.empty(size, dtype=dtype, device=device)
+            for name, (size, dtype) in sizes.items()
+        }
+
+    def part(self, layout: _Layout, first: int) -> _Part:
+        rows = min(layout.rows, layout.tokens - first)
+        sources, lists = layout.sources, layout.lists
+
+        def view(name: str, *shape: int) -> Tensor:
+            size = 1
+            for length in shape:
+                size *= length
+            return self._whole[name][:size].view(shape)
+
+        return _Part(
+            first,
+            _Rounded(view("values", sources, rows, layout.width), view("stats", 3, sources, rows)),
+            view("bias", layout.rounded, layout.columns),
+            view("blocks", 2, layout.rounded, layout.column_blocks),
+            view("upper", lists, rows),
+            view("lower", sources, rows),
+            view("counts", lists + 1),
+            view("listed", lists, rows),
+            view("tasks", lists, layout.tiles(rows)),
+        )
+
+
+def _layout(x: Tensor, reference: Tensor, pairing: Pairing, plan: tuning.Plan) -> _Layout:
+    score = plan.score
+    if score.BLOCK_N > plan.bound.BLOCK_N:
+        score = score._replace(BLOCK_N=plan.bound.BLOCK_N)
+    return _Layout(
+        pairing,
+        tokens=x.shape[1],
+        references=reference.shape[0],
+        columns=reference.shape[1],
+        channels=x.shape[2],
+        bound=plan.bound,
+        score=score,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Launches
+# ---------------------------------------------------------------------------------------------
+def _power_of_two(length: int) -> int:
+    return 1 << (length - 1).bit_length()
+
+
+def _scales(x: Tensor, reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
+    """Column scales of the references, as `raise_keys` takes them."""
+    shape = geometry(x, reference, pairing, mask)
+    scale = x.new_empty((len(reference), shape.scale_room(shape.M)), dtype=torch.float32)
+    keys = x.new_empty((len(x), pairing.slots, shape.N), dtype=torch.int64)
+    shape.scale(False, reference, None if mask is None else mask.view(torch.uint8), scale, keys)
+    return scale
+
+
+def _centres(reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan) -> Tensor:
+    """Centres (C, D) fp32."""
+    from ..kernels.coarse import centre_kernel
+
+    each = layout.centre_steps[1]
+    count = layout.references // each
+    D = layout.channels
+    centre = torch.empty((count, D), dtype=torch.float32, device=reference.device)
+    centre_kernel[(blocks(D, plan.centre.BLOCK_K), count)](
+        reference,
+        scale,
+        centre,
+        layout.columns,
+        D,
+        each,
+        1 if layout.pairing.mode == "first" else each,
+        *reference.stride(),
+        **plan.centre.meta("BLOCK_M", "BLOCK_K"),
+    )
+    return centre
+
+
+def _round(
+    tokens: Tensor,
+    centre: Tensor,
+    into: _Rounded,
+    layout: _Layout,
+    plan: tuning.Plan,
+    scale: Tensor | None = None,
+    part: _Part | None = None,
+) -> None:
+    """Round reference tokens, whose `scale` is known, or the source tokens of a part."""
+    from ..kernels.coarse import round_kernel
+
+    lines, count = into.values.shape[:2]
+    config = plan.round
+    round_kernel[(blocks(count, config.BLOCK_M), lines)](
+        tokens,
+        scale,
+        centre,
+        into.values,
+        into.stats,
+        None if part is None else part.lower,
+        None if part is None else part.counts,
+        0 if part is None else part.first,
+        count,
+        tokens.shape[1],
+        layout.channels,
+        layout.width,
+        layout.item_step,
+        layout.centre_steps[part is None],
+        layout.pairing.group_size,
+        0 if part is None else part.counts.numel(),
+        *tokens.stride(),
+        MODE=layout.pairing.mode,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_D=_power_of_two(layout.width),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -> None:
+    """Fill in `upper` and `lower` of a part."""
+    from ..kernels.coarse import bias_kernel, bound_kernel
+
+    config, pairing, rows = layout.bound, layout.pairing, part.rounded
+    count = rows.values.shape[1]
+    bias_kernel[(layout.column_blocks, layout.rounded)](
+        rows.stats,
+        columns.stats,
+        part.bias,
+        part.blocks,
+        layout.sources * count,
+        layout.columns,
+        layout.channels * TERM_ERROR,
+        layout.rounded,
+        BLOCK_N=config.BLOCK_N,
+        **plan.bias.meta("BLOCK_K"),
+    )
+    products = layout.sources * pairing.slots
+    tasks = products * layout.column_blocks * blocks(count, config.BLOCK_M)
+    bound_kernel[(programs(config, tasks, rows.values.device),)](
+        rows.values,
+        columns.values,
+        *descriptors(rows.values, columns.values, config),
+        rows.stats,
+        columns.stats,
+        part.bias,
+        part.blocks,
+        part.upper,
+        part.lower,
+        count,
+        layout.columns,
+        layout.width,
+        pairing.slots,
+        products,
+        pairing.group_size,
+        reference_step(pairing),
+        layout.item_step,
+        layout.sources,
+        layout.rounded,
+        MODE=pairing.mode,
+        INTERPRETED=runtime.interpreting(),
+        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
+        **({} if runtime.interpreting() or torch.version.hip else config.cap()),
+    )
+
+
+def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
+    """List the rows of every block of columns that may hold their best one."""
+    from ..kernels.coarse import select_kernel
+
+    config, count = plan.select, part.lower.shape[1]
+    block = min(config.BLOCK_M, layout.score.BLOCK_M)
+    select_kernel[(blocks(count, block), layout.sources)](
+        part.upper,
+        part.lower,
+        part.counts,
+        part.listed,
+        part.tasks,
+        count,
+        layout.lists,
+        layout.lists // layout.sources,
+        layout.tiles(count),
+        BLOCK_M=block,
+        TILE=layout.score.BLOCK_M,
+        **config.meta("BLOCK_N"),
+    )
+
+
+def _score(
+    x: Tensor, reference: Tensor, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout
+) -> None:
+    """Raise `keys` to the best candidates of the listed rows and blocks of columns."""
+    from ..kernels.coarse import score_kernel
+
+    config, pairing, count = layout.score, layout.pairing, part.lower.shape[1]
+    split = layout.bound.BLOCK_N // config.BLOCK_N
+    score_kernel[(programs(config, part.tasks.numel() * split, x.device),)](
+        x,
+        reference,
+        scale,
+        keys,
+        part.counts,
+        part.listed,
+        part.tasks,
+        part.first,
+        count,
+        layout.tokens,
+        layout.columns,
+        layout.channels,
+        pairing.slots,
+        layout.lists,
+        layout.tiles(count),
+        layout.column_blocks,
+        pairing.group_size,
+        reference_step(pairing),
+        *x.stride(),
+        *reference.stride(),
+        MODE=pairing.mode,
+        INTERPRETED=runtime.interpreting(),
+        SPLIT=split,
+        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        **({} if runtime.interpreting() or torch.version.hip else config.cap()),
+    )
+
+
+def _parts(
+    x: Tensor, reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan
+) -> Iterator[tuple[_Part, _Rounded]]:
+    """All source tokens, part by part, once it is listed what is in question for them."""
+    shape = layout.rounded, layout.columns
+    columns = _Rounded(
+        torch.empty((*shape, layout.width), dtype=torch.int8, device=x.device),
+        torch.empty((4, *shape), dtype=torch.float32, device=x.device),
+    )
+    centre = _centres(reference, scale, layout, plan)
+    _round(reference, centre, columns, layout, plan, scale=scale)
+    scratch = _Scratch(layout, x.device)
+    for first in range(0, layout.tokens, layout.rows):
+        part = scratch.part(layout, first)
+        _round(x, centre, part.rounded, layout, plan, part=part)
+        _bound(part, columns, layout, plan)
+        _select(part, layout, plan)
+        yield part, columns
+
+
+def raise_keys(
+    x: Tensor, reference: Tensor, pairing: Pairing, scale: Tensor, keys: Tensor, plan: tuning.Plan
+) -> None:
+    """Raise `keys` to the best candidates.
+
+    Args:
+        x: (B, N, D) fp32, bf16 or fp16, any strides; at most MOST_CHANNELS channels.
+        reference: (P, M, D), any strides; `x` itself unless `pairing.mode` is `"external"`.
+        pairing: which source item meets which reference item; any mode.
+        scale: (P, M up to whole blocks) fp32, the column scales of `reference`.
+        keys: (B, 1, N) int64, emptied; tokens are slot * M + token.
+        plan: configurations of the kernels in `tuning.COARSE`.
+    """
+    layout = _layout(x, reference, pairing, plan)
+    if layout.lists == 0 or layout.tokens == 0:
+        return
+    for part, _ in _parts(x, reference, scale, layout, plan):
+        _score(x, reference, scale, keys, part, layout)
+
+
+# ---------------------------------------------------------------------------------------------
+# How much is in question
+# ---------------------------------------------------------------------------------------------
+def coarse_statistics(
+    x: Tensor,
+    reference: Tensor | None = None,
+    *,
+    groups: int = 1,
+    reference_mask: Tensor | None = None,
+    sample: int = 256,
+) -> dict[str, Any]:
+    """How much the int8 bounds leave in question for these tokens. Waits for the device.
+
+    Args:
+        x: source tokens (B, N, D) fp32, bf16 or fp16.
+        reference: external references (R, M, D); None takes item 0 of each group, as "first" does.
+        groups: equal contiguous groups of items; 1 with external references.
+        reference_mask: (P, M) bool, True where a token may be matched; P is R, or B without
+            external references.
+        sample: rows, spread evenly over all, whose columns are counted one by one.
+
+    Returns:
+        `rows` (source tokens that are finite), `columns` (that each of them meets) and
+        `block_columns` (columns of a block); `blocks_mean`, `blocks_max`: blocks in question a row,
+        each of which is scored exactly; `columns_mean`, `columns_max`: columns in question a row,
+        of the sample; `scored`: share of all exact scores that are computed; `undecided`: share of
+        the rows of which more than a quarter of the blocks is in question, so that they cost what
+        kind "tiles" takes for them, or nearly; `parts`: into how many the source tokens were cut;
+        `scratch_bytes`: memory of values, bounds and lists.
+
+    Raises:
+        ValueError: another dtype, more than MOST_CHANNELS channels, or nothing to match.
+        RuntimeError: Triton cannot run on the device of `x`.
+    """
+    runtime.require(x)
+    if x.shape[2] > MOST_CHANNELS:
+        raise ValueError(f"x has {x.shape[2]} channels; at most {MOST_CHANNELS} can be bounded")
+    if reference is None:
+        pairing, tokens = Pairing("first", len(x), groups), x
+    else:
+        pairing, tokens = Pairing("external", len(x), references=len(reference)), reference
+    if not pairing.sources or 0 in x.shape or 0 in tokens.shape:
+        raise ValueError(
+            f"nothing to match: x is {tuple(x.shape)}, references {tuple(tokens.shape)}"
+        )
+    with runtime.launch_device(x):
+        plan = plan_of(x, tokens.shape[1], pairing)
+        layout = _layout(x, tokens, pairing, plan)
+        scale = _scales(x, tokens, reference_mask, pairing)
+        return _count(x, tokens, scale, layout, plan, sample)
+
+
+def _count(
+    x: Tensor, reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan, sample: int
+) -> dict[str, Any]:
+    blocks_a_row, columns_a_row = [], []
+    tasks = held = parts = 0
+    step = max(1, layout.sources * layout.tokens // sample)
+    for part, columns in _parts(x, reference, scale, layout, plan):
+        finite = part.rounded.stats[0] > 0
+        in_question = in_question_of(part).view(layout.sources, -1, *part.lower.shape[1:])
+        blocks_a_row.append(in_question.sum(dim=1)[finite])
+        chosen = finite.nonzero()[::step]
+        columns_a_row.append(columns_in_question(part, columns, layout, chosen))
+        tasks += int(part.counts[-1])
+        parts += 1
+        # The first part is the largest.
+        held = held or sum(one.nbytes for one in (*part.rounded, *columns, *part[2:]))
+    blocks, singles = torch.cat(blocks_a_row).double(), torch.cat(columns_a_row).double()
+    each = layout.pairing.slots * layout.column_blocks
+    rows = len(blocks)
+    scores = tasks * layout.score.BLOCK_M * layout.bound.BLOCK_N
+    met = layout.pairing.slots * layout.columns
+    return {
+        "rows": rows,
+        "columns": met,
+        "block_columns": layout.bound.BLOCK_N,
+        "blocks_mean": float(blocks.mean()) if rows else 0.0,
+        "blocks_max": int(blocks.max()) if rows else 0,
+        "columns_mean": float(singles.mean()) if len(singles) else 0.0,
+        "columns_max": int(singles.max()) if len(singles) else 0,
+        "scored": scores / (rows * met) if rows else 0.0,
+        "undecided": float((blocks > UNDECIDED * each).double().mean()) if rows else 0.0,
+        "parts": parts,
+        "scratch_bytes": held,
+    }
+
+
+def lower_bounds(part: _Part) -> Tensor:
+    """(S, K) fp32 from the integers of the same order; -inf where there is no candidate."""
+    order = part.lower
+    return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
+
+
+def in_question_of(part: _Part) -> Tensor:
+    """(lists, K) bool: which blocks of columns may hold a row's best one."""
+    lower = lower_bounds(part).repeat_interleave(len(part.upper) // len(part.lower), dim=0)
+    return (part.upper >= lower) & (part.upper > -torch.inf)
+
+
+def columns_in_question(
+    part: _Part, columns: _Rounded, layout: _Layout, chosen: Tensor, size: int = 4096
+) -> Tensor:
+    """How many columns (K,) may be the best of the `chosen` (K, 2) = (source, row), in fp64."""
+    source, row = chosen.unbind(1)
+    scale, length, error = (field[source, row].double() for field in part.rounded.stats)
+    values = part.rounded.values[source, row].double()
+    level = lower_bounds(part)[source, row].double()
+    pairing = layout.pairing
+    found = torch.zeros(len(chosen), dtype=torch.int64, device=chosen.device)
+    owners = torch.tensor(pairing.sources, device=chosen.device)[source].tolist()
+    for slot in range(pairing.slots):
+        items = [pairing.reference_item(owner, slot) // layout.item_step for owner in owners]
+        for item in set(items):
+            mine = torch.tensor([one == item for one in items], device=chosen.device)
+            for first in range(0, layout.columns, size):
+                part_of = slice(first, first + size)
+                stats = columns.stats[:, item, part_of].double()
+                product = values[mine] @ columns.values[item, part_of].double().T
+                upper = product * scale[mine, None] * stats[0] + stats[3]
+                upper += length[mine, None] * stats[2] + error[mine, None] * stats[1]
+                upper += layout.channels * TERM_ERROR * stats[1] + 2.0**-13
+                found[mine] += ((upper >= level[mine, None]) & (upper > -torch.inf)).sum(dim=1)
+    return found
