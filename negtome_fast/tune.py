@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .files import write_atomically
 from .info import version_of
-from .kernels import aot, tuning
+from .kernels import aot, compile_report, tuning
 from .kernels.tuning import Config, Problem
 
 Mode = Literal["first", "others"]
@@ -199,10 +199,10 @@ def pruned(
         batch = [(kernel, problem.dtype, config) for config in possible[first : first + keep]]
         missing = [some for some in batch if (arch, *some) not in _compiled]
         if missing:
-            rows = aot.report_configurations(arch, missing)
+            rows = compile_report.report_configurations(arch, missing)
             _compiled.update(zip(((arch, *some) for some in missing), rows, strict=True))
         reports = [_compiled[arch, *some] for some in batch]
-        good += [row for row in reports if not aot.problems(row)]
+        good += [row for row in reports if not compile_report.problems(row)]
         if len(good) >= keep:
             break
     return good[:keep]
@@ -488,7 +488,7 @@ def dry_run(shapes: Sequence[Shape], dtype: str, arch: str, quick: bool) -> str:
             rows = pruned(kernel, problem, arch, keep, MULTIPROCESSORS[arch])
             count = sum(1 for _ in space(kernel))
             parts.append(f"{shape} {dtype}, {kernel}: {len(rows)} to measure of {count}")
-            parts.append(aot.table(rows))
+            parts.append(compile_report.table(rows))
     return "\n".join(parts)
 
 

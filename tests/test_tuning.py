@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import negtome_fast as nf
 from negtome_fast import functional, tune
 from negtome_fast.cli import main
-from negtome_fast.kernels import aot, tuning
+from negtome_fast.kernels import aot, compile_report, tuning
 from negtome_fast.kernels.tuning import Config, Problem
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
@@ -167,7 +167,7 @@ def test_only_what_the_compile_report_accepts_is_measured(monkeypatch: pytest.Mo
         ]
 
     monkeypatch.setattr(tune, "_compiled", {})
-    monkeypatch.setattr(aot, "report_configurations", report)
+    monkeypatch.setattr(compile_report, "report_configurations", report)
     rows = tune.pruned("tiles", FLUX, "sm_90", 10, 132)
     assert len(rows) == 10 and len(compiled) > 10
     assert all(row["config"][4] != 5 for row in rows)
@@ -186,11 +186,11 @@ def test_given_configurations_are_compiled_in_their_order() -> None:
         ("scale", "float32", Config(16, 0, 64, 4, 1)),
         ("tiles", "bfloat16", Config(32, 32, 32, 4, 2)),
     ]
-    rows = aot.report_configurations("sm_80", given)
+    rows = compile_report.report_configurations("sm_80", given)
     assert [(r["kernel"], r["dtype"], Config(*r["config"])) for r in rows] == given
-    assert not any(aot.problems(row) for row in rows)
+    assert not any(compile_report.problems(row) for row in rows)
     with pytest.raises(ValueError, match="unknown sm_1"):
-        aot.report_configurations("sm_1", given)
+        compile_report.report_configurations("sm_1", given)
 
 
 # ---------------------------------------------------------------------------------------------
