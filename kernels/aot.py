@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,7 +260,26 @@ def compile_row(
     variant: str,
     constants: dict[str, Any],
 ) -> dict[str, Any]:
-    """Compile one variant for the target `name`; one row of the report.
+    """Compile one variant for the target `name`; the row of the report that `row_of` gives."""
+    return row_of(
+        name,
+        kernel,
+        dtype,
+        config,
+        variant,
+        lambda: compile_kernel(kernel, dtype, config, constants, TARGETS[name]),
+    )
+
+
+def row_of(
+    name: str,
+    kernel: str,
+    dtype: str,
+    config: tuning.Config,
+    variant: str,
+    compiled: Callable[[], Any],
+) -> dict[str, Any]:
+    """One row of the report, about what `compiled` returns for the target `name`, or its failure.
 
     A row: triton (the compiler's version), target, kernel, variant, dtype, config (list of the
     fields of Config), registers, spills, shared, shared_limit, matrix_instructions, narrow_offsets
@@ -289,30 +308,33 @@ def compile_row(
         "error": None,
     }
     try:
-        compiled = compile_kernel(kernel, dtype, config, constants, target)
+        _examine(row, compiled(), target, config.num_warps)
     except Exception as error:  # a compiler may fail in any way; the row says how
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        cuda = target.backend == "cuda"
-        row["registers"], row["spills"] = (_cuda_resources if cuda else _hip_resources)(compiled)
-        row["shared"] = compiled.metadata.shared
-        assembly = compiled.asm["ptx" if cuda else "amdgcn"]
-        pattern = _MATRIX_INSTRUCTION[target.backend]
-        row["matrix_instructions"] = len(pattern.findall(assembly))
-        narrow = _NARROW % re.escape(_POINTER[dtype][1:].replace("fp", "f"))
-        # fp32 tokens share their type with scales and similarities, whose offsets may be short;
-        # nudge moves its pointers to the item by 64 bits once.
-        wide = dtype == "float32" or kernel == "nudge"
-        row["narrow_offsets"] = 0 if wide else len(re.findall(narrow, compiled.asm["ttir"]))
-        if row["registers"] is not None:
-            tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
-            programs = resident_programs(
-                target, row["registers"], row["shared"], config.num_warps, tensor_memory
-            )
-            row["programs"] = programs
-            row["occupancy"] = round(programs * config.num_warps / target.warps, 2)
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
+
+
+def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int) -> None:
+    """Write into `row` what the compiler made of a kernel."""
+    cuda = target.backend == "cuda"
+    row["registers"], row["spills"] = (_cuda_resources if cuda else _hip_resources)(compiled)
+    row["shared"] = compiled.metadata.shared
+    assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+    pattern = _MATRIX_INSTRUCTION[target.backend]
+    row["matrix_instructions"] = len(pattern.findall(assembly))
+    narrow = _NARROW % re.escape(_POINTER[row["dtype"]][1:].replace("fp", "f"))
+    # fp32 tokens share their type with scales and similarities, whose offsets may be short;
+    # nudge moves its pointers to the item by 64 bits once.
+    wide = row["dtype"] == "float32" or row["kernel"] == "nudge"
+    row["narrow_offsets"] = 0 if wide else len(re.findall(narrow, compiled.asm["ttir"]))
+    if row["registers"] is not None:
+        tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+        programs = resident_programs(
+            target, row["registers"], row["shared"], num_warps, tensor_memory
+        )
+        row["programs"] = programs
+        row["occupancy"] = round(programs * num_warps / target.warps, 2)
 
 
 def run_compiling(
