@@ -3,10 +3,11 @@
 #   make test     the tests          make lint    ruff and mypy
 #   make compile-check   all kernels for all GPUs, by two versions of Triton, against docs/kernels.md
 #   make compile-tables  the same, written there
+#   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
 #   make pictures the pictures of docs/applications.md
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (for demo, pictures, test, bench), PIP_ARGS, TRITON;
+# Variables: PYTHON (default python3), ARGS (demo, pictures, test, bench, candidates), PIP_ARGS, TRITON;
 # PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
 
 PYTHON ?= python3
@@ -18,7 +19,8 @@ OTHER_TRITON := $(VENV)/triton-$(TRITON)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo pictures test lint format bench compile-check compile-tables other-triton clean
+.PHONY: demo pictures test lint format bench compile-check compile-tables candidates other-triton
+.PHONY: clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -46,6 +48,10 @@ format: $(VENV)/installed-all
 compile-check compile-tables: compile-%: $(VENV)/installed-all other-triton
 	$(BIN)/python -m negtome_fast.kernels.compile_report --also $(OTHER_TRITON) \
 		--$(if $(filter tables,$*),write,check) docs/kernels.md
+
+candidates: $(VENV)/installed-all other-triton
+	$(BIN)/python -m negtome_fast.tuner.candidates --also $(OTHER_TRITON) \
+		--write docs/kernels.md $(ARGS)
 
 bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)

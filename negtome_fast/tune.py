@@ -78,7 +78,7 @@ class Candidates:
         compiled: set[Key] = set()
         for _ in range(ROUNDS):
             jobs: dict[Key, Callable[[], object]] = {}
-            for shape, kernel in ((shape, kernel) for shape in shapes for kernel in shape.kernels):
+            for shape, kernel in ((each, kernel) for each in shapes for kernel in each.kernels):
                 problem = shape.problem(dtype, others=kernel == "pairs")
                 for key in (self.own(kernel, problem), *self.wanted(kernel, problem)):
                     if key not in compiled:

@@ -208,15 +208,15 @@ def summary(arch: str, reports: dict[str, Rows]) -> str:
 
 
 def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
+    """A configuration, and what is wrong with it by which Triton."""
     config = key[2]
-    name = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} {config.num_stages} stages"
-    name += f" {config.num_warps} warps"
-    for field in ("RESIDENT", "DESCRIPTORS", "FLATTEN"):
-        value = getattr(config, field)
-        name += f" {field.lower()}" * (value and field != "RESIDENT")
-        name += f" {value} resident" * (field == "RESIDENT" and value > 1)
-    wrong = [f"{v} {', '.join(compile_report.problems(row))}" for v, row in rows.items()]
-    return f"{name} ({'; '.join(text for text in wrong if not text.endswith(' '))})"
+    parts = [f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}", f"{config.num_warps} warps"]
+    parts += [f"{config.num_stages} stages"]
+    parts += [f"{config.RESIDENT} resident"] if config.RESIDENT > 1 else []
+    parts += [name.lower() for name in ("DESCRIPTORS", "FLATTEN") if getattr(config, name)]
+    wrong = {version: ", ".join(compile_report.problems(row)) for version, row in rows.items()}
+    told = "; ".join(f"{version}: {text}" for version, text in wrong.items() if text)
+    return f"{', '.join(parts)} ({told})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

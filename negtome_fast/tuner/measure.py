@@ -187,8 +187,8 @@ def tune_shape(
     chosen = {kernel: base.configuration(kernel) for kernel in tuning.TUNED}
     seconds: dict[str, float] = {}
 
-    def choose(some: Any, kind: str, kernel: str, asked: Problem) -> None:
-        best = fastest(some, kind, kernel, candidates(kernel, asked), chosen, say, left)
+    def choose(some: Any, kind: str, kernel: str, tried: list[Config]) -> None:
+        best = fastest(some, kind, kernel, tried, chosen, say, left)
         if best is not None:
             chosen[kernel], seconds[kernel] = best
 
@@ -197,12 +197,18 @@ def tune_shape(
     first = bench(shape, "first")
     for kernel, kind in (("tiles", "tiles"), ("rows", "rows"), ("finish", "tiles")):
         if left() > 0:
-            choose(first, kind, kernel, problem)
+            choose(first, kind, kernel, candidates(kernel, problem))
     if "tiles" not in seconds:
         return None
+    if left() > 0:
+        # The push of one item beside the matching of the next: tried once the rest is known.
+        best = chosen["tiles"]
+        both = [best, best._replace(OVERLAP=1 - best.OVERLAP)]
+        choose(first, "tiles", "tiles", both)
     del first  # its inputs, before those of the other mode
     if left() > 0 and "pairs" in shape.kernels:
-        choose(bench(shape, "others"), "tiles", "pairs", shape.problem(dtype, others=True))
+        tried = candidates("pairs", shape.problem(dtype, others=True))
+        choose(bench(shape, "others"), "tiles", "pairs", tried)
     kind = base.kind
     if "rows" in seconds:
         tiles = min(seconds["tiles"], seconds.get("finish", float("inf")))
