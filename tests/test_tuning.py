@@ -199,19 +199,24 @@ def test_the_first_candidates_for_sm_90_are_what_the_analysis_says(
     for config in first:
         # A whole line of 128 bytes a token and step, by descriptors, enough of them in flight.
         assert config.BLOCK_K == 64 and config.DESCRIPTORS == 1, config
-        assert config.num_stages in (3, 4) and config.GROUP in (8, 16), config
-        # Two warps a scheduler hide each other's latency in the epilogue.
-        assert config.num_warps * config.RESIDENT >= 8, config
+        # (5 stages only of small tiles, whose steps are over before the latency is.)
+        small = kernel == "pairs" and config.BLOCK_M * config.BLOCK_N == 64 * 64
+        assert config.num_stages in ((3, 4, 5) if small else (3, 4)), config
+        assert config.GROUP in (8, 16), config
+        # Two warps a scheduler hide each other's latency in the epilogue. (64 rows are a single
+        # warpgroup's, and two of them would read all rows twice.)
+        assert config.num_warps * config.RESIDENT >= 8 or config.BLOCK_M == 64, config
     assert any(config.FLATTEN for config in first)
-    # The tile that reads least for its products comes first where there is enough to do, and where
-    # the epilogue does not count as much as the products: there two programs share.
+    # The tile that reads least for its products comes first where there are enough of them for all
+    # multiprocessors; 192 for 132 are too few, and there two programs share smaller ones.
     blocks = [(config.BLOCK_M, config.BLOCK_N) for config in first]
     assert len(set(blocks)) >= 3
     if kernel == "tiles":
-        two = shape.channels <= 1280
-        assert first[0][:2] == ((128, 128) if two else (128, 256))
-        assert (2 if two else 1) == first[0].RESIDENT and (128, 128) in blocks
-        if shape.tokens >= 2304:
+        few = shape.tokens == 1024
+        assert blocks[0] == ((128, 128) if few else (128, 256))
+        assert first[0].RESIDENT == (2 if few else 1)
+        assert {(128, 256), (128, 128)} <= set(blocks)
+        if not few:
             assert set(blocks) == {(128, 256), (256, 128), (128, 128)}
 
 
