@@ -79,9 +79,16 @@ _FIXED = {
     "trace_ptr": "*fp32",
     "taken_ptr": "*i64",
     "reason_ptr": "*i64",
+    "tile_code": "i64",
+    "band_code": "i64",
+    "tail_code": "i64",
+    "product_code": "i64",
+    "circle_code": "i64",
     "step_size": "fp32",
     "tolerance": "fp32",
 }
+# Arguments that are numbers, not pointers, with NUMBERS.
+_NUMBERS = ("alpha_ptr", "threshold_ptr")
 # What a launch specialises on: contiguous channels, everything else a multiple of 16.
 _UNIT_STRIDES = ("stride_td", "stride_xd", "stride_rd", "stride_cd", "stride_od")
 # The block of a descriptor holds these two sides.
@@ -99,15 +106,17 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
     """
     rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M, "BLOCK_K": config.BLOCK_K}
     tile = {**rows, "BLOCK_N": config.BLOCK_N, "INTERPRETED": False}
-    pipelines = {"MODE": "first", "INPLACE": True, "movable_ptr": None, "INTERPRETED": False}
-    others = {"MODE": "others", "INPLACE": False, "INTERPRETED": False}
+    pipelines = {"MODE": "first", "NUMBERS": True, "INPLACE": True, "movable_ptr": None}
+    pipelines["INTERPRETED"] = False
+    others = {"MODE": "others", "NUMBERS": False, "INPLACE": False, "INTERPRETED": False}
     if kernel == "scale":
         return {"mask": rows}
     if kernel in ("rows", "finish"):
         blocks = tile if kernel == "rows" else rows
         variants = {"first, in place": {**blocks, **pipelines}, "others": {**blocks, **others}}
     elif kernel in ("tiles", "pairs"):
-        tile |= {"GROUP": config.GROUP, "row_descriptor": None, "column_descriptor": None}
+        tile |= {"GROUP": config.GROUP, "FLATTEN": False}
+        tile |= {"row_descriptor": None, "column_descriptor": None}
         mode, pairs = ("others", True) if kernel == "pairs" else ("first", False)
         union = {**tile, "MODE": mode, "OFFICIAL": False, "PAIRS": pairs, "UNION": True}
         official = {**union, "OFFICIAL": True, "UNION": False}
@@ -115,6 +124,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
         if config.DESCRIPTORS:
             # What is left out here is an argument: a descriptor instead of None.
             described = {k: v for k, v in union.items() if k not in _DESCRIPTORS}
+            described["FLATTEN"] = bool(config.FLATTEN)
             variants = {"paper, descriptors": described, **variants}
     elif kernel == "nudge":
         block = {"BLOCK": config.BLOCK_K, "INTERPRETED": False}
@@ -184,6 +194,8 @@ def compile_kernel(
         elif name in _DESCRIPTORS:
             block = [1, constants[_DESCRIPTORS[name]], constants["BLOCK_K"]]
             signature[name] = f"tensordesc<{_POINTER[dtype][1:]}{block}>"
+        elif name in _NUMBERS and values.get("NUMBERS"):
+            signature[name] = "fp32"
         elif name.endswith("_ptr"):
             signature[name] = _FIXED.get(name, _POINTER[dtype])
             attributes[(position,)] = [["tt.divisibility", 16]]

@@ -12,18 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .division import quotient
 from .shared import (
     MASKED,
     NON_FINITE,
     RUNTIME_SIZES,
     accumulate,
-    candidates,
+    best_of,
     exact_cosine,
     inverse_norm,
+    load_scales,
     multiply,
-    pair_of,
+    product_items,
     reference_item,
-    source_item,
+    scale_line,
 )
 
 # What a key says before any tile has offered a candidate: below every packed candidate.
@@ -83,11 +85,13 @@ def scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Column scales: tokens (P, M, D), mask (P, M) uint8 or None -> scale (P, M) fp32, contiguous.
+    """Column scales: tokens (P, M, D), mask (P, M) uint8 or None -> scale fp32.
 
-    scale = 1 / max(|token|, 1e-12), or MASKED, or NON_FINITE. Program (i, p) owns BLOCK_M tokens
-    of item `p * item_step`: with reference "first" only the heads of the groups are needed. All
-    programs together set `keys` int64 keys at key_ptr to NO_KEY, which saves a launch.
+    scale (P, M up to a multiple of SCALE_BLOCK), contiguous:
+    scale = 1 / max(|token|, 1e-12), or MASKED, or NON_FINITE; what is beyond M is MASKED. Program
+    (i, p) owns BLOCK_M tokens of item `p * item_step`: with reference "first" only the heads of the
+    groups are needed. All programs together set `keys` int64 keys at key_ptr to NO_KEY, which saves
+    a launch.
     """
     item = (tl.program_id(1) * item_step).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -108,7 +112,8 @@ def scale_kernel(
             mask_ptr + item * stride_mb + tokens.to(tl.int64) * stride_mm, mask=inside, other=0
         )
         scale = tl.where((allowed != 0) | (scale == NON_FINITE), scale, MASKED)
-    tl.store(scale_ptr + item * M + tokens, scale, mask=inside)
+    # Programs cover whole blocks of scales.
+    tl.store(scale_ptr + scale_line(item, M) + tokens, tl.where(inside, scale, MASKED))
 
     if key_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -134,9 +139,15 @@ def tile_kernel(
     M,
     D,
     slots,
+    first_product,
     products,
     group_size,
     reference_step,
+    tile_code,
+    band_code,
+    tail_code,
+    product_code,
+    circle_code,
     stride_rb,
     stride_rn,
     stride_rd,
@@ -152,11 +163,12 @@ def tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Raise the keys (B, C, N), or (B, 1, N) with UNION, to the best candidates of all tiles.
 
     rows (., N, D) and columns (., M, D), any strides, or 3-d tensor descriptors of them with blocks
-    of one item; scale (., M) fp32 contiguous, the column scales of the side that is searched.
+    of one item; scale from scale_kernel, the column scales of the side that is searched.
 
     paper:    rows are source tokens, columns reference tokens.
     official: rows are reference tokens, columns source tokens (N == M).
@@ -164,44 +176,50 @@ def tile_kernel(
               of a pair, its row maxima one of them, its column maxima the other.
     UNION:    one key for all slots, whose token is slot * M + token (paper only).
 
-    `products` matrices are cut into tiles, and program p takes the tiles p, p + programs, ...;
-    within a matrix GROUP blocks of rows go through all columns before the next ones, so that
-    programs that run together share both sides in the L2 cache.
+    The matrices `first_product`, ... `first_product + products - 1` are cut into tiles, and program
+    p takes the tiles p, p + programs, ...; within a matrix GROUP blocks of rows go through all
+    columns before the next ones, so that programs that run together share both sides in the L2
+    cache. The codes divide (division.py): by the tiles of a matrix; by those of GROUP blocks of
+    rows; by the blocks of rows after the last whole GROUP; and as product_items says.
     """
     row_blocks = tl.cdiv(N, BLOCK_M)
     column_blocks = tl.cdiv(M, BLOCK_N)
     tiles = row_blocks * column_blocks
-    for task in range(tl.program_id(0), products * tiles, tl.num_programs(0)):
+    whole_rows = row_blocks // GROUP * GROUP
+    for task in tl.range(tl.program_id(0), products * tiles, tl.num_programs(0), flatten=FLATTEN):
         # Which items
-        product = task // tiles
-        if PAIRS:
-            pairs = group_size * (group_size - 1) // 2
-            group = product // pairs * group_size
-            first, second = pair_of(product % pairs, group_size)
-            row_item, column_item = group + first, group + second
-            # A row of item a finds its match in item b: a's for paper, b's for official matching,
-            # where rows are reference tokens. The columns' matches go the other way.
-            row_slot = second - (second > first).to(tl.int32)
-            column_slot = first - (first > second).to(tl.int32)
-            row_owner, column_owner = row_item, column_item
-            if OFFICIAL:
-                row_owner, column_owner = column_item, row_item
-                row_slot, column_slot = column_slot, row_slot
-        else:
-            row_slot = product % slots
-            row_owner = source_item(product // slots, group_size, MODE)
-            other = reference_item(row_owner, row_slot, group_size, reference_step, MODE)
-            row_item, column_item = row_owner, other
-            if OFFICIAL:
-                row_item, column_item = other, row_owner
+        product = quotient(task, tile_code)
+        first, second, second_slot, first_slot = product_items(
+            first_product + product,
+            slots,
+            group_size,
+            reference_step,
+            product_code,
+            circle_code,
+            MODE,
+            PAIRS,
+        )
+        row_item, column_item = first, second
+        row_owner, row_slot = first, second_slot
+        column_owner, column_slot = second, first_slot
+        if OFFICIAL:
+            # Rows are reference tokens; what they find belongs to the item of the columns.
+            if PAIRS:
+                row_owner, row_slot = second, first_slot
+                column_owner, column_slot = first, second_slot
+            else:
+                row_item, column_item = second, first
 
         # Which tile
-        tile = task % tiles
-        band = tile // (GROUP * column_blocks) * GROUP
-        height = tl.minimum(row_blocks - band, GROUP)
-        within = tile % (GROUP * column_blocks)
-        first_row = (band + within % height) * BLOCK_M
-        first_column = within // height * BLOCK_N
+        tile = task - product * tiles
+        band = quotient(tile, band_code)
+        within = tile - band * (GROUP * column_blocks)
+        band *= GROUP
+        height = tl.where(band == whole_rows, row_blocks - whole_rows, GROUP)
+        column_block = tl.where(band == whole_rows, quotient(within, tail_code), within // GROUP)
+        row_block = within - column_block * height
+        first_row = (band + row_block) * BLOCK_M
+        first_column = column_block * BLOCK_N
         rows = first_row + tl.arange(0, BLOCK_M)
         columns = first_column + tl.arange(0, BLOCK_N)
 
@@ -210,11 +228,14 @@ def tile_kernel(
             ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.float32
             similarities = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
             for start in range(0, D, BLOCK_K):
-                row_block = row_descriptor.load([row_item, first_row, start])
-                column_block = column_descriptor.load([column_item, first_column, start])
-                row_block = row_block.reshape(BLOCK_M, BLOCK_K)
-                column_block = column_block.reshape(BLOCK_N, BLOCK_K)
-                similarities = accumulate(similarities, row_block, column_block.T, INTERPRETED)
+                row_block_values = row_descriptor.load([row_item, first_row, start])
+                column_block_values = column_descriptor.load([column_item, first_column, start])
+                similarities = accumulate(
+                    similarities,
+                    row_block_values.reshape(BLOCK_M, BLOCK_K),
+                    column_block_values.reshape(BLOCK_N, BLOCK_K).T,
+                    INTERPRETED,
+                )
             similarities = similarities.to(tl.float32)
         else:
             row_pointers = row_ptr + row_item.to(tl.int64) * stride_rb
@@ -232,11 +253,8 @@ def tile_kernel(
             )
 
         # Best column of every row
-        scale = tl.load(
-            scale_ptr + column_item.to(tl.int64) * M + columns, mask=columns < M, other=MASKED
-        )
-        offered = candidates(similarities, scale[None, :])
-        best, position = tl.max(offered, axis=1, return_indices=True)
+        scale = load_scales(scale_ptr, column_item, columns, M)
+        best, position = best_of(similarities * scale[None, :], 1, INTERPRETED)
         token = first_column + position
         line = row_owner.to(tl.int64)
         if UNION:
@@ -247,11 +265,8 @@ def tile_kernel(
 
         # Best row of every column
         if PAIRS:
-            scale = tl.load(
-                scale_ptr + row_item.to(tl.int64) * N + rows, mask=rows < N, other=MASKED
-            )
-            offered = candidates(similarities, scale[:, None])
-            best, position = tl.max(offered, axis=0, return_indices=True)
+            scale = load_scales(scale_ptr, row_item, rows, N)
+            best, position = best_of(similarities * scale[:, None], 0, INTERPRETED)
             token = first_row + position
             line = column_owner.to(tl.int64)
             if UNION:
@@ -310,11 +325,19 @@ def resolve_kernel(
         found = row_inside & (token >= 0)
         other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
         if OFFICIAL:
-            gate = tl.load(reference_scale_ptr + other * M + rows, mask=found, other=MASKED)
-            source_scale = tl.load(x_scale_ptr + wide_item * N + rows, mask=found, other=NON_FINITE)
-            away_scale = tl.load(reference_scale_ptr + other * M + token, mask=found, other=0.0)
+            gate = tl.load(
+                reference_scale_ptr + scale_line(other, M) + rows, mask=found, other=MASKED
+            )
+            source_scale = tl.load(
+                x_scale_ptr + scale_line(wide_item, N) + rows, mask=found, other=NON_FINITE
+            )
+            away_scale = tl.load(
+                reference_scale_ptr + scale_line(other, M) + token, mask=found, other=0.0
+            )
             found = found & (gate >= 0.0) & (source_scale >= 0.0) & (away_scale != NON_FINITE)
-            match_scale = tl.load(x_scale_ptr + wide_item * N + token, mask=found, other=0.0)
+            match_scale = tl.load(
+                x_scale_ptr + scale_line(wide_item, N) + token, mask=found, other=0.0
+            )
             similarity = exact_cosine(
                 reference_ptr + other * stride_rb + wide_rows * stride_rm,
                 stride_rd,
@@ -327,7 +350,9 @@ def resolve_kernel(
                 BLOCK_K,
             )
         else:
-            match_scale = tl.load(reference_scale_ptr + other * M + token, mask=found, other=0.0)
+            match_scale = tl.load(
+                reference_scale_ptr + scale_line(other, M) + token, mask=found, other=0.0
+            )
             similarity = exact_cosine(
                 x_ptr + wide_item * stride_xb + wide_rows * stride_xn,
                 stride_xd,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .match import NO_KEY, unpack
-from .shared import RUNTIME_SIZES, push_match, reference_item, round_to
+from .shared import RUNTIME_SIZES, of_slot, push_match, reference_item, round_to
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -34,6 +34,7 @@ def finish_kernel(
     slots,
     group_size,
     reference_step,
+    first_item,
     stride_xb,
     stride_xn,
     stride_xd,
@@ -48,17 +49,19 @@ def finish_kernel(
     stride_vb,
     stride_vn,
     MODE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     INPLACE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Push from keys (B, 1, N) of the union of all slots; program (i, b) owns BLOCK_M tokens.
+    """Push from keys (B, 1, N) of the union of all slots.
 
-    Arguments as for rows_kernel. The cosine that meets the threshold is recomputed in fp32 from the
-    two tokens, so that it does not depend on the tiles.
+    Program (i, b) owns BLOCK_M tokens of item `first_item` + b. Arguments as for rows_kernel. The
+    cosine that meets the threshold is recomputed in fp32 from the two tokens, so that it does not
+    depend on the tiles.
     """
-    item = tl.program_id(1)
+    item = first_item + tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < N
     key = tl.load(key_ptr + item.to(tl.int64) * N + rows, mask=row_inside, other=NO_KEY)
@@ -98,6 +101,7 @@ def finish_kernel(
         stride_vb,
         stride_vn,
         MODE,
+        NUMBERS,
         INPLACE,
         INTERPRETED,
         BLOCK_M,
@@ -137,6 +141,7 @@ def push_kernel(
     stride_vb,
     stride_vn,
     MODE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     SUM: tl.constexpr,
     INPLACE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -147,9 +152,10 @@ def push_kernel(
 
     x, out (B, N, D), reference (P, M, D), any strides; match_similarity (B, C, N) fp32 and
     match_index (B, C, N) int64, contiguous, -1 where no match; alpha, threshold fp32 with stride
-    0 or 1 over the slots; movable (B, N) uint8 or None. SUM: pushed (B, C, N), similarity_ptr is
-    not written; nearest: similarity (B, 1, N) fp32, pushed (B, 1, N). pushed is int64,
-    slot * M + token, -1 where not pushed. INPLACE writes only the rows that change.
+    0 or 1 over the slots, or numbers with NUMBERS; movable (B, N) uint8 or None. SUM: pushed
+    (B, C, N), similarity_ptr is not written; nearest: similarity (B, 1, N) fp32, pushed (B, 1, N).
+    pushed is int64, slot * M + token, -1 where not pushed. INPLACE writes only the rows that
+    change.
     """
     # Which rows
     item = tl.program_id(1)
@@ -177,7 +183,7 @@ def push_kernel(
         value = tl.load(match_similarity_ptr + match, mask=row_inside, other=float("-inf"))
         position = tl.load(match_index_ptr + match, mask=row_inside, other=-1)
         if SUM:
-            threshold = tl.load(threshold_ptr + slot * stride_threshold)
+            threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
             slot_moved = may_move & (position >= 0) & (value > threshold)
             pushed = tl.where(slot_moved, tl.cast(slot, tl.int64) * M + position, -1)
             tl.store(pushed_ptr + match, pushed, mask=row_inside)
@@ -187,13 +193,13 @@ def push_kernel(
             best = tl.where(better, value, best)
             index = tl.where(better, position, index)
             best_slot = tl.where(better, slot, best_slot)
-    alpha = tl.load(alpha_ptr + best_slot * stride_alpha)
+    alpha = of_slot(alpha_ptr, best_slot, stride_alpha, NUMBERS)
     target = reference_item(item, best_slot, group_size, reference_step, MODE).to(tl.int64)
     target_pointers = reference_ptr + target * stride_rb + index * stride_rm
     if SUM:
         moved = changed != 0
     else:
-        threshold = tl.load(threshold_ptr + best_slot * stride_threshold)
+        threshold = of_slot(threshold_ptr, best_slot, stride_threshold, NUMBERS)
         moved = may_move & (index >= 0) & (best > threshold)
         output = wide_item * N + rows
         tl.store(similarity_ptr + output, best, mask=row_inside)
@@ -220,8 +226,8 @@ def push_kernel(
                 match = (wide_item * slots + slot) * N + rows
                 value = tl.load(match_similarity_ptr + match, mask=row_inside, other=float("-inf"))
                 position = tl.load(match_index_ptr + match, mask=row_inside, other=-1)
-                slot_alpha = tl.load(alpha_ptr + slot * stride_alpha)
-                slot_threshold = tl.load(threshold_ptr + slot * stride_threshold)
+                slot_alpha = of_slot(alpha_ptr, slot, stride_alpha, NUMBERS)
+                slot_threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
                 slot_moved = may_move & (position >= 0) & (value > slot_threshold)
                 other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
                 slot_pointers = reference_ptr + other * stride_rb + position * stride_rm

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .shared import (
-    MASKED,
     RUNTIME_SIZES,
-    candidates,
+    best_of,
+    load_scales,
     multiply,
     push_match,
     reference_item,
@@ -54,6 +54,7 @@ def rows_kernel(
     stride_vb,
     stride_vn,
     MODE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     INPLACE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -63,8 +64,9 @@ def rows_kernel(
     """Program (i, b) owns BLOCK_M tokens of item b; nearest of all slots.
 
     x, out (B, N, D), reference (P, M, D), any strides; reference_scale (P, M) from scale_kernel;
-    alpha, threshold fp32 with stride 0 or 1 over the slots; movable (B, N) uint8 or None;
-    similarity (B, 1, N) fp32 and pushed (B, 1, N) int64 = slot * M + token, -1 where not pushed.
+    alpha, threshold fp32 with stride 0 or 1 over the slots, or numbers with NUMBERS; movable (B, N)
+    uint8 or None; similarity (B, 1, N) fp32 and pushed (B, 1, N) int64 = slot * M + token, -1 where
+    not pushed.
     INPLACE writes only the rows that change.
     """
     item = tl.program_id(1)
@@ -93,11 +95,8 @@ def rows_kernel(
                 BLOCK_K,
                 INTERPRETED,
             )
-            scale = tl.load(
-                reference_scale_ptr + other * M + columns, mask=columns < M, other=MASKED
-            )
-            offered = candidates(similarities, scale[None, :])
-            value, position = tl.max(offered, axis=1, return_indices=True)
+            scale = load_scales(reference_scale_ptr, other, columns, M)
+            value, position = best_of(similarities * scale[None, :], 1, INTERPRETED)
             better = value > best
             best = tl.where(better, value, best)
             token = tl.where(better, first + position, token)
@@ -137,6 +136,7 @@ def rows_kernel(
         stride_vb,
         stride_vn,
         MODE,
+        NUMBERS,
         INPLACE,
         INTERPRETED,
         BLOCK_M,

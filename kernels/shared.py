@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tuning
+from .division import quotient
+
+# Room for the scales of an item comes in blocks of this many.
+SCALE_BLOCK = tl.constexpr(tuning.SCALE_BLOCK)
 # What a scale says instead of 1 / norm, where a token must not be matched.
 MASKED = tl.constexpr(-1.0)
 NON_FINITE = tl.constexpr(-2.0)
@@ -21,7 +26,14 @@ RUNTIME_SIZES = [
     "N",
     "M",
     "slots",
+    "first_product",
     "products",
+    "first_item",
+    "tile_code",
+    "band_code",
+    "tail_code",
+    "product_code",
+    "circle_code",
     "keys",
     "group_size",
     "reference_step",
@@ -35,15 +47,6 @@ RUNTIME_SIZES = [
 # ---------------------------------------------------------------------------------------------
 # Pairing, as kernels/pairing.py defines it
 # ---------------------------------------------------------------------------------------------
-@triton.jit
-def source_item(program, group_size, MODE: tl.constexpr):
-    """The source item that program number `program` owns: every item, or all but group heads."""
-    item = program
-    if MODE == "first":
-        item = program // (group_size - 1) * group_size + program % (group_size - 1) + 1
-    return item
-
-
 @triton.jit
 def reference_item(item, slot, group_size, reference_step, MODE: tl.constexpr):
     """The reference item that source `item` meets in `slot` (a scalar or a tensor)."""
@@ -67,15 +70,47 @@ def slots_of(item, slots, group_size, MODE: tl.constexpr):
 
 
 @triton.jit
-def pair_of(number, group_size):
-    """Pair `number` of the g (g - 1) / 2 unordered pairs of g positions, as two positions.
+def product_items(
+    product,
+    slots,
+    group_size,
+    reference_step,
+    product_code,
+    circle_code,
+    MODE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The two items of a product, the slot of the second for the first, and that of the first.
 
-    Positions on a circle: first all neighbours, then all at distance 2, and so on; where g is even,
-    the largest distance holds only g / 2 pairs, which come last.
+    Number `product` of the matrices of a launch. Without PAIRS the first item is the source, the
+    second its reference, and the last number means nothing. With PAIRS both are items of a group.
+    product_code divides by: the pairs of a group; group_size - 1 in mode "first"; else the slots.
+    circle_code divides by group_size, with PAIRS only.
     """
-    first = number % group_size
-    second = (first + number // group_size + 1) % group_size
-    return first, second
+    number = quotient(product, product_code)
+    if PAIRS:
+        # Positions on a circle: first all neighbours, then all at distance 2, and so on; where g is
+        # even, the largest distance holds only g / 2 pairs, which come last.
+        within = product - number * (group_size * (group_size - 1) // 2)
+        distance = quotient(within, circle_code)
+        first = within - distance * group_size
+        second = first + distance + 1
+        second -= tl.where(second >= group_size, group_size, 0)
+        start = number * group_size
+        result = (
+            start + first,
+            start + second,
+            second - (second > first).to(tl.int32),
+            first - (first > second).to(tl.int32),
+        )
+    elif MODE == "first":
+        head = number * group_size
+        result = head + product - number * (group_size - 1) + 1, head, 0 * number, 0 * number
+    else:
+        slot = product - number * slots
+        other = reference_item(number, slot, group_size, reference_step, MODE)
+        result = number, other, slot, slot
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,6 +122,12 @@ def inverse_norm(squares):
     norm = tl.sqrt(squares)
     # A comparison with NaN is false: NaN and infinity both end up as NON_FINITE.
     return tl.where(norm < float("inf"), 1.0 / tl.maximum(norm, 1e-12), NON_FINITE)
+
+
+@triton.jit
+def scale_line(item, M):
+    """Where the scales of `item`, a scalar or a tensor, begin: items have room for whole blocks."""
+    return item.to(tl.int64) * (tl.cdiv(M, SCALE_BLOCK) * SCALE_BLOCK)
 
 
 @triton.jit
@@ -187,14 +228,55 @@ def accumulate(product, rows, columns, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def candidates(product, scale):
-    """`product * scale`, -inf where the scale says that the token is no candidate.
+def load_scales(scale_ptr, item, tokens, M):
+    """Scales of tokens of one block, in [0, M) or just beyond; NaN where one is no candidate.
 
-    NaN can only come from a token of the other side that is itself not finite; -inf keeps compiled
-    and interpreted maxima alike.
+    A similarity with them is NaN, which `best_of` passes over: that costs nothing per similarity.
     """
-    similarity = product * scale
-    return tl.where((scale >= 0.0) & (similarity == similarity), similarity, float("-inf"))
+    scale = tl.load(scale_ptr + scale_line(item, M) + tokens)
+    return tl.where(scale >= 0.0, scale, float("nan"))
+
+
+@triton.jit
+def best_of(similarity, axis: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Maximum of a block (rows, columns) along `axis`, and the least position that has it.
+
+    NaN is no candidate. It stands for a token that may not be matched, and comes from tokens that
+    are not finite. A compiled maximum passes over NaN, and nothing equals it; the interpreter's
+    maximum does not, so there it becomes -inf. Where nothing is a candidate the maximum is NaN or
+    -inf, and the position means nothing.
+    """
+    if INTERPRETED:
+        similarity = tl.where(similarity == similarity, similarity, float("-inf"))
+    LENGTH: tl.constexpr = similarity.shape[axis]
+    if axis == 0:
+        best = tl.max(similarity, axis=0)
+        row = tl.arange(0, LENGTH)[:, None]
+        position = tl.min(tl.where(similarity == best[None, :], row, LENGTH), axis=0)
+    else:
+        # Runs of RUN columns: a thread holds columns at the same place in many runs, so the number
+        # of the run is a constant of the register, which saves one register for each of them.
+        RUN: tl.constexpr = 2048 // LENGTH if LENGTH > 32 else LENGTH
+        RUNS: tl.constexpr = LENGTH // RUN
+        runs = similarity.reshape(similarity.shape[0], RUNS, RUN)
+        best = tl.max(tl.max(runs, axis=1), axis=1)
+        number = tl.arange(0, RUNS)[None, :, None]
+        run = tl.min(tl.where(runs == best[:, None, None], number, RUNS), axis=1)
+        position = tl.min(run * RUN + tl.arange(0, RUN)[None, :], axis=1)
+    return best, position
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers for each slot
+# ---------------------------------------------------------------------------------------------
+@triton.jit
+def of_slot(value, slot, stride, NUMBERS: tl.constexpr):
+    """`alpha` or `threshold` of a slot: behind a pointer, or with NUMBERS one number for all."""
+    if NUMBERS:
+        result = tl.cast(slot, tl.float32) * 0.0 + value
+    else:
+        result = tl.load(value + slot * stride)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,6 +317,7 @@ def push_match(
     stride_vb,
     stride_vn,
     MODE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     INPLACE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -254,7 +337,9 @@ def push_match(
     target_pointers = reference_ptr + target * stride_rb + token * stride_rm
 
     # Threshold
-    target_scale = tl.load(reference_scale_ptr + target * M + token, mask=found, other=0.0)
+    target_scale = tl.load(
+        reference_scale_ptr + scale_line(target, M) + token, mask=found, other=0.0
+    )
     similarity = exact_cosine(
         row_pointers,
         stride_xd,
@@ -266,8 +351,8 @@ def push_match(
         BLOCK_M,
         BLOCK_K,
     )
-    alpha = tl.load(alpha_ptr + slot * stride_alpha)
-    threshold = tl.load(threshold_ptr + slot * stride_threshold)
+    alpha = of_slot(alpha_ptr, slot, stride_alpha, NUMBERS)
+    threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
     # -inf never exceeds a finite threshold, and thresholds that are not finite are refused.
     moved = found & (similarity > threshold)
     if movable_ptr is not None:

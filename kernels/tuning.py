@@ -27,7 +27,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 INTERPRETED = "interpreted"
 FOLDER = Path(__file__).parent / "tuned"
 FOLDER_VARIABLE = "NEGTOME_FAST_TUNED"
-SCHEMA = 1
+SCHEMA = 2
+#: The scales of an item fill whole blocks of this many, so that a block of tokens needs no mask; no
+#: block of tokens is larger.
+SCALE_BLOCK = 256
 
 
 class Config(NamedTuple):
@@ -35,6 +38,9 @@ class Config(NamedTuple):
 
     GROUP blocks of rows go through all columns before the next ones. RESIDENT programs are launched
     for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow them.
+    FLATTEN makes one loop of the tiles and their channels, so that the loads of the next tile start
+    before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the items one after
+    another and pushes each while the next one is matched.
     """
 
     BLOCK_M: int
@@ -45,6 +51,8 @@ class Config(NamedTuple):
     GROUP: int = 8
     RESIDENT: int = 1
     DESCRIPTORS: int = 0
+    FLATTEN: int = 0
+    OVERLAP: int = 0
 
     def cap(self) -> dict[str, int]:
         """The launch option, on NVIDIA, that lets RESIDENT programs share the 65,536 registers."""
@@ -156,6 +164,8 @@ def _config(value: Any, where: str) -> Config:
             raise ValueError(f"{where}: {name} must be a power of two, got {number}")
     if min(config.num_stages, config.GROUP, config.RESIDENT) < 1:
         raise ValueError(f"{where}: num_stages, GROUP and RESIDENT must be at least 1")
+    if max(config.BLOCK_M, config.BLOCK_N) > SCALE_BLOCK:
+        raise ValueError(f"{where}: BLOCK_M and BLOCK_N must be at most {SCALE_BLOCK}")
     return config
 
 

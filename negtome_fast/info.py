@@ -32,11 +32,11 @@ def devices() -> list[torch.device]:
 
 def collect() -> dict[str, Any]:
     """All facts as plain values."""
-    from .backends import coarse, triton_backend
+    from .backends import coarse, triton_runtime
 
     rows = []
     for device in devices():
-        ready, reason = triton_backend.available(device)
+        ready, reason = triton_runtime.available(device)
         try:
             auto = ops.resolve_backend("auto", device, torch.bfloat16)
         except RuntimeError as error:

@@ -35,18 +35,18 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: an unknown name.
         RuntimeError: Triton was asked for by name and cannot run here; says why.
     """
-    from .backends import triton_backend
+    from .backends import triton_runtime
 
     if name == "auto":
         name = os.environ.get(BACKEND_VARIABLE, "auto") or "auto"
     check_backend_name(name)
     if name == "auto":
         usable = device.type == "cuda" and dtype != torch.float64
-        return "triton" if usable and triton_backend.available(device)[0] else "torch"
+        return "triton" if usable and triton_runtime.available(device)[0] else "torch"
     if name == "triton":
         if dtype == torch.float64:
             raise ValueError("the Triton backend computes in fp32; use backend='torch' for fp64")
-        ready, reason = triton_backend.available(device)
+        ready, reason = triton_runtime.available(device)
         if not ready:
             raise RuntimeError(f"backend='triton' cannot run here: {reason}")
     return name

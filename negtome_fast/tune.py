@@ -114,17 +114,17 @@ def run(
     Raises:
         RuntimeError: there is no GPU that the Triton backend can use.
     """
-    from .backends import triton_backend
+    from .backends import triton_runtime as runtime
     from .functional import negtome
 
     hint = "; `negtome-fast tune --dry-run` lists what would be measured"
     if not torch.cuda.is_available():
         raise RuntimeError(f"tuning measures on a GPU, and PyTorch finds none{hint}")
     device = torch.device("cuda", torch.cuda.current_device())
-    usable, reason = triton_backend.available(device)
-    if not usable or triton_backend._interpreting():
+    usable, reason = runtime.available(device)
+    if not usable or runtime.interpreting():
         raise RuntimeError(f"tuning needs compiled kernels: {reason}{hint}")
-    arch = triton_backend._arch(device.index)
+    arch = runtime.architecture(device.index)
     # An architecture without limits of its own is pruned by those of its family.
     target = arch if arch in aot.TARGETS else tuning.family(arch)
     path = out or tuning.FOLDER / f"{arch}.json"
@@ -132,7 +132,7 @@ def run(
     tables.write(path, table)  # a folder that cannot be written to shows before the work
     end = float("inf") if seconds is None else time.monotonic() + seconds
     keep = QUICK if quick or (seconds is not None and seconds < LITTLE_TIME) else MEASURED
-    chosen = Candidates(arch, target, triton_backend._multiprocessors(device.index), keep)
+    chosen = Candidates(arch, target, runtime.multiprocessors(device.index), keep)
 
     def left() -> float:
         return end - time.monotonic()

@@ -84,9 +84,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_triton_by_name_without_a_gpu_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from negtome_fast.backends import triton_backend
+    from negtome_fast.backends import triton_runtime
 
-    monkeypatch.setattr(triton_backend, "available", lambda device: (False, "no GPU was found"))
+    monkeypatch.setattr(triton_runtime, "available", lambda device: (False, "no GPU was found"))
     output = tmp_path / "demo.png"
     assert main(["demo", "--backend", "triton", "--output", str(output)]) == 2
     assert "backend='triton' cannot run here: no GPU was found" in capsys.readouterr().err
@@ -139,9 +139,9 @@ def test_info_shows_the_override(
 def test_info_says_why_an_override_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from negtome_fast.backends import triton_backend
+    from negtome_fast.backends import triton_runtime
 
-    monkeypatch.setattr(triton_backend, "available", lambda device: (False, "no GPU was found"))
+    monkeypatch.setattr(triton_runtime, "available", lambda device: (False, "no GPU was found"))
     monkeypatch.setenv("NEGTOME_FAST_BACKEND", "triton")
     assert main(["info"]) == 0
     assert "no GPU was found" in capsys.readouterr().out

@@ -96,9 +96,9 @@ def test_fp64_is_refused_by_triton_by_name() -> None:
 
 
 def test_triton_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from negtome_fast.backends import triton_backend
+    from negtome_fast.backends import triton_runtime
 
-    monkeypatch.setattr(triton_backend, "available", lambda device: (False, "no GPU was found"))
+    monkeypatch.setattr(triton_runtime, "available", lambda device: (False, "no GPU was found"))
     with pytest.raises(RuntimeError, match="no GPU was found"):
         nf.negtome(X, backend="triton")
 

@@ -241,6 +241,9 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
+_C_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes.c_int64}
+
+
 def memory(address: int, dtype: str, elements: int = 1) -> Tensor | None:
     """What lies at an address. The interpreter follows offsets from it, whatever its size."""
     if not address:
@@ -293,7 +296,7 @@ class HostDriver:
         assert [block, 1, 1] == kernel["block"] and shared == kernel["shared"]
         values: dict[str, Any] = {}
         for position, entry in enumerate(kernel["arguments"]):
-            kind = ctypes.c_uint64 if entry["type"] == "pointer" else ctypes.c_int32
+            kind = _C_TYPES[entry["type"]]
             value = ctypes.cast(packed[position], ctypes.POINTER(kind)).contents.value
             if entry["to" if entry["type"] == "pointer" else "name"] == "void":
                 assert value == 0

@@ -21,7 +21,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from negtome_fast.backends import triton_backend
+from negtome_fast.backends import triton_backend, triton_runtime
+from negtome_fast.backends.triton_descriptors import descriptor
 from negtome_fast.functional import guide_tokens
 from negtome_fast.kernels import tuning
 from negtome_fast.kernels.pairing import Pairing
@@ -123,8 +124,8 @@ def launch(monkeypatch: pytest.MonkeyPatch):
 
     def force(kind: str, *config: int, descriptors: bool = False) -> None:
         arch = tuning.INTERPRETED
-        if not triton_backend._interpreting():
-            arch = triton_backend._arch(torch.cuda.current_device())
+        if not triton_runtime.interpreting():
+            arch = triton_runtime.architecture(torch.cuda.current_device())
 
         def forced(_: str, *problem: int | str) -> tuning.Plan:
             chosen = unforced(arch, *problem)._replace(kind=kind)
@@ -206,8 +207,8 @@ def test_tokens_that_descriptors_cannot_express_are_read_by_pointers() -> None:
     joint = torch.zeros(2, 90, 80, dtype=torch.bfloat16, device=DEVICE)
     described = [joint, joint[:, 10:], joint[:1], joint[:, :1], joint[:, :, :64], joint[:, ::2]]
     for x in described:
-        descriptor = triton_backend._descriptor(x, 16, 16)
-        assert descriptor.shape == list(x.shape) and descriptor.block_shape == [1, 16, 16]
+        found = descriptor(x, 16, 16)
+        assert found.shape == list(x.shape) and found.block_shape == [1, 16, 16]
     by_pointers = [
         joint[:, :, 1:],  # not aligned
         joint[:, :, ::2],  # channels apart
@@ -218,18 +219,18 @@ def test_tokens_that_descriptors_cannot_express_are_read_by_pointers() -> None:
         joint.transpose(0, 1),  # items interleave
     ]
     for x in by_pointers:
-        assert triton_backend._descriptor(x, 16, 16) is None
+        assert descriptor(x, 16, 16) is None
 
 
 def test_more_candidates_than_a_key_can_number_are_matched_by_rows(launch, monkeypatch) -> None:
     launch("tiles")
     launched: list[str] = []
 
-    def note(*arguments: object) -> None:
-        launched.append("with keys" if len(arguments) > 4 else "without")
+    def note(call: object, keys: Tensor | None) -> None:
+        launched.append("without" if keys is None else "with keys")
         raise InterruptedError
 
-    monkeypatch.setattr(triton_backend, "_reference_scales", note)
+    monkeypatch.setattr(triton_backend._Call, "scales", note)
     x = tokens(1, 3, 8)
     for references, expected in ((2**20, "with keys"), (2**29, "without")):
         many = tokens(1, 4, 8).expand(references, 4, 8)
@@ -470,7 +471,7 @@ def test_fp64_is_refused() -> None:
 def test_importing_the_backend_does_not_import_the_kernels() -> None:
     # bench._path makes the kernels importable where the project is not installed.
     program = (
-        "import sys, bench._path, negtome_fast.backends.triton_backend as b;"
+        "import sys, bench._path, negtome_fast.backends.triton_runtime as b;"
         "print(b.available('cpu'), 'negtome_fast.kernels.match' in sys.modules)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -484,6 +485,6 @@ def test_importing_the_backend_does_not_import_the_kernels() -> None:
 def test_whether_it_can_run_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     device = tokens(1, 1, 1).device
     # The first answer imports the kernels, which settles it.
-    answer = triton_backend.available(device)
-    monkeypatch.setattr(triton_backend, "_examine", lambda _: pytest.fail("examined again"))
-    assert triton_backend.available(device) == answer and answer[0]
+    answer = triton_runtime.available(device)
+    monkeypatch.setattr(triton_runtime, "_examine", lambda _: pytest.fail("examined again"))
+    assert triton_runtime.available(device) == answer and answer[0]

@@ -8,11 +8,6 @@ with the strides that they have; so every call can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import os
-import sys
 from typing import Any
 
 import torch
@@ -20,118 +15,16 @@ from torch import Tensor
 
 from ..kernels import tuning
 from ..kernels.pairing import Pairing
-
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-# ---------------------------------------------------------------------------------------------
-# Whether, and as what
-# ---------------------------------------------------------------------------------------------
-@functools.cache
-def _interpreting() -> bool:
-    """Whether the kernels are interpreted: settled when Triton first decorates them."""
-    from triton.runtime import JITFunction
-
-    from ..kernels.match import tile_kernel
-
-    return not isinstance(tile_kernel, JITFunction)
-
-
-@functools.cache
-def _arch(index: int) -> str:
-    """`"sm_90"`, `"gfx942"`, ... of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
-# Answers of `available` that cannot change any more, as every call of the operator asks twice.
-_settled: dict[torch.device, tuple[bool, str]] = {}
-
-
-def available(device: torch.device | str) -> tuple[bool, str]:
-    """Whether this backend can run on `device`, and the reason in words either way.
-
-    Imports Triton only where the device leaves the question open. What TRITON_INTERPRET says counts
-    until Triton has decorated the kernels.
-    """
-    device = torch.device(device)
-    answer = _settled.get(device)
-    if answer is None:
-        answer = _examine(device)
-        decorated = _interpreting.cache_info().currsize > 0
-        if decorated if device.type == "cpu" else device.index is not None:
-            _settled[device] = answer
-    return answer
-
-
-def _examine(device: torch.device) -> tuple[bool, str]:
-    if device.type not in ("cpu", "cuda"):
-        return False, f"Triton kernels do not run on {device.type} tensors"
-    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
-    requested = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-    if device.type == "cpu" and not requested:
-        return False, "Triton needs a GPU; on the CPU it only interprets, under TRITON_INTERPRET=1"
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return False, "PyTorch finds no GPU"
-        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            return False, "Triton kernels need compute capability 8.0 (Ampere) or newer"
-    try:
-        interpreting = _interpreting()
-    except Exception as error:  # a broken installation may fail in any way; the reason says how
-        return False, f"Triton cannot be imported: {error}"
-    if interpreting:
-        return True, "Triton interprets its kernels with numpy (TRITON_INTERPRET is set): slow"
-    if device.type == "cpu":
-        return False, "TRITON_INTERPRET was set only after Triton had decorated the kernels"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return True, f"Triton compiles its kernels for {_arch(index)}"
-
-
-def _require(x: Tensor) -> None:
-    usable, reason = available(x.device)
-    if not usable:
-        raise RuntimeError(f"the triton backend cannot run on {x.device}: {reason}")
-    if x.dtype not in _DTYPES:
-        names = ", ".join(_DTYPES.values())
-        raise ValueError(f"the triton backend takes {names}, got {x.dtype}")
+from . import triton_runtime as runtime
+from .triton_descriptors import descriptor
+from .triton_streams import SideStream
 
 
 # ---------------------------------------------------------------------------------------------
 # Arguments of launches
 # ---------------------------------------------------------------------------------------------
-def _launch_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the device of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _plan(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
-    arch = tuning.INTERPRETED if _interpreting() else _arch(x.device.index)
-    products = len(pairing.sources) * pairing.slots
-    return tuning.plan(arch, _DTYPES[x.dtype], products, x.shape[1], M, x.shape[2])
-
-
-def _programs(x: Tensor, config: tuning.Config, tasks: int) -> int:
-    """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
-    multiprocessors = 3 if _interpreting() else _multiprocessors(x.device.index)
-    return min(tasks, multiprocessors * config.RESIDENT)
-
-
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
-
-
-def _reference_step(pairing: Pairing) -> int:
-    """How many reference items further the next source item's first one is."""
-    return pairing.references if pairing.per_item else 0
 
 
 def _bytes(mask: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -141,13 +34,15 @@ def _bytes(mask: Tensor | None) -> tuple[Tensor | None, int, int]:
     return mask.view(torch.uint8), mask.stride(0), mask.stride(1)
 
 
-def _per_slot(value: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """`alpha` or `threshold` on the device of `x`, and its stride over the slots."""
-    if value.device != x.device:
-        # Known on the host: handed over as the argument of a fill, which needs no transfer.
-        value = torch.full((), float(value), dtype=torch.float32, device=x.device)
-    value = value.to(torch.float32)
-    return value, value.stride(0) if value.numel() > 1 else 0
+def _per_slot(values: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """`alpha` and `threshold` as a launch takes them, and their strides over the slots.
+
+    Numbers that the host knows are arguments of the launch; others are read on the device.
+    """
+    if all(value.numel() == 1 and value.device.type == "cpu" for value in values):
+        return tuple(map(float, values)), (0, 0)
+    there = tuple(value.to(x.device, torch.float32) for value in values)
+    return there, tuple(value.stride(0) if value.numel() > 1 else 0 for value in there)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -172,178 +67,283 @@ def _same_view(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
-    """A tensor descriptor with blocks (1, rows, channels), None where it cannot express `tokens`.
+class _Call:
+    """What the launches of one call share: tensors, pairing, sizes, the plan."""
 
-    Tensor maps need 16-byte aligned items and tokens, channels that follow each other, and items
-    that do not interleave.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    def __init__(self, x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None) -> None:
+        self.x, self.reference, self.pairing, self.mask = x, reference, pairing, mask
+        self.items, self.N, self.D = x.shape
+        self.M = reference.shape[1]
+        self.mode, self.slots = pairing.mode, pairing.slots
+        self.group_size, self.groups = pairing.group_size, pairing.groups
+        # How many reference items further the next source item's first one is.
+        self.reference_step = pairing.references if pairing.per_item else 0
+        self.interpreted = runtime.interpreting()
+        sources = self.items - self.groups if self.mode == "first" else self.items
+        self.products = sources * self.slots
+        arch = tuning.INTERPRETED if self.interpreted else runtime.architecture(x.device.index)
+        dtype = runtime.DTYPES[x.dtype]
+        self.plan = tuning.plan(arch, dtype, self.products, self.N, self.M, self.D)
 
-    items, length, width = tokens.shape
-    stride_b, stride_n, stride_d = tokens.stride()
-    if items == 1:
-        stride_b = length * stride_n
-    if length == 1:
-        stride_n = stride_b
-    aligned = all(stride * tokens.element_size() % 16 == 0 for stride in (stride_b, stride_n))
-    if not aligned or tokens.data_ptr() % 16 or stride_d != 1:
-        return None
-    if stride_n < width or stride_b < length * stride_n or stride_b % stride_n:
-        return None
-    if max(stride_b, stride_n) * tokens.element_size() >= 2**40:
-        return None
-    strides = [stride_b, stride_n, stride_d]
-    return TensorDescriptor(tokens, [items, length, width], strides, [1, rows, channels])
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N, M, D, slots, group_size, reference_step, as most kernels take them."""
+        return self.N, self.M, self.D, self.slots, self.group_size, self.reference_step
 
+    def empty(self, slots: int, dtype: torch.dtype) -> Tensor:
+        """New memory (B, slots, N)."""
+        return self.x.new_empty((self.items, slots, self.N), dtype=dtype)
 
-# ---------------------------------------------------------------------------------------------
-# Launches
-# ---------------------------------------------------------------------------------------------
-def _scales(
-    tokens: Tensor,
-    mask: Tensor | None,
-    plan: tuning.Plan,
-    item_step: int = 1,
-    keys: Tensor | None = None,
-) -> Tensor:
-    """Column scales (P, M) fp32 of tokens (P, M, D); only items 0, item_step, ... are written.
+    # -----------------------------------------------------------------------------------------
+    # Launches
+    # -----------------------------------------------------------------------------------------
+    def scales(self, keys: Tensor | None, official: bool = False) -> tuple[Tensor, Tensor]:
+        """Column scales of the references and of what is searched; the launch empties `keys`.
 
-    The same launch empties `keys`.
-    """
-    from ..kernels.match import scale_kernel
+        They are one tensor, but for official matching, which searches the source tokens.
+        """
+        step = self.group_size if self.mode == "first" else 1
+        scale = self._scales(self.reference, self.mask, step, keys)
+        return scale, self._scales(self.x, None, 1, None) if official else scale
 
-    items, M, D = tokens.shape
-    scale = torch.empty((items, M), dtype=torch.float32, device=tokens.device)
-    mask, *mask_strides = _bytes(mask)
-    scale_kernel[(_blocks(M, plan.scale.BLOCK_M), _blocks(items, item_step))](
-        tokens,
-        mask,
-        scale,
-        keys,
-        M,
-        D,
-        item_step,
-        0 if keys is None else keys.numel(),
-        *tokens.stride(),
-        *mask_strides,
-        **plan.scale.meta("BLOCK_M", "BLOCK_K"),
-    )
-    return scale
+    def _scales(
+        self, tokens: Tensor, mask: Tensor | None, item_step: int, keys: Tensor | None
+    ) -> Tensor:
+        """Scales (P, M up to whole blocks) of tokens (P, M, D); of items 0, item_step, ... only."""
+        from ..kernels.match import scale_kernel
 
+        items, length, _ = tokens.shape
+        config = self.plan.scale
+        room = _blocks(length, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
+        scale = tokens.new_empty((items, room), dtype=torch.float32)
+        mask, mask_item, mask_token = _bytes(mask)
+        scale_kernel[(_blocks(room, config.BLOCK_M), _blocks(items, item_step))](
+            tokens,
+            mask,
+            scale,
+            keys,
+            length,
+            self.D,
+            item_step,
+            0 if keys is None else keys.numel(),
+            *tokens.stride(),
+            mask_item,
+            mask_token,
+            **config.meta("BLOCK_M", "BLOCK_K"),
+        )
+        return scale
 
-def _reference_scales(
-    reference: Tensor,
-    mask: Tensor | None,
-    pairing: Pairing,
-    plan: tuning.Plan,
-    keys: Tensor | None = None,
-) -> Tensor:
-    step = pairing.group_size if pairing.mode == "first" else 1
-    return _scales(reference, mask, plan, step, keys)
+    def tiles(
+        self,
+        scale: Tensor,
+        keys: Tensor,
+        official: bool = False,
+        first_product: int = 0,
+        products: int | None = None,
+    ) -> None:
+        """Raise `keys` (B, C, N), or (B, 1, N) for the best of all slots, to the best candidates.
 
+        `products` from `first_product` on, all by default; in mode "others" a pair is one of them.
+        """
+        from ..kernels.division import reciprocal
+        from ..kernels.match import tile_kernel
 
-def _tiles(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    official: bool,
-    scale: Tensor,
-    keys: Tensor,
-    plan: tuning.Plan,
-) -> None:
-    """Raise `keys` (B, C, N), or (B, 1, N) for the best of all slots, to the best candidates."""
-    from ..kernels.match import tile_kernel
+        pairs = self.mode == "others"
+        config = self.plan.pairs if pairs else self.plan.tiles
+        if products is None:
+            products = self.products // 2 if pairs else self.products
+        row_blocks = _blocks(self.N, config.BLOCK_M)
+        column_blocks = _blocks(self.M, config.BLOCK_N)
+        tasks = products * row_blocks * column_blocks
+        if tasks == 0:
+            return
+        if pairs:
+            divisor = self.products // (2 * self.groups)
+        else:
+            divisor = self.group_size - 1 if self.mode == "first" else self.slots
+        rows, columns = (self.reference, self.x) if official else (self.x, self.reference)
+        row_descriptor = column_descriptor = None
+        if config.DESCRIPTORS:
+            row_descriptor = descriptor(rows, config.BLOCK_M, config.BLOCK_K)
+            column_descriptor = descriptor(columns, config.BLOCK_N, config.BLOCK_K)
+            if row_descriptor is None or column_descriptor is None:
+                row_descriptor = column_descriptor = None
+        tile_kernel[(self._programs(config, tasks),)](
+            rows,
+            columns,
+            row_descriptor,
+            column_descriptor,
+            scale,
+            keys,
+            self.N,
+            self.M,
+            self.D,
+            self.slots,
+            first_product,
+            products,
+            self.group_size,
+            self.reference_step,
+            reciprocal(row_blocks * column_blocks),
+            reciprocal(config.GROUP * column_blocks),
+            reciprocal(row_blocks % config.GROUP or 1),
+            reciprocal(divisor),
+            reciprocal(self.group_size),
+            *rows.stride(),
+            *columns.stride(),
+            MODE=self.mode,
+            OFFICIAL=official,
+            PAIRS=pairs,
+            UNION=keys.shape[1] != self.slots,
+            INTERPRETED=self.interpreted,
+            FLATTEN=bool(config.FLATTEN) and row_descriptor is not None,
+            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
+            **({} if self.interpreted or torch.version.hip else config.cap()),
+        )
 
-    pairs = pairing.mode == "others"
-    if pairs:
-        products = pairing.groups * (pairing.group_size * (pairing.group_size - 1) // 2)
-    else:
-        products = len(pairing.sources) * pairing.slots
-    config = plan.pairs if pairs else plan.tiles
-    rows, columns = (reference, x) if official else (x, reference)
-    N, M, D = x.shape[1], reference.shape[1], x.shape[2]
-    tasks = products * _blocks(N, config.BLOCK_M) * _blocks(M, config.BLOCK_N)
-    if tasks == 0:
-        return
-    row_descriptor = column_descriptor = None
-    if config.DESCRIPTORS:
-        row_descriptor = _descriptor(rows, config.BLOCK_M, config.BLOCK_K)
-        column_descriptor = _descriptor(columns, config.BLOCK_N, config.BLOCK_K)
-        if row_descriptor is None or column_descriptor is None:
-            row_descriptor = column_descriptor = None
-    tile_kernel[(_programs(x, config, tasks),)](
-        rows,
-        columns,
-        row_descriptor,
-        column_descriptor,
-        scale,
-        keys,
-        N,
-        M,
-        D,
-        pairing.slots,
-        products,
-        pairing.group_size,
-        _reference_step(pairing),
-        *rows.stride(),
-        *columns.stride(),
-        MODE=pairing.mode,
-        OFFICIAL=official,
-        PAIRS=pairs,
-        UNION=keys.shape[1] != pairing.slots,
-        INTERPRETED=_interpreting(),
-        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
-        **({} if _interpreting() or torch.version.hip else config.cap()),
-    )
+    def _programs(self, config: tuning.Config, tasks: int) -> int:
+        """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
+        multiprocessors = 3 if self.interpreted else runtime.multiprocessors(self.x.device.index)
+        return min(tasks, multiprocessors * config.RESIDENT)
 
+    def resolve(self, official: bool) -> tuple[Tensor, Tensor]:
+        """Similarity (B, C, N) fp32 and index (B, C, N) int64 of every slot by itself."""
+        from ..kernels.match import resolve_kernel
 
-def _match(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    matching: str,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels.match import resolve_kernel
-
-    B, N, D = x.shape
-    M = reference.shape[1]
-    shape = (B, pairing.slots, N)
-    similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
-    index = torch.empty(shape, dtype=torch.int64, device=x.device)
-    if 0 in shape:
+        similarity = self.empty(self.slots, torch.float32)
+        index = self.empty(self.slots, torch.int64)
+        if similarity.numel() == 0:
+            return similarity, index
+        keys = self.empty(self.slots, torch.int64)
+        reference_scale, scale = self.scales(keys, official)
+        self.tiles(scale, keys, official)
+        config = self.plan.resolve
+        resolve_kernel[(_blocks(self.N, config.BLOCK_M), self.items)](
+            self.x,
+            self.reference,
+            scale,
+            reference_scale,
+            keys,
+            similarity,
+            index,
+            *self.sizes,
+            *self.x.stride(),
+            *self.reference.stride(),
+            MODE=self.mode,
+            OFFICIAL=official,
+            **config.meta("BLOCK_M", "BLOCK_K"),
+        )
         return similarity, index
-    official = matching == "official"
-    plan = _plan(x, M, pairing)
-    keys = torch.empty(shape, dtype=torch.int64, device=x.device)
-    reference_scale = _reference_scales(reference, reference_mask, pairing, plan, keys)
-    # The paper's matching needs no source scale before the walk; it does not read this argument.
-    x_scale = _scales(x, None, plan) if official else reference_scale
-    _tiles(x, reference, pairing, official, x_scale, keys, plan)
-    resolve_kernel[(_blocks(N, plan.resolve.BLOCK_M), B)](
-        x,
-        reference,
-        x_scale,
-        reference_scale,
-        keys,
-        similarity,
-        index,
-        N,
-        M,
-        D,
-        pairing.slots,
-        pairing.group_size,
-        _reference_step(pairing),
-        *x.stride(),
-        *reference.stride(),
-        MODE=pairing.mode,
-        OFFICIAL=official,
-        **plan.resolve.meta("BLOCK_M", "BLOCK_K"),
-    )
-    return similarity, index
 
 
+class _Push:
+    """Where a call's pushed tokens go, how far, and what it reports."""
+
+    def __init__(
+        self,
+        call: _Call,
+        alpha: Tensor,
+        threshold: Tensor,
+        movable: Tensor | None,
+        out: Tensor,
+        similarity: Tensor,
+    ) -> None:
+        self.call, self.out, self.similarity = call, out, similarity
+        self.pushed = torch.empty_like(similarity, dtype=torch.int64)
+        self.numbers, number_strides = _per_slot((alpha, threshold), call.x)
+        self.movable, movable_item, movable_token = _bytes(movable)
+        self.strides = (
+            *call.x.stride(),
+            *call.reference.stride(),
+            *out.stride(),
+            *number_strides,
+            movable_item,
+            movable_token,
+        )
+        self.constants = {
+            "MODE": call.mode,
+            "NUMBERS": isinstance(self.numbers[0], float),
+            "INPLACE": _same_view(out, call.x),
+            "INTERPRETED": call.interpreted,
+        }
+
+    @property
+    def pointers(self) -> tuple[Any, ...]:
+        """alpha, threshold, movable, out, similarity, pushed: what all kernels that push take."""
+        return *self.numbers, self.movable, self.out, self.similarity, self.pushed
+
+    def by_rows(self) -> None:
+        """Match and push in one launch, in which programs own rows."""
+        from ..kernels.rows import rows_kernel
+
+        call, config = self.call, self.call.plan.rows
+        scale, _ = call.scales(None)
+        rows_kernel[(_blocks(call.N, config.BLOCK_M), call.items)](
+            call.x,
+            call.reference,
+            scale,
+            *self.pointers,
+            *call.sizes,
+            *self.strides,
+            **self.constants,
+            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        )
+
+    def by_tiles(self) -> None:
+        """Match by tiles, then push; item by item where the plan overlaps the two."""
+        call = self.call
+        keys = call.empty(1, torch.int64)
+        scale, _ = call.scales(keys)
+        if call.mode == "others" or not call.plan.tiles.OVERLAP or call.items == 1:
+            call.tiles(scale, keys)
+            self._finish(scale, keys, 0, call.items)
+            return
+        products = 0
+        with SideStream(call.x) as side:
+            for item in range(call.items):
+                if call.mode != "first" or item % call.group_size:
+                    call.tiles(scale, keys, first_product=products, products=call.slots)
+                    products += call.slots
+                side.follow(lambda item=item: self._finish(scale, keys, item, 1))
+
+    def _finish(self, scale: Tensor, keys: Tensor, first_item: int, items: int) -> None:
+        from ..kernels.push import finish_kernel
+
+        call, config = self.call, self.call.plan.finish
+        finish_kernel[(_blocks(call.N, config.BLOCK_M), items)](
+            call.x,
+            call.reference,
+            scale,
+            keys,
+            *self.pointers,
+            *call.sizes,
+            first_item,
+            *self.strides,
+            **self.constants,
+            **config.meta("BLOCK_M", "BLOCK_K"),
+        )
+
+    def from_matches(self, similarity: Tensor, index: Tensor, total: bool) -> None:
+        """Push from what every slot found, its sum where `total`."""
+        from ..kernels.push import push_kernel
+
+        call, config = self.call, self.call.plan.push
+        push_kernel[(_blocks(call.N, config.BLOCK_M), call.items)](
+            call.x,
+            call.reference,
+            similarity,
+            index,
+            *self.pointers,
+            *call.sizes,
+            *self.strides,
+            SUM=total,
+            **self.constants,
+            **config.meta("BLOCK_M", "BLOCK_K"),
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# What the operator calls
+# ---------------------------------------------------------------------------------------------
 def match(
     x: Tensor,
     reference: Tensor,
@@ -366,9 +366,9 @@ def match(
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
-    _require(x)
-    with _launch_device(x):
-        return _match(x, reference, pairing, reference_mask, matching)
+    runtime.require(x)
+    with runtime.launch_device(x):
+        return _Call(x, reference, pairing, reference_mask).resolve(matching == "official")
 
 
 def guide(
@@ -387,7 +387,7 @@ def guide(
 
     Args:
         x, reference, pairing, reference_mask, matching: as for `match`.
-        alpha, threshold: fp32, shape () or (C,).
+        alpha, threshold: fp32, shape () or (C,), on any device.
         movable: (B, N) bool or None, True where a source token may move.
         combine: `"nearest"` (S = 1) or `"sum"` (S = C).
         out: (B, N, D), any strides, written completely; or `x` for in-place, where only tokens
@@ -400,122 +400,30 @@ def guide(
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
-    _require(x)
-    with _launch_device(x):
-        target = out
+    runtime.require(x)
+    with runtime.launch_device(x):
+        call = _Call(x, reference, pairing, reference_mask)
         # Group heads are never written, so "first" has no hazard; other references that are also
         # outputs would be read by one program after another has moved them.
-        if pairing.mode != "first" and _overlap(out, reference):
-            target = torch.empty_like(x)
-        inplace = _same_view(target, x)
-        results = _guide(
-            x,
-            reference,
-            pairing,
-            alpha,
-            threshold,
-            reference_mask,
-            movable,
-            matching,
-            combine,
-            target,
-            inplace,
-        )
-        if target is not out:
+        hazard = pairing.mode != "first" and _overlap(out, reference)
+        target = torch.empty_like(x) if hazard else out
+        official, total = matching == "official", combine == "sum"
+        if official or total:
+            found, index = call.resolve(official)
+            similarity = found if total else call.empty(1, torch.float32)
+            push = _Push(call, alpha, threshold, movable, target, similarity)
+            if call.N:
+                push.from_matches(found, index, total)
+        else:
+            similarity = call.empty(1, torch.float32)
+            push = _Push(call, alpha, threshold, movable, target, similarity)
+            # A key of the union of all slots has 31 bits for slot and token.
+            if call.N == 0:
+                pass
+            elif call.plan.kind == "rows" or call.slots * call.M >= 2**31:
+                push.by_rows()
+            else:
+                push.by_tiles()
+        if hazard:
             out.copy_(target)
-        return results
-
-
-def _guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    movable: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    """`guide` where `out` shares no memory with a reference that moves."""
-    B, N, D = x.shape
-    M = reference.shape[1]
-    total = combine == "sum"
-    shape = (B, pairing.slots if total else 1, N)
-    pushed = torch.empty(shape, dtype=torch.int64, device=x.device)
-    if N == 0:
-        return torch.empty(shape, dtype=torch.float32, device=x.device), pushed
-    alpha, stride_alpha = _per_slot(alpha, x)
-    threshold, stride_threshold = _per_slot(threshold, x)
-    movable, *movable_strides = _bytes(movable)
-    sizes = (N, M, D, pairing.slots, pairing.group_size, _reference_step(pairing))
-    strides = (
-        *x.stride(),
-        *reference.stride(),
-        *out.stride(),
-        stride_alpha,
-        stride_threshold,
-        *movable_strides,
-    )
-    constants = {"MODE": pairing.mode, "INPLACE": inplace, "INTERPRETED": _interpreting()}
-    plan = _plan(x, M, pairing)
-
-    if matching == "paper" and not total:
-        from ..kernels.push import finish_kernel
-        from ..kernels.rows import rows_kernel
-
-        similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
-        tail = (alpha, threshold, movable, out, similarity, pushed, *sizes, *strides)
-        # A key of the union of all slots has 31 bits for slot and token.
-        if plan.kind == "rows" or pairing.slots * M >= 2**31:
-            scale = _reference_scales(reference, reference_mask, pairing, plan)
-            rows_kernel[(_blocks(N, plan.rows.BLOCK_M), B)](
-                x,
-                reference,
-                scale,
-                *tail,
-                **constants,
-                **plan.rows.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
-            )
-            return similarity, pushed
-        keys = torch.empty(shape, dtype=torch.int64, device=x.device)
-        scale = _reference_scales(reference, reference_mask, pairing, plan, keys)
-        _tiles(x, reference, pairing, False, scale, keys, plan)
-        finish_kernel[(_blocks(N, plan.finish.BLOCK_M), B)](
-            x,
-            reference,
-            scale,
-            keys,
-            *tail,
-            **constants,
-            **plan.finish.meta("BLOCK_M", "BLOCK_K"),
-        )
-        return similarity, pushed
-
-    from ..kernels.push import push_kernel
-
-    match_similarity, match_index = _match(x, reference, pairing, reference_mask, matching)
-    if total:
-        similarity = match_similarity
-    else:
-        similarity = torch.empty(shape, dtype=torch.float32, device=x.device)
-    push_kernel[(_blocks(N, plan.push.BLOCK_M), B)](
-        x,
-        reference,
-        match_similarity,
-        match_index,
-        alpha,
-        threshold,
-        movable,
-        out,
-        similarity,
-        pushed,
-        *sizes,
-        *strides,
-        SUM=total,
-        **constants,
-        **plan.push.meta("BLOCK_M", "BLOCK_K"),
-    )
-    return similarity, pushed
+        return similarity, push.pushed

@@ -135,7 +135,7 @@ def launches(operator: Operator) -> list[Launch]:
     def rows_of(kernel: str) -> tuple[str, str]:
         return f"ceil(N / {plan.configuration(kernel).BLOCK_M})", "B"
 
-    push = {**mode, "INPLACE": operator.inplace, "INTERPRETED": False}
+    push = {**mode, "NUMBERS": False, "INPLACE": operator.inplace, "INTERPRETED": False}
     if not operator.source_mask:
         push["movable_ptr"] = None
     scale: dict[str, Any] = {} if operator.reference_mask else {"mask_ptr": None}
@@ -168,6 +168,7 @@ def launches(operator: Operator) -> list[Launch]:
         PAIRS=pairs,
         UNION=not operator.resolves,
         INTERPRETED=False,
+        FLATTEN=False,
     )
     if operator.resolves:
         add("resolve", "resolve", "BLOCK_M BLOCK_K", rows_of("resolve"), **mode, OFFICIAL=official)

@@ -32,7 +32,7 @@ def _argument(name: str, kind: str, divisible: bool) -> dict[str, Any]:
     if pointer:
         entry |= {"to": _TYPES[kind[1:]], "bytes": 8}
     else:
-        entry["bytes"] = 4
+        entry["bytes"] = 8 if kind == "i64" else 4
     # A promise that the caller makes: of a pointer its address, of a number its value.
     return entry | ({"multiple_of": 16} if divisible else {})
 
@@ -110,6 +110,11 @@ def write(operator: Operator, folder: Path, assembly: bool) -> list[Path]:
             "P": "reference items; B unless the reference is external",
             "item_step": "items of a group for reference first, else 1",
             "products": "pairs of a source and a reference item that are multiplied",
+            "first_product, first_item": "0: a launch of the whole problem",
+            "..._code": "negtome_reciprocal (see the header) of a divisor; tile: tiles of a "
+            "product; band: GROUP times the blocks of columns; tail: blocks of rows after the last "
+            "whole GROUP, or 1; product: products of a group (reference first, others), or "
+            "references (external); circle: items of a group",
             "multiprocessors": "of the device",
         },
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..kernels import tuning
 from . import Operator
 
 TEMPLATE = Path(__file__).parent / "template.h"
 _CONSTANTS, _WRAPPERS = "/* @constants */", "/* @wrappers */"
-_C_TYPES = {"pointer": "negtome_pointer", "int32": "int32_t"}
+_C_TYPES = {"pointer": "negtome_pointer", "int32": "int32_t", "int64": "int64_t"}
 
 
 def _flags(operator: Operator, description: dict[str, Any]) -> dict[str, object]:
@@ -22,6 +23,7 @@ def _flags(operator: Operator, description: dict[str, Any]) -> dict[str, object]
         "NEGTOME_ELEMENT_BYTES": 4 if operator.dtype == "float32" else 2,
         "NEGTOME_CHANNELS": operator.channels,
         "NEGTOME_DIVISOR": operator.divisor,
+        "NEGTOME_SCALE_ROOM": tuning.SCALE_BLOCK,
         "NEGTOME_FIRST": int(operator.reference == "first"),
         "NEGTOME_OTHERS": int(operator.reference == "others"),
         "NEGTOME_EXTERNAL": int(operator.reference == "external"),
@@ -46,6 +48,7 @@ def _constants(operator: Operator, description: dict[str, Any]) -> str:
         if kernel["name"] == "tiles":
             lines.append(f"#define {prefix}_BLOCK_N {config['BLOCK_N']}")
             lines.append(f"#define {prefix}_RESIDENT {config['RESIDENT']}")
+            lines.append(f"#define {prefix}_GROUP {config['GROUP']}")
     names = ", ".join(f"NEGTOME_KERNEL_{kernel['name'].upper()}" for kernel in kernels)
     lines += ["", f"enum {{ {names}, NEGTOME_KERNEL_COUNT }};"]
     lines += [

@@ -197,6 +197,18 @@ typedef struct negtome_sizes {
 
 static inline int64_t negtome_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Scales of `tokens` tokens, in whole blocks. */
+static inline int64_t negtome_scale_room(int64_t tokens) {
+    return negtome_ceil(tokens, NEGTOME_SCALE_ROOM) * NEGTOME_SCALE_ROOM;
+}
+
+/* What a kernel divides by `divisor` with, in [1, 2^31): n / d = (n * m) >> (31 + ceil(log2 d)). */
+static inline int64_t negtome_reciprocal(int64_t divisor) {
+    int shift = 31;
+    while (((int64_t)1 << (shift - 31)) < divisor) shift++;
+    return negtome_ceil((int64_t)1 << shift, divisor) << 6 | shift;
+}
+
 static inline int32_t negtome_stride(int64_t given, int64_t contiguous) {
     return (int32_t)(given ? given : contiguous);
 }
@@ -340,9 +352,9 @@ static inline negtome_layout negtome_layout_of(const negtome_problem *p, const n
     negtome_layout l = {0, 0, 0, 0, 0, 0, 0, 0};
     int64_t all = (int64_t)s->items * s->slots * s->tokens;
     int64_t rows = (int64_t)s->items * s->rows * s->tokens;
-    l.scale = negtome_take(&l.bytes, (int64_t)s->reference_items * s->columns, 4);
+    l.scale = negtome_take(&l.bytes, s->reference_items * negtome_scale_room(s->columns), 4);
 #if NEGTOME_OFFICIAL
-    l.source_scale = negtome_take(&l.bytes, (int64_t)s->items * s->tokens, 4);
+    l.source_scale = negtome_take(&l.bytes, s->items * negtome_scale_room(s->tokens), 4);
 #endif
 #if NEGTOME_TILES
     l.keys = negtome_take(&l.bytes, NEGTOME_RESOLVE ? all : rows, 8);
@@ -410,7 +422,8 @@ static inline negtome_result negtome_launch(const negtome_operator *op, const ne
     key_count = NEGTOME_TILES ? s.items * (NEGTOME_RESOLVE ? s.slots : s.rows) * s.tokens : 0;
 
     /* Column scales; the same launch empties the keys. */
-    result = negtome_launch_scale(op, negtome_ceil(s.columns, NEGTOME_SCALE_BLOCK_M),
+    result = negtome_launch_scale(op,
+        negtome_ceil(negtome_scale_room(s.columns), NEGTOME_SCALE_BLOCK_M),
         negtome_ceil(s.reference_items, item_step), stream, reference, p->reference_mask, scale,
         keys, s.columns, s.channels, item_step, key_count, s.rb, s.rm, mask_stride,
         mask_stride != 0);
@@ -424,24 +437,42 @@ static inline negtome_result negtome_launch(const negtome_operator *op, const ne
         s.rm, s.ob, s.on, alpha_stride, threshold_stride, movable_stride, movable_stride != 0);
 #else
     negtome_pointer column_scale = scale;
-    int64_t tiles = s.products * negtome_ceil(s.tokens, NEGTOME_TILES_BLOCK_M) *
-        negtome_ceil(s.columns, NEGTOME_TILES_BLOCK_N);
+    int64_t row_blocks = negtome_ceil(s.tokens, NEGTOME_TILES_BLOCK_M);
+    int64_t column_blocks = negtome_ceil(s.columns, NEGTOME_TILES_BLOCK_N);
+    int64_t tiles = s.products * row_blocks * column_blocks;
+    int64_t tail = row_blocks % NEGTOME_TILES_GROUP;
+    int64_t tile_code, band_code, tail_code, product_code, circle_code;
     int64_t programs = (int64_t)op->multiprocessors * NEGTOME_TILES_RESIDENT;
     if (programs > tiles) programs = tiles;
+    tile_code = negtome_reciprocal(row_blocks * column_blocks);
+    band_code = negtome_reciprocal(NEGTOME_TILES_GROUP * column_blocks);
+    tail_code = negtome_reciprocal(tail ? tail : 1);
+#if NEGTOME_FIRST
+    product_code = negtome_reciprocal(s.group_size > 1 ? s.group_size - 1 : 1);
+#elif NEGTOME_OTHERS
+    product_code = negtome_reciprocal(
+        s.group_size > 1 ? (int64_t)s.group_size * (s.group_size - 1) / 2 : 1);
+#else
+    product_code = negtome_reciprocal(s.slots);
+#endif
+    circle_code = negtome_reciprocal(s.group_size);
 #if NEGTOME_OFFICIAL
     /* Source and reference swap their roles: the columns are source tokens. */
     column_scale = negtome_at(workspace, l.source_scale);
-    result = negtome_launch_source_scale(op, negtome_ceil(s.tokens, NEGTOME_SCALE_BLOCK_M),
+    result = negtome_launch_source_scale(op,
+        negtome_ceil(negtome_scale_room(s.tokens), NEGTOME_SCALE_BLOCK_M),
         s.items, stream, p->x, (negtome_pointer)0, column_scale, (negtome_pointer)0, s.tokens,
         s.channels, 1, 0, s.xb, s.xn, 0, 0);
     if (result != NEGTOME_SUCCESS) return result;
     result = negtome_launch_tiles(op, programs, 1, stream, reference, p->x, column_scale, keys,
-        s.tokens, s.columns, s.channels, s.slots, (int32_t)s.products, s.group_size,
-        s.reference_step, s.rb, s.rm, s.xb, s.xn);
+        s.tokens, s.columns, s.channels, s.slots, 0, (int32_t)s.products, s.group_size,
+        s.reference_step, tile_code, band_code, tail_code, product_code, circle_code, s.rb, s.rm,
+        s.xb, s.xn);
 #else
     result = negtome_launch_tiles(op, programs, 1, stream, p->x, reference, column_scale, keys,
-        s.tokens, s.columns, s.channels, s.slots, (int32_t)s.products, s.group_size,
-        s.reference_step, s.xb, s.xn, s.rb, s.rm);
+        s.tokens, s.columns, s.channels, s.slots, 0, (int32_t)s.products, s.group_size,
+        s.reference_step, tile_code, band_code, tail_code, product_code, circle_code, s.xb, s.xn,
+        s.rb, s.rm);
 #endif
     if (result != NEGTOME_SUCCESS) return result;
 
@@ -464,7 +495,7 @@ static inline negtome_result negtome_launch(const negtome_operator *op, const ne
     return negtome_launch_finish(op, negtome_ceil(s.tokens, NEGTOME_FINISH_BLOCK_M), s.items,
         stream, p->x, reference, scale, keys, p->alpha, p->threshold, p->source_mask, p->out,
         similarity, pushed, s.tokens, s.columns, s.channels, s.slots, s.group_size,
-        s.reference_step, s.xb, s.xn, s.rb, s.rm, s.ob, s.on, alpha_stride, threshold_stride,
+        s.reference_step, 0, s.xb, s.xn, s.rb, s.rm, s.ob, s.on, alpha_stride, threshold_stride,
         movable_stride, movable_stride != 0);
 #endif
 #endif

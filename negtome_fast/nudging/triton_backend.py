@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.triton_backend import _interpreting, _launch_device, _require
+from ..backends import triton_runtime as runtime
 from ..kernels.tuning import NUDGE
 from .torch_backend import mean_of_points
 
@@ -25,7 +25,7 @@ def nudge(
     trace: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes `out` and `trace`, returns distance, steps and reason, each `(B,)`."""
-    _require(latents)
+    runtime.require(latents)
     from ..kernels.nudge import nudge_kernel
 
     items, width = latents.shape
@@ -36,7 +36,7 @@ def nudge(
     ]
     distance = alpha.new_empty((items,))
     taken, reason = (latents.new_empty((items,), dtype=torch.int64) for _ in range(2))
-    with _launch_device(latents):
+    with runtime.launch_device(latents):
         nudge_kernel[(items,)](
             latents,
             *means,
@@ -55,7 +55,7 @@ def nudge(
             latents.stride(0),
             *(0 if m is None or m.shape[0] == 1 else m.stride(0) for m in means),
             OBJECTIVE=objective,
-            INTERPRETED=_interpreting(),
+            INTERPRETED=runtime.interpreting(),
             BLOCK=min(NUDGE.BLOCK_K, 1 << max(width - 1, 1).bit_length()),
             num_warps=NUDGE.num_warps,
         )
