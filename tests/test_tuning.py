@@ -214,7 +214,7 @@ def test_the_first_candidates_for_sm_90_are_what_the_analysis_says(
     if kernel == "tiles":
         few = shape.tokens == 1024
         assert blocks[0] == ((128, 128) if few else (128, 256))
-        assert first[0].RESIDENT == (2 if few else 1)
+        assert (2 if few else 1) == first[0].RESIDENT
         assert {(128, 256), (128, 128)} <= set(blocks)
         if not few:
             assert set(blocks) == {(128, 256), (256, 128), (128, 128)}
