@@ -30,7 +30,7 @@ ROW: dict[str, Any] = {
     "kernel": "tiles",
     "variant": "paper",
     "dtype": "bfloat16",
-    "config": [64, 64, 32, 4, 4, 8, 2, 0],
+    "config": [64, 64, 32, 4, 4, 8, 2, 0, 0, 0],
     "registers": 168,
     "spills": 0,
     "shared": 32768,

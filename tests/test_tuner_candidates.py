@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from negtome_fast import tune
-from negtome_fast.backends import triton_backend
+from negtome_fast.backends import triton_runtime as runtime
 from negtome_fast.kernels import compile_report, tuning
 from negtome_fast.kernels.tuning import Config, Problem
 from negtome_fast.tuner import candidates, launches, space, tables
@@ -213,10 +213,10 @@ class Bench:
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_backend, "available", lambda device: (True, "pretended"))
-    monkeypatch.setattr(triton_backend, "_interpreting", lambda: False)
-    monkeypatch.setattr(triton_backend, "_arch", lambda index: "sm_90")
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda index: 132)
+    monkeypatch.setattr(runtime, "available", lambda device: (True, "pretended"))
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(runtime, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(runtime, "multiprocessors", lambda index: 132)
     monkeypatch.setattr(tune, "Bench", Bench)
     monkeypatch.setattr(tables, "machine", lambda device: {"device": "pretended"})
     yield

@@ -58,18 +58,18 @@ def test_shipped_tables_say_what_was_measured(arch: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(schema=2), "schema 1"),
+        (lambda t: t.update(schema=1), "schema 2"),
         (lambda t: t.update(fields=["BLOCK_M"]), '"fields" must be'),
         (lambda t: t.update(entries=[]), '"entries" must be a list'),
         (lambda t: t["entries"][0].update(dtype="int8"), "entry 0: dtype must be one of"),
         (lambda t: t["entries"][1].update(N=0), "entry 1: N must be a positive integer"),
         (lambda t: t["entries"][0].update(kind="fast"), "kind must be one of"),
         (lambda t: t["entries"][0].pop("measured"), '"measured" must be true or false'),
-        (lambda t: t["entries"][0].pop("pairs"), "entry 0: pairs must be 8 integers"),
-        (lambda t: t["entries"][0].update(rows=[64] * 7), "rows must be 8 integers"),
+        (lambda t: t["entries"][0].pop("pairs"), "entry 0: pairs must be 10 integers"),
+        (lambda t: t["entries"][0].update(rows=[64] * 7), "rows must be 10 integers"),
         (lambda t: t["entries"][0]["tiles"].__setitem__(0, 96), "BLOCK_M must be a power of two"),
         (lambda t: t["entries"][0]["tiles"].__setitem__(4, 0), "num_stages, GROUP and RESIDENT"),
-        (lambda t: t["entries"][0]["tiles"].__setitem__(0, True), "8 integers"),
+        (lambda t: t["entries"][0]["tiles"].__setitem__(0, True), "10 integers"),
         (lambda t: t.update(entries=t["entries"][:1]), "for float32"),
     ],
 )

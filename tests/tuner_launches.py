@@ -19,7 +19,7 @@ from triton.runtime import JITFunction, driver
 
 import bench  # noqa: F401, finds the kernels in a checkout that is not installed
 from negtome_fast import tune
-from negtome_fast.backends import triton_backend
+from negtome_fast.backends import triton_runtime as runtime
 from negtome_fast.functional import negtome
 from negtome_fast.kernels.tuning import Config
 from negtome_fast.tuner import launches
@@ -46,9 +46,9 @@ class Device:
 
 def pretend() -> None:
     driver.set_active(Device())
-    triton_backend.available = lambda device: (True, "pretended")
-    triton_backend._arch = lambda index: "sm_90"
-    triton_backend._multiprocessors = lambda index: 132
+    runtime.available = lambda device: (True, "pretended")
+    runtime.architecture = lambda index: "sm_90"
+    runtime.multiprocessors = lambda index: 132
 
 
 def operator(shape: Shape, reference: Any) -> object:
