@@ -66,8 +66,9 @@ class Candidates:
         config = tuning.plan(self.arch, *problem).configuration(kernel)
         return kernel, problem.dtype, config
 
-    def wanted(self, kernel: str, problem: Problem) -> list[Key]:
-        return wanted(kernel, problem, self.target, self.multiprocessors, self.keep, self.reports)
+    def wanted(self, kernel: str, problem: Problem, spare: bool = False) -> list[Key]:
+        where = (self.target, self.multiprocessors, self.keep)
+        return wanted(kernel, problem, *where, self.reports, spare)
 
     def prepare(self, shapes: Sequence[Shape], dtype: str, call: Operator) -> int:
         """Compile the candidates of all shapes in parallel, as they are launched; how many.
@@ -76,11 +77,14 @@ class Candidates:
         comes next, a few times; without a list of what compiles badly, that is many.
         """
         compiled: set[Key] = set()
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             jobs: dict[Key, Callable[[], object]] = {}
             for shape, kernel in ((each, kernel) for each in shapes for kernel in each.kernels):
                 problem = shape.problem(dtype, others=kernel == "pairs")
-                for key in (self.own(kernel, problem), *self.wanted(kernel, problem)):
+                keys = (self.own(kernel, problem), *self.wanted(kernel, problem))
+                if number and not compiled.issuperset(keys):
+                    keys = (*keys, *self.wanted(kernel, problem, spare=True))
+                for key in keys:
                     if key not in compiled:
                         jobs[key] = partial(self._launch, key, shape, call)
             if not jobs:

@@ -150,9 +150,9 @@ def test_arithmetic_leaves_a_small_part_that_holds_what_is_shipped(
     every = list(space.space(kernel))
     left = {config for config in every if space.fits(config, kernel, dtype, arch)}
     assert 0 < len(left) < 0.75 * len(every)
-    table = {
-        config for k, d, config in tuning.shipped_configurations(arch) if (k, d) == (kernel, dtype)
-    }
+    shipped = tuning.shipped_configurations(arch)
+    # OVERLAP is no matter of the kernel; it is tried last.
+    table = {c._replace(OVERLAP=0) for k, d, c in shipped if (k, d) == (kernel, dtype)}
     assert table <= left
 
 

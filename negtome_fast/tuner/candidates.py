@@ -43,19 +43,29 @@ Compile = Callable[[Sequence[Key]], list[dict[str, Any]]]
 
 
 def wanted(
-    kernel: str, problem: Problem, arch: str, multiprocessors: int, keep: int, reports: Rows
+    kernel: str,
+    problem: Problem,
+    arch: str,
+    multiprocessors: int,
+    keep: int,
+    reports: Rows,
+    spare: bool = False,
 ) -> list[Key]:
     """The `keep` most promising configurations of a kernel that are not known to be bad.
 
     Bad are errors, spills, too much shared memory, a lack of tensor cores, and fewer than RESIDENT
-    programs on a multiprocessor; `reports` holds what is known.
+    programs on a multiprocessor; `reports` holds what is known. With `spare` one more for each that
+    is known to be bad, as the next ones may be no better.
     """
     found: list[Key] = []
+    count = keep
     for config in ordered(kernel, problem, arch, multiprocessors, keep):
         key = (kernel, problem.dtype, config)
         if key not in reports or not compile_report.problems(reports[key]):
             found.append(key)
-        if len(found) == keep:
+        elif spare:
+            count += 1
+        if len(found) == count:
             break
     return found
 
