@@ -23,7 +23,7 @@ from .tuner.measure import Bench, Mode, forced, tune_shape
 from .tuner.predict import RATES
 from .tuner.space import SHAPES, Shape, parse_shape, space
 
-__all__ = ["SHAPES", "Shape", "dry_run", "parse_shape", "run"]
+__all__ = ["SHAPES", "Shape", "dry_run", "forced", "parse_shape", "run"]
 
 #: With fewer seconds than this, only the most promising configurations are measured.
 LITTLE_TIME = 300.0
@@ -128,6 +128,7 @@ def run(
     usable, reason = runtime.available(device)
     if not usable or runtime.interpreting():
         raise RuntimeError(f"tuning needs compiled kernels: {reason}{hint}")
+    launches.settle()  # before anything is launched
     arch = runtime.architecture(device.index)
     # An architecture without limits of its own is pruned by those of its family.
     target = arch if arch in aot.TARGETS else tuning.family(arch)

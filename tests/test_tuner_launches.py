@@ -38,6 +38,8 @@ def test_what_is_compiled_in_parallel_is_found_at_the_launch(tmp_path: Path) -> 
     # Every launch that compiles anything finds it.
     hits = [hit for hits in found["hits"] for hit in hits]
     assert len(hits) == len(set(found["notes"])) and all(hits), found["hits"]
+    # The call that checks the results launches nothing else than the one that is timed.
+    assert found["same"]
     # The two that differ in nothing that is compiled are compiled once, and both have the row.
     assert [Config(*row["config"]) for row in found["rows"]] == [config for _, config in given]
     assert [row["kernel"] for row in found["rows"]] == ["tiles", "tiles", "rows"]

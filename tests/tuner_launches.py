@@ -20,7 +20,7 @@ from triton.runtime import JITFunction, driver
 import bench  # noqa: F401, finds the kernels in a checkout that is not installed
 from negtome_fast import tune
 from negtome_fast.backends import triton_runtime as runtime
-from negtome_fast.functional import negtome
+from negtome_fast.functional import guide_tokens, negtome
 from negtome_fast.kernels.tuning import Config
 from negtome_fast.tuner import launches
 from negtome_fast.tuner.space import Shape
@@ -56,6 +56,22 @@ def operator(shape: Shape, reference: Any) -> object:
     return negtome(x, reference, groups=shape.groups, backend="triton")
 
 
+def checked(shape: Shape, reference: Any) -> object:
+    """The call that is compared with the oracle before `operator` is timed."""
+    x = torch.zeros(shape.items, shape.tokens, shape.channels, dtype=torch.bfloat16)
+    chosen = {"alpha": 0.9, "threshold": 0.65, "backend": "triton"}
+    return guide_tokens(x, reference, groups=shape.groups, **chosen)
+
+
+def noted(keys: Any, call: Any) -> list[str]:
+    """What the launches of all configurations would have compiled."""
+    notes: list[str] = []
+    for key in keys:
+        with launches.noting(notes):
+            tune.Candidates._launch(key, SHAPE, call)
+    return notes
+
+
 def found_in_cache(job: Any) -> list[bool]:
     """For each kernel that a launch compiles: whether Triton found it in its cache on disk."""
     hits: list[bool] = []
@@ -77,14 +93,13 @@ def main() -> None:
     pretend()
     keys = [(kernel, "bfloat16", Config(*fields)) for kernel, fields in json.load(sys.stdin)]
     jobs = [(key, partial(tune.Candidates._launch, key, SHAPE, operator)) for key in keys]
-    notes: list[str] = []
-    for _, job in jobs:
-        with launches.noting(notes):
-            job()
+    notes = noted(keys, operator)
+    same = set(notes) == set(noted(keys, checked))
     rows = launches.compile_all("sm_90", jobs)
     compiled = len({path.parent.name for path in Path(sys.argv[1]).glob("*/*.cubin")})
     hits = [found_in_cache(job) for _, job in jobs]
-    print(json.dumps({"rows": rows, "hits": hits, "notes": notes, "compiled": compiled}))
+    found = {"rows": rows, "hits": hits, "notes": notes, "same": same, "compiled": compiled}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

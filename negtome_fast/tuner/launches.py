@@ -28,6 +28,8 @@ FUNCTIONS = {
     "pairs": "tile_kernel",
     "finish": "finish_kernel",
 }
+#: Where their functions are, those that are called first.
+MODULES = ("division", "shared", "match", "rows", "push")
 
 
 def target() -> list[Any]:
@@ -36,6 +38,22 @@ def target() -> list[Any]:
 
     current = driver.active.get_current_target()
     return [current.backend, current.arch, current.warp_size]
+
+
+def settle() -> None:
+    """Let Triton give all functions of the kernels their keys, in one order in every process.
+
+    The key of a function has the constants of those it calls only where these have theirs already,
+    so keys depend on which kernel is launched first, and what one process compiles another may not
+    find. Has no effect on kernels that were launched before.
+    """
+    from triton.runtime import JITFunction
+
+    for name in MODULES:
+        module = importlib.import_module(f"{aot.__package__}.{name}")
+        for function in vars(module).values():
+            if isinstance(function, JITFunction):
+                _ = function.cache_key
 
 
 @contextlib.contextmanager
@@ -55,6 +73,7 @@ def noting(notes: list[str]) -> Iterator[None]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return original(self, *args, grid=grid, warmup=True, **kwargs)
 
+    settle()
     original, hook = JITFunction.run, knobs.runtime.jit_cache_hook
     JITFunction.run, knobs.runtime.jit_cache_hook = run, note
     try:
@@ -69,6 +88,7 @@ def compiled(note: dict[str, Any], device: Sequence[Any]) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    settle()
     module, _, name = note["name"].rpartition(".")
     function = getattr(importlib.import_module(module), name)
     constants = zip(map(tuple, note["constant_keys"]), note["constant_vals"], strict=True)
