@@ -115,7 +115,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
         blocks = tile if kernel == "rows" else rows
         variants = {"first, in place": {**blocks, **pipelines}, "others": {**blocks, **others}}
     elif kernel in ("tiles", "pairs"):
-        tile |= {"GROUP": config.GROUP, "FLATTEN": False}
+        tile |= {"GROUP": config.GROUP, "FLATTEN": bool(config.FLATTEN)}
         tile |= {"row_descriptor": None, "column_descriptor": None}
         mode, pairs = ("others", True) if kernel == "pairs" else ("first", False)
         union = {**tile, "MODE": mode, "OFFICIAL": False, "PAIRS": pairs, "UNION": True}
@@ -124,7 +124,6 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
         if config.DESCRIPTORS:
             # What is left out here is an argument: a descriptor instead of None.
             described = {k: v for k, v in union.items() if k not in _DESCRIPTORS}
-            described["FLATTEN"] = bool(config.FLATTEN)
             variants = {"paper, descriptors": described, **variants}
     elif kernel == "nudge":
         block = {"BLOCK": config.BLOCK_K, "INTERPRETED": False}

@@ -186,7 +186,9 @@ def tile_kernel(
     column_blocks = tl.cdiv(M, BLOCK_N)
     tiles = row_blocks * column_blocks
     whole_rows = row_blocks // GROUP * GROUP
-    for task in tl.range(tl.program_id(0), products * tiles, tl.num_programs(0), flatten=FLATTEN):
+    # Loads by pointers lose their pipeline in a flattened loop.
+    FLAT: tl.constexpr = FLATTEN and row_descriptor is not None
+    for task in tl.range(tl.program_id(0), products * tiles, tl.num_programs(0), flatten=FLAT):
         # Which items
         product = quotient(task, tile_code)
         first, second, second_slot, first_slot = product_items(

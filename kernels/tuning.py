@@ -60,10 +60,10 @@ class Config(NamedTuple):
             return {}
         return {"maxnreg": 65536 // (self.RESIDENT * self.num_warps * 32) // 8 * 8}
 
-    def meta(self, *names: str) -> dict[str, int]:
-        """Keyword arguments of a launch: the named fields, `num_warps` and `num_stages`."""
-        fields = self._asdict()
-        return {name: fields[name] for name in (*names, "num_warps", "num_stages")}
+    def options(self, cap: bool = False) -> tuple[tuple[str, int], ...]:
+        """Launch options, with that of `cap` where asked for."""
+        limit = self.cap().items() if cap else ()
+        return ("num_warps", self.num_warps), ("num_stages", self.num_stages), *limit
 
 
 class Problem(NamedTuple):

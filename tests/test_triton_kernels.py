@@ -230,7 +230,7 @@ def test_more_candidates_than_a_key_can_number_are_matched_by_rows(launch, monke
         launched.append("without" if keys is None else "with keys")
         raise InterruptedError
 
-    monkeypatch.setattr(triton_backend._Call, "scales", note)
+    monkeypatch.setattr(triton_backend._Matching, "scales", note)
     x = tokens(1, 3, 8)
     for references, expected in ((2**20, "with keys"), (2**29, "without")):
         many = tokens(1, 4, 8).expand(references, 4, 8)

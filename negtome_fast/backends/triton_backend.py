@@ -8,30 +8,25 @@ with the strides that they have; so every call can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import tuning
 from ..kernels.pairing import Pairing
 from . import triton_runtime as runtime
-from .triton_descriptors import descriptor
+from .triton_descriptors import descriptors
+from .triton_geometry import Geometry, Push, geometry
 from .triton_streams import SideStream
 
 
 # ---------------------------------------------------------------------------------------------
-# Arguments of launches
+# Arguments
 # ---------------------------------------------------------------------------------------------
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _bytes(mask: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A boolean (rows, tokens) mask as bytes, without a copy, and its strides."""
-    if mask is None:
-        return None, 0, 0
-    return mask.view(torch.uint8), mask.stride(0), mask.stride(1)
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as bytes, without a copy."""
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _per_slot(values: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -67,278 +62,97 @@ def _same_view(a: Tensor, b: Tensor) -> bool:
     )
 
 
-class _Call:
-    """What the launches of one call share: tensors, pairing, sizes, the plan."""
+def _aligned(*pointers: Any) -> bool:
+    """Whether all tensors among `pointers` begin at multiples of 16 bytes."""
+    bits = 0
+    for pointer in pointers:
+        if isinstance(pointer, Tensor):
+            bits |= pointer.data_ptr()
+    return bits & 15 == 0
 
-    def __init__(self, x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None) -> None:
-        self.x, self.reference, self.pairing, self.mask = x, reference, pairing, mask
-        self.items, self.N, self.D = x.shape
-        self.M = reference.shape[1]
-        self.mode, self.slots = pairing.mode, pairing.slots
-        self.group_size, self.groups = pairing.group_size, pairing.groups
-        # How many reference items further the next source item's first one is.
-        self.reference_step = pairing.references if pairing.per_item else 0
-        self.interpreted = runtime.interpreting()
-        sources = self.items - self.groups if self.mode == "first" else self.items
-        self.products = sources * self.slots
-        arch = tuning.INTERPRETED if self.interpreted else runtime.architecture(x.device.index)
-        dtype = runtime.DTYPES[x.dtype]
-        self.plan = tuning.plan(arch, dtype, self.products, self.N, self.M, self.D)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """N, M, D, slots, group_size, reference_step, as most kernels take them."""
-        return self.N, self.M, self.D, self.slots, self.group_size, self.reference_step
+# ---------------------------------------------------------------------------------------------
+# Launches in their order; new memory is always aligned
+# ---------------------------------------------------------------------------------------------
+class _Matching:
+    """The tensors of one call that matching reads, and its launches."""
 
-    def empty(self, slots: int, dtype: torch.dtype) -> Tensor:
-        """New memory (B, slots, N)."""
-        return self.x.new_empty((self.items, slots, self.N), dtype=dtype)
+    def __init__(self, shape: Geometry, x: Tensor, reference: Tensor, mask: Tensor | None) -> None:
+        self.shape, self.x, self.reference, self.mask = shape, x, reference, _bytes(mask)
+        self.aligned = _aligned(x, reference, mask)
 
-    # -----------------------------------------------------------------------------------------
-    # Launches
-    # -----------------------------------------------------------------------------------------
-    def scales(self, keys: Tensor | None, official: bool = False) -> tuple[Tensor, Tensor]:
-        """Column scales of the references and of what is searched; the launch empties `keys`.
-
-        They are one tensor, but for official matching, which searches the source tokens.
-        """
-        step = self.group_size if self.mode == "first" else 1
-        scale = self._scales(self.reference, self.mask, step, keys)
-        return scale, self._scales(self.x, None, 1, None) if official else scale
-
-    def _scales(
-        self, tokens: Tensor, mask: Tensor | None, item_step: int, keys: Tensor | None
-    ) -> Tensor:
-        """Scales (P, M up to whole blocks) of tokens (P, M, D); of items 0, item_step, ... only."""
-        from ..kernels.match import scale_kernel
-
-        items, length, _ = tokens.shape
-        config = self.plan.scale
-        room = _blocks(length, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
-        scale = tokens.new_empty((items, room), dtype=torch.float32)
-        mask, mask_item, mask_token = _bytes(mask)
-        scale_kernel[(_blocks(room, config.BLOCK_M), _blocks(items, item_step))](
-            tokens,
-            mask,
-            scale,
-            keys,
-            length,
-            self.D,
-            item_step,
-            0 if keys is None else keys.numel(),
-            *tokens.stride(),
-            mask_item,
-            mask_token,
-            **config.meta("BLOCK_M", "BLOCK_K"),
-        )
+    def scales(self, keys: Tensor | None) -> Tensor:
+        """Column scales of the references; `keys` are emptied."""
+        scale = self._room(self.reference)
+        self.shape.scale(self.aligned, self.reference, self.mask, scale, keys)
         return scale
 
-    def tiles(
-        self,
-        scale: Tensor,
-        keys: Tensor,
-        official: bool = False,
-        first_product: int = 0,
-        products: int | None = None,
-    ) -> None:
-        """Raise `keys` (B, C, N), or (B, 1, N) for the best of all slots, to the best candidates.
+    def _room(self, tokens: Tensor) -> Tensor:
+        size = tokens.shape[0], self.shape.scale_room(tokens.shape[1])
+        return tokens.new_empty(size, dtype=torch.float32)
 
-        `products` from `first_product` on, all by default; in mode "others" a pair is one of them.
-        """
-        from ..kernels.division import reciprocal
-        from ..kernels.match import tile_kernel
-
-        pairs = self.mode == "others"
-        config = self.plan.pairs if pairs else self.plan.tiles
-        if products is None:
-            products = self.products // 2 if pairs else self.products
-        row_blocks = _blocks(self.N, config.BLOCK_M)
-        column_blocks = _blocks(self.M, config.BLOCK_N)
-        tasks = products * row_blocks * column_blocks
-        if tasks == 0:
+    def tiles(self, scale: Tensor, keys: Tensor, part: int = 0) -> None:
+        """Raise `keys` to the best candidates of the geometry's `part`."""
+        shape = self.shape
+        launch = shape.tiles[part]
+        if launch is None:
             return
-        if pairs:
-            divisor = self.products // (2 * self.groups)
-        else:
-            divisor = self.group_size - 1 if self.mode == "first" else self.slots
-        rows, columns = (self.reference, self.x) if official else (self.x, self.reference)
-        row_descriptor = column_descriptor = None
-        if config.DESCRIPTORS:
-            row_descriptor = descriptor(rows, config.BLOCK_M, config.BLOCK_K)
-            column_descriptor = descriptor(columns, config.BLOCK_N, config.BLOCK_K)
-            if row_descriptor is None or column_descriptor is None:
-                row_descriptor = column_descriptor = None
-        tile_kernel[(self._programs(config, tasks),)](
-            rows,
-            columns,
-            row_descriptor,
-            column_descriptor,
-            scale,
-            keys,
-            self.N,
-            self.M,
-            self.D,
-            self.slots,
-            first_product,
-            products,
-            self.group_size,
-            self.reference_step,
-            reciprocal(row_blocks * column_blocks),
-            reciprocal(config.GROUP * column_blocks),
-            reciprocal(row_blocks % config.GROUP or 1),
-            reciprocal(divisor),
-            reciprocal(self.group_size),
-            *rows.stride(),
-            *columns.stride(),
-            MODE=self.mode,
-            OFFICIAL=official,
-            PAIRS=pairs,
-            UNION=keys.shape[1] != self.slots,
-            INTERPRETED=self.interpreted,
-            FLATTEN=bool(config.FLATTEN) and row_descriptor is not None,
-            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
-            **({} if self.interpreted or torch.version.hip else config.cap()),
-        )
+        sides = (self.reference, self.x) if shape.official else (self.x, self.reference)
+        described = descriptors(*sides, shape.config)
+        launch(self.aligned, *sides, *described, scale, keys)
 
-    def _programs(self, config: tuning.Config, tasks: int) -> int:
-        """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
-        multiprocessors = 3 if self.interpreted else runtime.multiprocessors(self.x.device.index)
-        return min(tasks, multiprocessors * config.RESIDENT)
-
-    def resolve(self, official: bool) -> tuple[Tensor, Tensor]:
+    def by_slot(self) -> tuple[Tensor, Tensor]:
         """Similarity (B, C, N) fp32 and index (B, C, N) int64 of every slot by itself."""
-        from ..kernels.match import resolve_kernel
-
-        similarity = self.empty(self.slots, torch.float32)
-        index = self.empty(self.slots, torch.int64)
+        shape, size = self.shape, (self.shape.items, self.shape.slots, self.shape.N)
+        similarity = self.x.new_empty(size, dtype=torch.float32)
+        index = self.x.new_empty(size, dtype=torch.int64)
         if similarity.numel() == 0:
             return similarity, index
-        keys = self.empty(self.slots, torch.int64)
-        reference_scale, scale = self.scales(keys, official)
-        self.tiles(scale, keys, official)
-        config = self.plan.resolve
-        resolve_kernel[(_blocks(self.N, config.BLOCK_M), self.items)](
-            self.x,
-            self.reference,
-            scale,
-            reference_scale,
-            keys,
-            similarity,
-            index,
-            *self.sizes,
-            *self.x.stride(),
-            *self.reference.stride(),
-            MODE=self.mode,
-            OFFICIAL=official,
-            **config.meta("BLOCK_M", "BLOCK_K"),
-        )
+        keys = torch.empty_like(index)
+        scale = searched = self.scales(keys)
+        if shape.official:
+            searched = self._room(self.x)
+            shape.source_scale(self.aligned, self.x, None, searched, None)
+        self.tiles(searched, keys)
+        pointers = (self.x, self.reference, searched, scale, keys, similarity, index)
+        shape.resolve(self.aligned, *pointers)
         return similarity, index
 
 
-class _Push:
-    """Where a call's pushed tokens go, how far, and what it reports."""
-
-    def __init__(
-        self,
-        call: _Call,
-        alpha: Tensor,
-        threshold: Tensor,
-        movable: Tensor | None,
-        out: Tensor,
-        similarity: Tensor,
-    ) -> None:
-        self.call, self.out, self.similarity = call, out, similarity
-        self.pushed = torch.empty_like(similarity, dtype=torch.int64)
-        self.numbers, number_strides = _per_slot((alpha, threshold), call.x)
-        self.movable, movable_item, movable_token = _bytes(movable)
-        self.strides = (
-            *call.x.stride(),
-            *call.reference.stride(),
-            *out.stride(),
-            *number_strides,
-            movable_item,
-            movable_token,
-        )
-        self.constants = {
-            "MODE": call.mode,
-            "NUMBERS": isinstance(self.numbers[0], float),
-            "INPLACE": _same_view(out, call.x),
-            "INTERPRETED": call.interpreted,
-        }
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        """alpha, threshold, movable, out, similarity, pushed: what all kernels that push take."""
-        return *self.numbers, self.movable, self.out, self.similarity, self.pushed
-
-    def by_rows(self) -> None:
-        """Match and push in one launch, in which programs own rows."""
-        from ..kernels.rows import rows_kernel
-
-        call, config = self.call, self.call.plan.rows
-        scale, _ = call.scales(None)
-        rows_kernel[(_blocks(call.N, config.BLOCK_M), call.items)](
-            call.x,
-            call.reference,
-            scale,
-            *self.pointers,
-            *call.sizes,
-            *self.strides,
-            **self.constants,
-            **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K"),
-        )
-
-    def by_tiles(self) -> None:
-        """Match by tiles, then push; item by item where the plan overlaps the two."""
-        call = self.call
-        keys = call.empty(1, torch.int64)
-        scale, _ = call.scales(keys)
-        if call.mode == "others" or not call.plan.tiles.OVERLAP or call.items == 1:
-            call.tiles(scale, keys)
-            self._finish(scale, keys, 0, call.items)
-            return
-        products = 0
-        with SideStream(call.x) as side:
-            for item in range(call.items):
-                if call.mode != "first" or item % call.group_size:
-                    call.tiles(scale, keys, first_product=products, products=call.slots)
-                    products += call.slots
-                side.follow(lambda item=item: self._finish(scale, keys, item, 1))
-
-    def _finish(self, scale: Tensor, keys: Tensor, first_item: int, items: int) -> None:
-        from ..kernels.push import finish_kernel
-
-        call, config = self.call, self.call.plan.finish
-        finish_kernel[(_blocks(call.N, config.BLOCK_M), items)](
-            call.x,
-            call.reference,
-            scale,
-            keys,
-            *self.pointers,
-            *call.sizes,
-            first_item,
-            *self.strides,
-            **self.constants,
-            **config.meta("BLOCK_M", "BLOCK_K"),
-        )
-
-    def from_matches(self, similarity: Tensor, index: Tensor, total: bool) -> None:
-        """Push from what every slot found, its sum where `total`."""
-        from ..kernels.push import push_kernel
-
-        call, config = self.call, self.call.plan.push
-        push_kernel[(_blocks(call.N, config.BLOCK_M), call.items)](
-            call.x,
-            call.reference,
-            similarity,
-            index,
-            *self.pointers,
-            *call.sizes,
-            *self.strides,
-            SUM=total,
-            **self.constants,
-            **config.meta("BLOCK_M", "BLOCK_K"),
-        )
+def _push(
+    match: _Matching, numbers: tuple[Any, ...], movable: Any, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Match and push; similarity (B, S, N) fp32 and what was pushed, int64."""
+    shape, x, reference = match.shape, match.x, match.reference
+    movable = _bytes(movable)
+    size = shape.items, shape.result_slots, shape.N
+    aligned = match.aligned and _aligned(*numbers, movable, out)
+    if shape.by_slot:
+        found, index = match.by_slot()
+        similarity = found if shape.total else x.new_empty(size, dtype=torch.float32)
+    else:
+        similarity = x.new_empty(size, dtype=torch.float32)
+    pushed = torch.empty_like(similarity, dtype=torch.int64)
+    results = (*numbers, movable, out, similarity, pushed)
+    if shape.N == 0:
+        pass
+    elif shape.by_slot:
+        shape.from_matches(aligned, x, reference, found, index, *results)
+    elif shape.by_rows:
+        shape.rows(aligned, x, reference, match.scales(None), *results)
+    else:
+        keys = torch.empty_like(pushed)
+        scale = match.scales(keys)
+        pointers = (x, reference, scale, keys, *results)
+        if len(shape.finish) == 1:
+            match.tiles(scale, keys)
+            shape.finish[0](aligned, *pointers)
+        else:
+            with SideStream(x) as side:
+                for part, finish in enumerate(shape.finish):
+                    match.tiles(scale, keys, part)
+                    side.follow(partial(finish, aligned, *pointers))
+    return similarity, pushed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,8 +181,9 @@ def match(
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
     runtime.require(x)
+    shape = geometry(x, reference, pairing, reference_mask, matching == "official")
     with runtime.launch_device(x):
-        return _Call(x, reference, pairing, reference_mask).resolve(matching == "official")
+        return _Matching(shape, x, reference, reference_mask).by_slot()
 
 
 def guide(
@@ -401,29 +216,23 @@ def guide(
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
     runtime.require(x)
+    # Group heads are never written, so "first" has no hazard; other references that are also
+    # outputs would be read by one program after another has moved them.
+    hazard = pairing.mode != "first" and _overlap(out, reference)
+    target = torch.empty_like(x) if hazard else out
+    numbers, strides = _per_slot((alpha, threshold), x)
+    push = Push(
+        target.stride(),
+        _same_view(target, x),
+        isinstance(numbers[0], float),
+        strides,
+        None if movable is None else movable.stride(),
+    )
+    official, total = matching == "official", combine == "sum"
+    shape = geometry(x, reference, pairing, reference_mask, official, total, push)
     with runtime.launch_device(x):
-        call = _Call(x, reference, pairing, reference_mask)
-        # Group heads are never written, so "first" has no hazard; other references that are also
-        # outputs would be read by one program after another has moved them.
-        hazard = pairing.mode != "first" and _overlap(out, reference)
-        target = torch.empty_like(x) if hazard else out
-        official, total = matching == "official", combine == "sum"
-        if official or total:
-            found, index = call.resolve(official)
-            similarity = found if total else call.empty(1, torch.float32)
-            push = _Push(call, alpha, threshold, movable, target, similarity)
-            if call.N:
-                push.from_matches(found, index, total)
-        else:
-            similarity = call.empty(1, torch.float32)
-            push = _Push(call, alpha, threshold, movable, target, similarity)
-            # A key of the union of all slots has 31 bits for slot and token.
-            if call.N == 0:
-                pass
-            elif call.plan.kind == "rows" or call.slots * call.M >= 2**31:
-                push.by_rows()
-            else:
-                push.by_tiles()
+        match = _Matching(shape, x, reference, reference_mask)
+        results = _push(match, numbers, movable, target)
         if hazard:
             out.copy_(target)
-        return similarity, push.pushed
+    return results

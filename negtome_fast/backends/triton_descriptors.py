@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..kernels.tuning import Config
+
+
+class _NoTokens:
+    """Stands for tokens of a dtype where a descriptor is checked."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _checked(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: int,
+    channels: int,
+) -> Any:
+    """A descriptor of tokens that are not there yet; Triton's checks take longer than a launch."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    items, length, width = shape
+    stride_b, stride_n, stride_d = strides
+    if items == 1:
+        stride_b = length * stride_n
+    if length == 1:
+        stride_n = stride_b
+    size = dtype.itemsize
+    if stride_b * size % 16 or stride_n * size % 16 or stride_d != 1:
+        return None
+    if stride_n < width or stride_b < length * stride_n or stride_b % stride_n:
+        return None
+    if max(stride_b, stride_n) * size >= 2**40:
+        return None
+    block = [1, rows, channels]
+    return TensorDescriptor(_NoTokens(dtype), list(shape), [stride_b, stride_n, stride_d], block)
 
 
 def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
@@ -13,20 +55,20 @@ def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
     None where tensor maps cannot express the tokens: they need 16-byte aligned items and tokens,
     channels that follow each other, and items that do not interleave.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    if tokens.data_ptr() & 15:
+        return None
+    checked = _checked(tuple(tokens.shape), tokens.stride(), tokens.dtype, rows, channels)
+    if checked is None:
+        return None
+    found = object.__new__(type(checked))
+    found.__dict__.update(checked.__dict__, base=tokens)
+    return found
 
-    items, length, width = tokens.shape
-    stride_b, stride_n, stride_d = tokens.stride()
-    if items == 1:
-        stride_b = length * stride_n
-    if length == 1:
-        stride_n = stride_b
-    size = tokens.element_size()
-    if stride_b * size % 16 or stride_n * size % 16 or tokens.data_ptr() % 16 or stride_d != 1:
-        return None
-    if stride_n < width or stride_b < length * stride_n or stride_b % stride_n:
-        return None
-    if max(stride_b, stride_n) * size >= 2**40:
-        return None
-    strides = [stride_b, stride_n, stride_d]
-    return TensorDescriptor(tokens, [items, length, width], strides, [1, rows, channels])
+
+def descriptors(rows: Tensor, columns: Tensor, config: Config) -> tuple[Any, Any]:
+    """Descriptors of the two sides of a product; None twice where one of them has none."""
+    if not config.DESCRIPTORS:
+        return None, None
+    row = descriptor(rows, config.BLOCK_M, config.BLOCK_K)
+    column = None if row is None else descriptor(columns, config.BLOCK_N, config.BLOCK_K)
+    return (None, None) if column is None else (row, column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import TracebackType
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class SideStream:
     """Runs launches on a second stream, each after what the current stream was given before it.
 
     On leaving, the current stream waits for the second one: nothing that is launched or freed later
-    can meet its work. Streams are joined by events alone, so that a CUDA graph captures both. The
-    streams come from torch's pool, so nothing is made in a capture. On a CPU everything runs in
-    order.
+    can meet its work. Streams are joined by events alone, so that a CUDA graph captures both. A
+    device has one second stream. On a CPU everything runs in order.
 
     Args:
         x: a tensor of the current device.
@@ -24,7 +29,7 @@ class SideStream:
     def __init__(self, x: Tensor) -> None:
         self._used = False
         self._main = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        self._side = torch.cuda.Stream(x.device) if x.is_cuda else None
+        self._side = _side_stream(x.device) if x.is_cuda else None
 
     def follow(self, launch: Callable[[], None]) -> None:
         """Call `launch` on the second stream, behind what the current stream has now."""
