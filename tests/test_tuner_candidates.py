@@ -53,7 +53,7 @@ def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
         "3.6.0": {key: row_of(key, "3.6.0"), other: row_of(other, "3.6.0", registers=40)},
     }
     path = folder / "sm_90.json"
-    path.write_text(candidates.text_of("sm_90", reports))
+    path.write_text(candidates.text_of("sm_90", [6], reports))
     for version, rows in reports.items():
         found = candidates.listed("sm_90", version)
         assert list(found) == list(rows)
@@ -65,7 +65,7 @@ def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
     assert candidates.listed("sm_90", "3.5.0") == {} == candidates.listed("sm_80", "3.7.1")
     # Of other kernels, or other fields, nothing is known.
     for field, value in (("sources", "0" * 16), ("fields", ["BLOCK_M"]), ("schema", 0)):
-        table = json.loads(candidates.text_of("sm_90", reports)) | {field: value}
+        table = json.loads(candidates.text_of("sm_90", [6], reports)) | {field: value}
         path.write_text(json.dumps(table))
         assert candidates.listed("sm_90", "3.7.1") == {}
     told = candidates.summary("sm_90", reports)
@@ -90,16 +90,18 @@ def test_the_fingerprint_is_of_what_is_compiled() -> None:
 SHIPPED = sorted({"sm_90", *(path.stem for path in candidates.FOLDER.glob("*.json"))})
 
 
-def shipped(arch: str) -> dict[str, candidates.Rows]:
+def shipped(arch: str) -> tuple[list[int], dict[str, candidates.Rows]]:
+    """How many configurations of a kernel a list was made for, and its rows by compiler."""
     table = json.loads((candidates.FOLDER / f"{arch}.json").read_text(encoding="utf-8"))
     versions = {v for entry in table["candidates"] for v in entry if re.fullmatch(r"[\d.]+", v)}
-    return {version: candidates.listed(arch, version) for version in sorted(versions)[::-1]}
+    found = {version: candidates.listed(arch, version) for version in sorted(versions)[::-1]}
+    return table["kept"], found
 
 
 @pytest.mark.parametrize("arch", SHIPPED)
 def test_shipped_lists_know_all_that_the_tuner_would_ask(arch: str) -> None:
-    reports = shipped(arch)
-    assert "3.6.0" in reports  # of the GPU that is lent
+    kept, reports = shipped(arch)
+    assert candidates.QUICK in kept and "3.6.0" in reports  # of the GPU that is lent
     for version, rows in reports.items():
         assert rows, f"the kernels have changed since the list was made; run {COMMAND}"
 
@@ -107,7 +109,7 @@ def test_shipped_lists_know_all_that_the_tuner_would_ask(arch: str) -> None:
             pytest.fail(f"{arch}, Triton {version}: {keys} are not listed; run {COMMAND}")
 
         for dtype in {dtype for _, dtype, _ in rows}:
-            candidates.met(arch, dtype, dict(rows), refuse)
+            candidates.met(arch, dtype, kept, dict(rows), refuse)
     text = DOCUMENT.read_text(encoding="utf-8")
     told = compile_report.in_document(
         text, f"candidates, {arch}", candidates.summary(arch, reports)
@@ -183,9 +185,9 @@ def test_with_a_list_nothing_is_compiled_that_is_left_out(
     def compiled(keys: Sequence[candidates.Key]) -> list[dict[str, Any]]:
         return [row_of(key, triton.__version__, spills=8 * grouped_by_16(key[2])) for key in keys]
 
-    candidates.met("sm_90", "bfloat16", rows, compiled)
+    candidates.met("sm_90", "bfloat16", [6], rows, compiled)
     path = folder / "sm_90.json"
-    path.write_text(candidates.text_of("sm_90", {triton.__version__: rows}))
+    path.write_text(candidates.text_of("sm_90", [6], {triton.__version__: rows}))
     compiler = Compiler(grouped_by_16)
     found = prepared(compiler, monkeypatch)
     assert found.known == len(rows)

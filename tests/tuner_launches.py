@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+from triton.runtime import driver
 
 import bench  # noqa: F401, finds the kernels in a checkout that is not installed
 from negtome_fast import tune
@@ -75,17 +75,9 @@ def noted(keys: Any, call: Any) -> list[str]:
 def found_in_cache(job: Any) -> list[bool]:
     """For each kernel that a launch compiles: whether Triton found it in its cache on disk."""
     hits: list[bool] = []
-    original = JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return original(self, *args, grid=grid, warmup=True, **kwargs)
-
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    JITFunction.run = run
-    try:
+    with launches.not_launching():
         job()
-    finally:
-        JITFunction.run = original
     return hits
 
 

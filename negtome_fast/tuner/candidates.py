@@ -1,6 +1,6 @@
 """Which configurations compile well: found out here, or read from `compiled/<arch>.json`.
 
-    python -m negtome_fast.tuner.candidates [--targets sm_90] [--also FOLDER] [--check]
+    python -m negtome_fast.tuner.candidates [--targets sm_90] [--quick] [--also FOLDER]
 
 writes those files: what the installed Triton, and the one in each FOLDER, make of every
 configuration that tuning the shapes of space.py would meet. They spare a GPU the compilation of
@@ -145,10 +145,10 @@ def listed(arch: str, version: str, path: Path | None = None) -> Rows:
     return rows
 
 
-def text_of(arch: str, reports: dict[str, Rows]) -> str:
+def text_of(arch: str, keeps: Sequence[int], reports: dict[str, Rows]) -> str:
     """The file of `arch` with the rows of each version of Triton, a line for each configuration."""
     head = {"schema": SCHEMA, "arch": arch, "fields": list(Config._fields), "found": list(FOUND)}
-    head |= {"sources": sources()}
+    head |= {"sources": sources(), "kept": list(keeps)}
     lines = []
     for key in dict.fromkeys(key for rows in reports.values() for key in rows):
         kernel, dtype, config = key
@@ -164,17 +164,22 @@ def text_of(arch: str, reports: dict[str, Rows]) -> str:
 # ---------------------------------------------------------------------------------------------
 # Making them
 # ---------------------------------------------------------------------------------------------
-def met(arch: str, dtype: str, reports: Rows, compiled: Compile) -> None:
-    """Add to `reports` all rows that tuning every shape for `arch` in full would ask for."""
+def met(arch: str, dtype: str, keeps: Sequence[int], reports: Rows, compiled: Compile) -> None:
+    """Add to `reports` all rows that tuning every shape for `arch` would ask for.
+
+    keeps: how many configurations of a kernel are measured, for each way of tuning.
+    """
     for shape in SHAPES:
         for kernel in shape.kernels:
             problem = shape.problem(dtype, others=kernel == "pairs")
-            for keep in (MEASURED, QUICK):
+            for keep in keeps:
                 count = RATES[arch].multiprocessors
                 pruned(kernel, problem, arch, count, keep, reports, compiled)
 
 
-def made(arch: str, dtypes: Sequence[str], folders: Sequence[Path | None]) -> dict[str, Rows]:
+def made(
+    arch: str, dtypes: Sequence[str], keeps: Sequence[int], folders: Sequence[Path | None]
+) -> dict[str, Rows]:
     """Rows by version of Triton; a folder of None is the installed one."""
     reports: dict[str, Rows] = {}
     by_version: dict[str, Compile] = {}
@@ -185,7 +190,7 @@ def made(arch: str, dtypes: Sequence[str], folders: Sequence[Path | None]) -> di
             return compile_report.report_configurations(arch, keys, folder)
 
         for dtype in dtypes:
-            met(arch, dtype, rows, compiled)
+            met(arch, dtype, keeps, rows, compiled)
         version = next(iter(rows.values()))["triton"]
         reports[version], by_version[version] = rows, compiled
     # All of them know the same configurations, so that they can be compared.
@@ -238,14 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=aot.TARGETS, default=["sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=tuning.DTYPES, default=["bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="only what tuning in little time asks")
     parser.add_argument("--also", nargs="+", type=Path, metavar="FOLDER", default=[])
     parser.add_argument("--write", type=Path, metavar="FILE", help="also a summary in a document")
     options = parser.parse_args(arguments)
     try:
+        keeps = [QUICK] if options.quick else [QUICK, MEASURED]
         for arch in options.targets:
-            reports = made(arch, options.dtypes, [None, *options.also])
+            reports = made(arch, options.dtypes, keeps, [None, *options.also])
             FOLDER.mkdir(exist_ok=True)
-            (FOLDER / f"{arch}.json").write_text(text_of(arch, reports), encoding="utf-8")
+            (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
             if options.write:
                 text = options.write.read_text(encoding="utf-8")
                 name = f"candidates, {arch}"

@@ -57,6 +57,26 @@ def settle() -> None:
 
 
 @contextlib.contextmanager
+def not_launching() -> Iterator[None]:
+    """Inside, launches end when the kernel is compiled; what is compiled already does nothing."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return original(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def nothing(self: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    original, item = JITFunction.run, CompiledKernel.__getitem__
+    JITFunction.run, CompiledKernel.__getitem__ = run, nothing
+    try:
+        yield
+    finally:
+        JITFunction.run, CompiledKernel.__getitem__ = original, item
+
+
+@contextlib.contextmanager
 def noting(notes: list[str]) -> Iterator[None]:
     """Inside, no kernel is launched; what Triton would have to compile for it is added to `notes`.
 
@@ -64,22 +84,19 @@ def noting(notes: list[str]) -> Iterator[None]:
     constants, attributes and options. Kernels that this process has compiled leave none.
     """
     from triton import knobs
-    from triton.runtime import JITFunction
 
     def note(*_: Any, compile: dict[str, Any], **__: Any) -> bool:
         notes.append(compile["specialization_data"])
         return True  # do not compile
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return original(self, *args, grid=grid, warmup=True, **kwargs)
-
     settle()
-    original, hook = JITFunction.run, knobs.runtime.jit_cache_hook
-    JITFunction.run, knobs.runtime.jit_cache_hook = run, note
+    hook = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = note
     try:
-        yield
+        with not_launching():
+            yield
     finally:
-        JITFunction.run, knobs.runtime.jit_cache_hook = original, hook
+        knobs.runtime.jit_cache_hook = hook
 
 
 def compiled(note: dict[str, Any], device: Sequence[Any]) -> Any:
