@@ -1,20 +1,26 @@
 # Every target sets up .venv with the versions of constraints.txt first, and skips that when done.
 #   make demo     pictures with and without guidance, on the embedded model
 #   make test     the tests          make lint    ruff and mypy
+#   make compile-check   all kernels for all GPUs, by two versions of Triton, against docs/kernels.md
+#   make compile-tables  the same, written there
+#   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
 #   make pictures the pictures of docs/applications.md
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (for demo, pictures, test, bench), PIP_ARGS;
-# PIP_ARGS adds options to pip, such as another package index.
+# Variables: PYTHON (default python3), ARGS (demo, pictures, test, bench, candidates), PIP_ARGS, TRITON;
+# PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
 
 PYTHON ?= python3
 ARGS ?=
 PIP_ARGS ?=
+TRITON ?= 3.6.0
 VENV := .venv
+OTHER_TRITON := $(VENV)/triton-$(TRITON)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo pictures test lint format bench clean
+.PHONY: demo pictures test lint format bench compile-check compile-tables candidates other-triton
+.PHONY: clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -26,6 +32,7 @@ pictures: $(VENV)/installed-demo
 
 # One thread in each worker: more would only make the workers wait for each other.
 test: $(VENV)/installed-all
+	@$(MAKE) -s other-triton || echo "no Triton $(TRITON): the test that compiles with it is skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark \
 		-n auto --maxprocesses 8 --dist worksteal $(ARGS) tests
 
@@ -38,6 +45,14 @@ format: $(VENV)/installed-all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+compile-check compile-tables: compile-%: $(VENV)/installed-all other-triton
+	$(BIN)/python -m negtome_fast.kernels.compile_report --also $(OTHER_TRITON) \
+		--$(if $(filter tables,$*),write,check) docs/kernels.md
+
+candidates: $(VENV)/installed-all other-triton
+	$(BIN)/python -m negtome_fast.tuner.candidates --also $(OTHER_TRITON) \
+		--write docs/kernels.md $(ARGS)
+
 bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)
 	$(BIN)/python -m pytest -q bench/bench_operator.py
@@ -45,6 +60,15 @@ bench: $(VENV)/installed-all
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path "./.git/*" -exec rm -rf {} +
+
+# Only to compile with: a folder of its own, which comes first on the path of a process.
+other-triton: $(OTHER_TRITON)/complete
+
+$(VENV)/triton-%/complete: | $(VENV)/created
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
+		--no-deps --target $(@D) triton==$*
+	@touch $@
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

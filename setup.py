@@ -92,6 +92,7 @@ setup(
         ],
         "negtome_fast.integrations.comfyui": ["pyproject.toml", "example_workflows/*.json"],
         "negtome_fast.kernels": ["tuned/*.json"],
+        "negtome_fast.tuner": ["compiled/*.json"],
     },
     include_package_data=False,
     install_requires=[

@@ -1,27 +1,22 @@
-"""Compile every kernel for a target without a GPU, and read off what the compiler made of it.
+"""Compile a kernel for a target without a GPU, and read off what the compiler made of it.
 
-    python -m negtome_fast.kernels.aot [--targets sm_90 gfx942] [--kernels tiles] [--json]
-    python -m negtome_fast.kernels.aot --write docs/kernels.md      (--check docs/kernels.md)
-
-Reports registers, spills, shared memory against the target's limit, matrix instructions, and how
-many programs fit a multiprocessor. IEEE fp32 has no tensor-core path on NVIDIA: there the matching
-kernels count 0 instructions, as they should. `report` runs this file in processes of their own,
+`compile_row` gives registers, spills, shared memory against the target's limit, matrix instructions
+and how many programs fit a multiprocessor. IEEE fp32 has no tensor-core path on NVIDIA: there the
+matching kernels count 0 instructions, as they should. `run_compiling` starts a process of its own,
 because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled any more.
+compile_report.py makes tables of all shipped configurations.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,11 +113,11 @@ _DESCRIPTORS = {"row_descriptor": "BLOCK_M", "column_descriptor": "BLOCK_N"}
 _DESCRIPTORS |= {"row_values_descriptor": "BLOCK_M", "column_values_descriptor": "BLOCK_N"}
 # A pointer to tokens that is moved by an offset of 32 bits, in Triton's own language.
 _NARROW = r"tt\.addptr [^\n]*!tt\.ptr<%s>[^\n]*, (?:tensor<[\dx]*i32|i32\b)"
+# A maximum that gives NaN where one operand is NaN: best_of needs those that pass over it.
+_NAN_MAXIMUM = re.compile(r"\bmax\.(?:ftz\.)?NaN\b")
 
-MATCHING = ("rows", "tiles", "pairs", "score")
 
-
-def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
+def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
     """The variants to compile `kernel` in, by name: compile-time constants.
 
     For bf16 what the pipelines launch (mode "first", in place, without masks) and the hardest
@@ -170,7 +165,7 @@ def _constants(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict
 
 
 def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
-    """`_constants` of the kernels of kind "coarse"."""
+    """`variants_of` for the kernels of kind "coarse"."""
     rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M}
     if kernel == "centre":
         return {"sample": {**rows, "BLOCK_K": config.BLOCK_K}}
@@ -322,10 +317,38 @@ def compile_row(
     variant: str,
     constants: dict[str, Any],
 ) -> dict[str, Any]:
-    """Compile one variant for the target `name`; one row of the report (see `compile_all`)."""
+    """Compile one variant for the target `name`; the row of the report that `row_of` gives."""
+    return row_of(
+        name,
+        kernel,
+        dtype,
+        config,
+        variant,
+        lambda: compile_kernel(kernel, dtype, config, constants, TARGETS[name]),
+    )
+
+
+def row_of(
+    name: str,
+    kernel: str,
+    dtype: str,
+    config: tuning.Config,
+    variant: str,
+    compiled: Callable[[], Any],
+) -> dict[str, Any]:
+    """One row of the report, about what `compiled` returns for the target `name`, or its failure.
+
+    A row: triton (the compiler's version), target, kernel, variant, dtype, config (list of the
+    fields of Config), registers, spills, shared, shared_limit, matrix_instructions, narrow_offsets
+    (32-bit offsets into 2-byte tokens), nan_maxima (that give NaN where one operand is), programs (that fit a multiprocessor), occupancy (share of
+    its warps), seconds, error (None, or the compiler's first line).
+    """
+    import triton
+
     target = TARGETS[name]
     started = time.perf_counter()
     row: dict[str, Any] = {
+        "triton": triton.__version__,
         "target": name,
         "kernel": kernel,
         "variant": variant,
@@ -337,66 +360,55 @@ def compile_row(
         "shared_limit": target.shared_limit,
         "matrix_instructions": None,
         "narrow_offsets": None,
+        "nan_maxima": None,
         "programs": None,
         "occupancy": None,
         "error": None,
     }
     try:
-        compiled = compile_kernel(kernel, dtype, config, constants, target)
+        _examine(row, compiled(), target, config.num_warps)
     except Exception as error:  # a compiler may fail in any way; the row says how
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        cuda = target.backend == "cuda"
-        row["registers"], row["spills"] = (_cuda_resources if cuda else _hip_resources)(compiled)
-        row["shared"] = compiled.metadata.shared
-        assembly = compiled.asm["ptx" if cuda else "amdgcn"]
-        pattern = _MATRIX_INSTRUCTION[target.backend]
-        row["matrix_instructions"] = len(pattern.findall(assembly))
-        narrow = _NARROW % re.escape(_POINTER[dtype][1:].replace("fp", "f"))
-        # fp32 tokens share their type with scales and similarities, whose offsets may be short;
-        # nudge moves its pointers to the item by 64 bits once.
-        wide = dtype == "float32" or kernel == "nudge"
-        row["narrow_offsets"] = 0 if wide else len(re.findall(narrow, compiled.asm["ttir"]))
-        if row["registers"] is not None:
-            tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
-            programs = resident_programs(
-                target, row["registers"], row["shared"], config.num_warps, tensor_memory
-            )
-            row["programs"] = programs
-            row["occupancy"] = round(programs * config.num_warps / target.warps, 2)
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
 
 
-def compile_all(
-    targets: Iterable[str] = tuple(TARGETS), kernels: Iterable[str] = tuning.KERNELS
-) -> list[dict[str, Any]]:
-    """Compile every shipped configuration; one row each. Needs kernels that are not interpreted.
+def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int) -> None:
+    """Write into `row` what the compiler made of a kernel."""
+    cuda = target.backend == "cuda"
+    row["registers"], row["spills"] = (_cuda_resources if cuda else _hip_resources)(compiled)
+    row["shared"] = compiled.metadata.shared
+    assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+    pattern = _MATRIX_INSTRUCTION[target.backend]
+    row["matrix_instructions"] = len(pattern.findall(assembly))
+    narrow = _NARROW % re.escape(_POINTER[row["dtype"]][1:].replace("fp", "f"))
+    # fp32 tokens share their type with scales and similarities, whose offsets may be short;
+    # nudge moves its pointers to the item by 64 bits once.
+    wide = row["dtype"] == "float32" or row["kernel"] == "nudge"
+    row["narrow_offsets"] = 0 if wide else len(re.findall(narrow, compiled.asm["ttir"]))
+    row["nan_maxima"] = len(_NAN_MAXIMUM.findall(assembly)) if cuda else 0
+    if row["registers"] is not None:
+        tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+        programs = resident_programs(
+            target, row["registers"], row["shared"], num_warps, tensor_memory
+        )
+        row["programs"] = programs
+        row["occupancy"] = round(programs * num_warps / target.warps, 2)
 
-    A row: target, kernel, variant, dtype, config (list of the fields of Config), registers, spills,
-    shared, shared_limit, matrix_instructions, narrow_offsets (32-bit offsets into 2-byte tokens),
-    programs (that fit a multiprocessor), occupancy (share of its warps), seconds, error (None, or
-    the compiler's first line). Raises RuntimeError without Triton.
-    """
-    _require_triton()
-    kernels = set(kernels)
-    return [
-        compile_row(name, kernel, dtype, config, variant, constants)
-        for name in targets
-        for kernel, dtype, config in tuning.shipped_configurations(name)
-        if kernel in kernels
-        for variant, constants in _constants(kernel, dtype, config).items()
-    ]
 
-
-def run_compiling(module: str, arguments: Sequence[str], given: str | None = None) -> str:
+def run_compiling(
+    module: str, arguments: Sequence[str], given: str | None = None, triton: Path | None = None
+) -> str:
     """What `python -m module` prints, in a process whose kernels are not interpreted.
+
+    triton: a folder that holds the Triton to compile with; default: the installed one.
 
     Raises RuntimeError with the last line of its errors where it fails, and without Triton.
     """
     _require_triton()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    folders = [str(triton.resolve())] if triton else []
+    environment["PYTHONPATH"] = os.pathsep.join([*folders, *(path for path in sys.path if path)])
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
         command, env=environment, input=given, capture_output=True, text=True, check=False
@@ -405,196 +417,3 @@ def run_compiling(module: str, arguments: Sequence[str], given: str | None = Non
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"compiling the kernels ({' '.join(arguments)}) failed: {lines[-1]}")
     return done.stdout
-
-
-def _in_process(arguments: Sequence[str], given: str | None = None) -> list[dict[str, Any]]:
-    """What this file prints with `--json`, where kernels are not interpreted."""
-    rows: list[dict[str, Any]] = json.loads(
-        run_compiling(f"{__package__}.aot", ["--json", *arguments], given)
-    )
-    return rows
-
-
-def report(
-    targets: Sequence[str] | None = None, kernels: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """`compile_all`, a process for each target; so it also works where kernels are interpreted.
-
-    Raises ValueError for an unknown target or kernel, RuntimeError without Triton or if a process
-    fails.
-    """
-    _require_triton()
-    targets = list(TARGETS) if targets is None else list(targets)
-    kernels = list(tuning.KERNELS) if kernels is None else list(kernels)
-    for names, known in ((targets, tuple(TARGETS)), (kernels, tuning.KERNELS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        parts = pool.map(
-            lambda target: _in_process(["--targets", target, "--kernels", *kernels]), targets
-        )
-        return [row for rows in parts for row in rows]
-
-
-def report_configurations(
-    target: str, configurations: Sequence[tuple[str, str, tuning.Config]]
-) -> list[dict[str, Any]]:
-    """Rows for (kernel, dtype, config), shipped or not, each in its first variant; in their order.
-
-    Compiled in as many processes as there are processors. Raises as `report`.
-    """
-    _require_triton()
-    if target not in TARGETS:
-        raise ValueError(f"unknown {target}; known: {', '.join(TARGETS)}")
-    workers = max(1, min(os.cpu_count() or 1, len(configurations)))
-    shares = [configurations[number::workers] for number in range(workers)]
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        parts = list(
-            pool.map(
-                lambda share: _in_process(["--targets", target, "--given"], json.dumps(share)),
-                shares,
-            )
-        )
-    return [parts[number % workers][number // workers] for number in range(len(configurations))]
-
-
-def _compile_given(target: str, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for kernel, dtype, fields in json.loads(text):
-        config = tuning.Config(*fields)
-        variant, constants = next(iter(_constants(kernel, dtype, config).items()))
-        rows.append(compile_row(target, kernel, dtype, config, variant, constants))
-    return rows
-
-
-def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with one row of the report; empty where the configuration may ship."""
-    if row["error"]:
-        return [row["error"]]
-    found = []
-    if row["spills"]:
-        found.append(f"spills {row['spills']}")
-    if row["shared"] > row["shared_limit"]:
-        found.append(f"{row['shared']} bytes of shared memory exceed {row['shared_limit']}")
-    if row["kernel"] == "bound" and not row["matrix_instructions"]:
-        found.append("no tensor-core instruction")
-    if row["kernel"] in MATCHING:
-        if row["dtype"] != "float32" and not row["matrix_instructions"]:
-            found.append("no tensor-core instruction")
-        resident = tuning.Config(*row["config"]).RESIDENT if row["kernel"] != "rows" else 1
-        if row["programs"] is not None and row["programs"] < resident:
-            found.append(f"{row['programs']} programs fit a multiprocessor, not {resident}")
-        # Elsewhere matrix instructions are exact in fp32; on NVIDIA they would round to TF32.
-        exact = row["dtype"] == "float32" and row["target"].startswith("sm_")
-        if exact and row["matrix_instructions"]:
-            found.append("fp32 rounded to TF32")
-    if row["narrow_offsets"]:
-        found.append(f"{row['narrow_offsets']} offsets of 32 bits into tokens")
-    return found
-
-
-_HEADER = (
-    *("target", "kernel", "dtype", "M x N x K", "warps", "stages", "registers", "spills"),
-    *("shared", "matrix", "programs", "occupancy", "verdict"),
-)
-
-
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One row as text, in the order of the table's header."""
-    config = tuning.Config(*row["config"])
-    blocks = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
-    values = (
-        row["target"],
-        f"{row['kernel']} ({row['variant']})",
-        row["dtype"],
-        "x".join(str(block) for block in blocks if block),
-        config.num_warps,
-        config.num_stages,
-        row["registers"],
-        row["spills"],
-        None if row["shared"] is None else f"{row['shared'] / KIB:.0f} KiB",
-        row["matrix_instructions"],
-        row["programs"],
-        None if row["occupancy"] is None else f"{row['occupancy']:.0%}",
-        "; ".join(problems(row)) or "ok",
-    )
-    return tuple("-" if value is None else str(value) for value in values)
-
-
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """The report as aligned text, one line a kernel and configuration."""
-    lines = [_HEADER, *map(cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows of one target as a Markdown table, without the target's column."""
-    lines = [_HEADER[1:], ("---",) * (len(_HEADER) - 1), *(cells(row)[1:] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def in_document(text: str, target: str, rows: Iterable[dict[str, Any]]) -> str:
-    """`text` with the table of `target` between its two markers replaced.
-
-    Raises ValueError where the markers are missing.
-    """
-    begin, end = f"<!-- begin: {target} -->\n", f"<!-- end: {target} -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"no markers '{begin.strip()}' and '{end}' in the document")
-    before, rest = text.split(begin, 1)
-    _, after = rest.split(end, 1)
-    return f"{before}{begin}{markdown(rows)}\n{end}{after}"
-
-
-def _update(path: Path, rows: list[dict[str, Any]], check: bool) -> int:
-    """Write the tables of all targets in `rows` into a document, or say which are out of date."""
-    text = path.read_text(encoding="utf-8")
-    stale = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        new = in_document(text, target, [row for row in rows if row["target"] == target])
-        if new != text:
-            stale.append(target)
-        text = new
-    if check:
-        if stale:
-            print(f"{path} is out of date for {', '.join(stale)}", file=sys.stderr)
-        return int(bool(stale))
-    path.write_text(text, encoding="utf-8")
-    return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; exit code 1 where a configuration may not ship, 2 without Triton."""
-    parser = argparse.ArgumentParser(prog="negtome_fast.kernels.aot", description=__doc__)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernels", nargs="+", choices=tuning.KERNELS, default=tuning.KERNELS)
-    parser.add_argument("--json", action="store_true", help="rows as JSON, always exit code 0")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a document")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="exit code 1 where they differ")
-    parser.add_argument("--given", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    document = options.write or options.check
-    try:
-        if options.given:
-            rows = _compile_given(options.targets[0], sys.stdin.read())
-        else:
-            rows = compile_all(options.targets, options.kernels)
-        if document:
-            return _update(document, rows, check=options.write is None)
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"negtome_fast.kernels.aot: error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(rows))
-        return 0
-    print(table(rows))
-    return int(any(problems(row) for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -514,11 +514,11 @@ def info_command(options: argparse.Namespace) -> int:
     from . import info
 
     if options.kernels:
-        from .kernels import aot
+        from .kernels import compile_report
 
-        rows = aot.report()
-        print(json.dumps(rows, indent=1) if options.json else aot.table(rows))
-        return int(any(aot.problems(row) for row in rows))
+        rows = compile_report.report()
+        print(json.dumps(rows, indent=1) if options.json else compile_report.table(rows))
+        return int(any(compile_report.problems(row) for row in rows))
     print(json.dumps(info.collect(), indent=1) if options.json else info.text())
     return 0
 

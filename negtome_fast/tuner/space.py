@@ -1,0 +1,125 @@
+"""Shapes to tune for, and the configurations that can fit a target by arithmetic alone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..kernels import aot, tuning
+from ..kernels.tuning import Config, Problem
+
+#: Tokens up to which mode "others" is tuned.
+MOST_FOR_OTHERS = 16384
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Image tokens (items, tokens, channels) in equal groups."""
+
+    items: int
+    tokens: int
+    channels: int
+    groups: int = 1
+
+    def problem(self, dtype: str, others: bool = False) -> Problem:
+        """What the tables are asked: in mode "first", or "others"."""
+        size = self.items // self.groups
+        products = self.groups * (size * (size - 1) if others else size - 1)
+        return Problem(dtype, products, self.tokens, self.tokens, self.channels)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels to tune for it: mode "others" only where a comparison is affordable."""
+        return tuple(k for k in tuning.TUNED if k != "pairs" or self.tokens <= MOST_FOR_OTHERS)
+
+    def __str__(self) -> str:
+        size = f"{self.items}x{self.tokens}x{self.channels}"
+        return size if self.groups == 1 else f"{size}/{self.groups}"
+
+
+#: FLUX 1024 px, SDXL 1024 px at both grids, FLUX 768 px, SD3, Wan 720p; most important first.
+SHAPES = (
+    Shape(4, 4096, 3072),
+    Shape(8, 4096, 640, 2),
+    Shape(8, 1024, 1280, 2),
+    Shape(4, 2304, 3072),
+    Shape(4, 4096, 1536),
+    Shape(4, 256, 640),
+    Shape(2, 75600, 5120),
+)
+
+
+def parse_shape(text: str) -> Shape:
+    """`"4x4096x640"`, or `"8x4096x640/2"` with two groups. Raises ValueError otherwise."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
+    if not found:
+        raise ValueError(f"shape {text!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
+    items, tokens, channels, groups = (int(part or 1) for part in found.groups())
+    if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
+        raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
+    return Shape(items, tokens, channels, groups)
+
+
+def space(kernel: str) -> Iterator[Config]:
+    """All configurations of a kernel that are thought of, before any pruning."""
+    if kernel == "finish":
+        for rows, channels, warps in itertools.product((1, 4, 8, 16), (256, 512, 1024), (4, 8)):
+            yield Config(rows, 0, channels, warps, 1)
+        return
+    blocks = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (16, 32, 64, 128))
+    for (rows, columns, channels), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):
+        if kernel == "rows":
+            yield Config(rows, columns, channels, warps, stages)
+            continue
+        for group, resident in itertools.product((8, 16), (1, 2)):
+            some = Config(rows, columns, channels, warps, stages, group, resident)
+            yield some
+            yield some._replace(DESCRIPTORS=1)
+            yield some._replace(DESCRIPTORS=1, FLATTEN=1)
+
+
+def is_hopper(target: aot.Target) -> bool:
+    """Whether the tensor cores read both operands from shared memory: Hopper and later."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+
+
+def shared_bytes(config: Config, dtype: str, arch: str) -> int:
+    """Bytes of shared memory that the pipeline of a matching kernel needs."""
+    # Only Hopper and later keep all stages in shared memory.
+    stages = config.num_stages if is_hopper(aot.TARGETS[arch]) else config.num_stages - 1
+    elements = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K
+    return elements * tuning.element_size(dtype) * max(stages, 1)
+
+
+def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
+    """Whether a configuration can be worth compiling, by arithmetic alone.
+
+    Shared memory of all stages, also of RESIDENT programs together; accumulators in at most half of
+    the registers, at least 4 of them a thread; at least 64 bytes of a token at a time; for tiles on
+    tensor cores 32 multiply-adds or more for each element read; descriptors where the hardware has
+    them, with blocks that fit their 128-byte swizzle.
+    """
+    target = aot.TARGETS[arch]
+    threads = config.num_warps * target.warp_size
+    if kernel == "finish":
+        per_thread = config.BLOCK_M * config.BLOCK_K / threads
+        return 4 <= per_thread <= 32
+    size = tuning.element_size(dtype)
+    shared = shared_bytes(config, dtype, arch)
+    if shared > target.shared_limit:
+        return False
+    if config.RESIDENT * (shared + target.shared_reserved) > target.shared_total:
+        return False
+    accumulators = config.BLOCK_M * config.BLOCK_N / threads
+    if not 4 <= accumulators <= 128 / config.RESIDENT or config.BLOCK_K * size < 64:
+        return False
+    reads = config.BLOCK_M + config.BLOCK_N
+    if kernel != "rows" and size == 2 and 32 * reads > config.BLOCK_M * config.BLOCK_N:
+        return False
+    if dtype == "float32" and target.backend == "cuda" and config.num_stages > 2:
+        return False  # no tensor cores to keep busy: deeper pipelines only cost memory
+    if config.DESCRIPTORS:
+        return is_hopper(target) and size == 2 and config.BLOCK_K * size <= 128
+    return True
