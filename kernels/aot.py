@@ -340,8 +340,9 @@ def row_of(
 
     A row: triton (the compiler's version), target, kernel, variant, dtype, config (list of the
     fields of Config), registers, spills, shared, shared_limit, matrix_instructions, narrow_offsets
-    (32-bit offsets into 2-byte tokens), nan_maxima (that give NaN where one operand is), programs (that fit a multiprocessor), occupancy (share of
-    its warps), seconds, error (None, or the compiler's first line).
+    (32-bit offsets into 2-byte tokens), nan_maxima (maxima that are NaN where one operand is),
+    programs (that fit a multiprocessor), occupancy (share of its warps), seconds, error (None, or
+    the compiler's first line).
     """
     import triton
 

@@ -37,6 +37,7 @@ ROW: dict[str, Any] = {
     "shared_limit": 166912,
     "matrix_instructions": 16,
     "narrow_offsets": 0,
+    "nan_maxima": 0,
     "programs": 3,
     "occupancy": 0.19,
     "error": None,
@@ -116,6 +117,7 @@ def test_what_two_compilers_make_differently_is_told() -> None:
         ({"dtype": "float32"}, ["fp32 rounded to TF32"]),
         ({"programs": 1}, ["1 programs fit a multiprocessor, not 2"]),
         ({"narrow_offsets": 3}, ["3 offsets of 32 bits into tokens"]),
+        ({"nan_maxima": 2}, ["2 maxima that do not pass over NaN"]),
         ({"error": "does not compile", "spills": 8}, ["does not compile"]),
     ],
 )

@@ -31,7 +31,13 @@ def row_of(key: candidates.Key, triton: str, **found: Any) -> dict[str, Any]:
     kernel, dtype, config = key
     row = {"triton": triton, "target": "sm_90", "kernel": kernel, "dtype": dtype}
     row |= {"config": list(config), "variant": "paper", "error": None, "spills": 0, "shared": 0}
-    row |= {"shared_limit": 232448, "narrow_offsets": 0, "registers": 100, "programs": 2}
+    row |= {
+        "shared_limit": 232448,
+        "narrow_offsets": 0,
+        "nan_maxima": 0,
+        "registers": 100,
+        "programs": 2,
+    }
     return row | {"matrix_instructions": 4, "occupancy": 0.25} | found
 
 

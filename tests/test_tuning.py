@@ -160,7 +160,14 @@ def report_row(key: candidates.Key, **found: Any) -> dict[str, Any]:
     """A row of the compile report without a compiler: good unless `found` says otherwise."""
     kernel, dtype, config = key
     row = {"target": "sm_90", "kernel": kernel, "dtype": dtype, "config": list(config)}
-    row |= {"error": None, "spills": 0, "shared": 0, "shared_limit": 1, "narrow_offsets": 0}
+    row |= {
+        "error": None,
+        "spills": 0,
+        "shared": 0,
+        "shared_limit": 1,
+        "narrow_offsets": 0,
+        "nan_maxima": 0,
+    }
     row |= {"registers": 100, "matrix_instructions": 4, "programs": 2, "triton": "0.0.0"}
     return row | found
 
