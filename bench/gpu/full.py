@@ -63,7 +63,12 @@ def run_tune(setting: Setting, seconds: float) -> dict[str, Any]:
     else:
         table = setting.out / f"{architecture()}.json"
         options = ["--seconds", str(seconds * 0.85), "--out", str(table)]
-    program = "import sys, bench; from negtome_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = (
+        "import sys, bench; from negtome_fast import tune; from negtome_fast.cli import main; "
+    )
+    # One candidate of each kernel is enough to go through it all.
+    program += "tune.QUICK = 1; " if setting.rehearse else ""
+    program += "sys.exit(main(sys.argv[1:]))"
     stage = run("tune", [sys.executable, "-c", program, "tune", *options], setting, seconds)
     return stage | {"table": read_json(table)}
 
@@ -86,6 +91,7 @@ def _bench(name: str, options: Sequence[str], setting: Setting, seconds: float) 
     """`python -m bench run`, of the small shapes in a rehearsal."""
     if setting.rehearse:
         options = [*options, "--shape", "3x64x32", "--no-memory"]
+        options += [] if "--against" in options else ["--against", "authors"]
     return benchmark(name, options, setting, seconds, case_limit=60.0)
 
 
