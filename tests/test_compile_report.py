@@ -113,13 +113,18 @@ def test_resident_programs(
     assert aot.resident_programs(aot.TARGETS[target], registers, shared, warps) == programs
 
 
+#: As `python -m negtome_fast.kernels.aot`; importing `bench` makes a checkout importable.
+PROGRAM = "import bench, sys; from negtome_fast.kernels import aot; sys.exit(aot.main())"
+
+
 def test_unknown_names_are_one_clear_line() -> None:
     with pytest.raises(ValueError, match="unknown sm_1; known: sm_80"):
         aot.report(targets=["sm_1"])
     with pytest.raises(ValueError, match="unknown mach; known: scale"):
         aot.report(kernels=["mach"])
     done = subprocess.run(
-        [sys.executable, "-m", "negtome_fast.kernels.aot", "--targets", "sm_1"],
+        [sys.executable, "-c", PROGRAM, "--targets", "sm_1"],
+        cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,
         check=False,
