@@ -7,6 +7,7 @@ must be the push away from that token, rounded once; reference items must come b
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +78,12 @@ def _operator(shape: Shape, x: Tensor, matches: bool) -> tuple[Tensor, Tensor]:
     """The operator's result, and `(B, N)` the tokens that it chose, -1 where it does not say."""
     from negtome_fast import functional
 
-    arguments = {"alpha": ALPHA, "threshold": THRESHOLD, "groups": shape.groups}
+    arguments: dict[str, Any] = {"alpha": ALPHA, "threshold": THRESHOLD, "groups": shape.groups}
     if matches and not shape.others:
         y = functional.negtome(x, **arguments)
         _, chosen = functional.match_tokens(x, groups=shape.groups)
         return y, chosen.reshape(shape.items, -1, shape.tokens)[:, 0]
-    reference = "others" if shape.others else "first"
+    reference: Literal["first", "others"] = "others" if shape.others else "first"
     y, _, pushed = functional.guide_tokens(x, reference, **arguments)
     return y, pushed[:, 0]
 

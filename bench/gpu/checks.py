@@ -6,9 +6,12 @@ The oracle is that of the tests; docs say when two tokens are equally good.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +52,9 @@ def oracle() -> Any:
     folder = str(ROOT / "tests")
     sys.path.insert(0, folder)
     try:
-        import oracle as found
+        return importlib.import_module("oracle")
     finally:
         sys.path.remove(folder)
-    return found
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -130,7 +132,9 @@ def _nudge(dtype: torch.dtype, device: str, objective: str) -> Work:
         return result.latents, result.distance
 
     def verify(x: Tensor, results: tuple[Tensor, ...]) -> None:
-        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in points.items()}
+        wide: dict[str, Any] = {
+            k: v.double() if isinstance(v, Tensor) else v for k, v in points.items()
+        }
         expected = nf.nudge(x.double(), backend="reference", **wide, **options)
         limit = torch.finfo(dtype).eps / 2 * expected.latents.abs() + 1e-5
         error = (results[0].double() - expected.latents).abs()
@@ -240,19 +244,24 @@ def _large(kind: str, text: str, dtype: torch.dtype, device: str) -> None:
 
 
 def checks(kind: str, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and call of every check of a kind."""
+    """Name and call of every check of a kind.
+
+    All calls in the dtype of the models, one in each of the others: most of the time is the
+    compiler's.
+    """
     for dtype in DTYPES[device]:
         if kind.endswith("descriptors") and dtype == torch.float32:
             continue  # no table asks for them there
-        for work in works(kind, dtype, device):
-            yield f"right, {work.name}", lambda work=work: _right(work)
-            yield f"same bits, {work.name}", lambda work=work: _same_bits(work)
+        every = None if dtype == torch.bfloat16 else 1
+        for work in itertools.islice(works(kind, dtype, device), every):
+            yield f"right, {work.name}", partial(_right, work)
+            yield f"same bits, {work.name}", partial(_same_bits, work)
             if work.in_place:
-                yield f"in place, {work.name}", lambda work=work: _in_place(work)
+                yield f"in place, {work.name}", partial(_in_place, work)
             # Nudging reads its reasons on the host, which no capture allows.
             if device == "cuda" and kind != "nudge":
-                yield f"graph, {work.name}", lambda work=work: _graph(work)
+                yield f"graph, {work.name}", partial(_graph, work)
         if kind == "rows" or kind.startswith(("tiles", "pairs")):
-            for text in LARGE[device]:
+            for text in LARGE[device][:every]:
                 name = f"large, {text}, {str(dtype).removeprefix('torch.')}"
-                yield name, lambda text=text, dtype=dtype: _large(kind, text, dtype, device)
+                yield name, partial(_large, kind, text, dtype, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def warm_up(setting: Setting, shapes: Sequence[str]) -> list[Callable[[], dict[s
     return [call(text) for text in missing]
 
 
+def compiled_first(setting: Setting, shapes: Sequence[str]) -> float:
+    """Compiles what shapes launch on all processors, before anything is timed; seconds taken."""
+    started = time.monotonic()
+    together(warm_up(setting, shapes), processors())
+    return time.monotonic() - started
+
+
 def run_kernels(setting: Setting, seconds: float) -> dict[str, Any]:
     """Checks every kind in a process of its own; what fails is noted in `setting.broken`.
 
@@ -105,9 +113,11 @@ def _read_kind(setting: Setting, stage: dict[str, Any], kind: str, process: dict
 
 
 def benchmark(
-    name: str, options: Sequence[str], setting: Setting, seconds: float, case_limit: float
+    name: str, options: Sequence[str], setting: Setting, seconds: float, case_limit: float | None
 ) -> dict[str, Any]:
     """`python -m bench run`, begun again where a shape takes the process along.
+
+    A shape that takes more than `case_limit` seconds, if that is not None, is a kernel that hangs.
 
     Each case has its traceback, and beside the measured ratio the predicted one.
     """
@@ -121,7 +131,7 @@ def benchmark(
     for _ in range(MOST_CALLS):
         known = len((read_json(path) or {}).get("cases", ()))
         deadline = ["--deadline", str(max(left * 0.85, 1.0))]
-        limits = [] if setting.rehearse else ["--case-limit", str(min(case_limit, left))]
+        limits = ["--case-limit", str(min(case_limit, left))] if case_limit else []
         stage = run(name, [*command, *deadline, *limits], setting, left)
         left -= stage["took_seconds"]
         result = read_json(path) or {}
@@ -140,13 +150,13 @@ def benchmark(
 def run_times(setting: Setting, seconds: float) -> dict[str, Any]:
     """The main shapes against the bare matmul of the same multiply-adds."""
     shapes = shapes_of(setting)
-    warm = together(warm_up(setting, shapes), processors())
-    seconds -= max((one["took_seconds"] for one in warm), default=0.0)
+    seconds -= compiled_first(setting, shapes)
     options = ["--no-memory", "--against", "matmul", "--seconds"]
     options += ["0.05" if setting.rehearse else "1.5"]
     for text in shapes:
         options += ["--shape", text]
-    return benchmark("times", options, setting, seconds, case_limit=30.0)
+    case_limit = None if setting.rehearse else 30.0
+    return benchmark("times", options, setting, seconds, case_limit)
 
 
 def run_each(setting: Setting, seconds: float) -> dict[str, Any]:
