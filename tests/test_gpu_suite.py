@@ -244,7 +244,9 @@ def test_a_kind_whose_process_dies_is_named_and_the_others_keep_their_results(
     place = setting(tmp_path, rehearse=False)
     good = {"complete": True, "checks": [{"check": "c", "passed": True}], "running": None}
 
-    def child(name: str, command: Any, place: Setting, seconds: float) -> dict[str, Any]:
+    def child(
+        name: str, command: Any, place: Setting, seconds: float, *rest: Any
+    ) -> dict[str, Any]:
         kind = name.removeprefix("kernels ")
         died = kind == "tiles"
         found = {"kind": kind, **good}
@@ -363,7 +365,9 @@ def test_the_benchmark_is_begun_again_where_a_shape_takes_it_along(
     place.broken.add("rows")
     calls: list[list[str]] = []
 
-    def child(name: str, command: list[str], place: Setting, seconds: float) -> dict[str, Any]:
+    def child(
+        name: str, command: list[str], place: Setting, seconds: float, *rest: Any
+    ) -> dict[str, Any]:
         calls.append(command)
         done = len(calls) == 2
         found = {"cases": [{"shape": "s", "dtype": "d"}] * len(calls), "complete": done}

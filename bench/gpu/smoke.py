@@ -24,6 +24,8 @@ PROFILERS = ("ncu", "/usr/local/cuda/bin/ncu")
 NO_COUNTERS = "ERR_NVGPUCTRPERM"
 NCU_CALLS = 3
 MOST_CALLS = 4
+#: No other backend may serve in silence where the kernels are to be seen.
+ON_TRITON = {"NEGTOME_FAST_BACKEND": "triton"}
 
 
 def shapes_of(setting: Setting) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ def processors() -> int:
 
 def _kinds_process(setting: Setting, kinds: Sequence[str], seconds: float) -> dict[str, Any]:
     command = module("gpu.kinds", setting.device, str(setting.work), *kinds)
-    return run(f"kernels {' '.join(kinds)}", command, setting, seconds)
+    return run(f"kernels {' '.join(kinds)}", command, setting, seconds, ON_TRITON)
 
 
 def warm_up(setting: Setting, shapes: Sequence[str]) -> list[Callable[[], dict[str, Any]]]:
@@ -60,7 +62,7 @@ def warm_up(setting: Setting, shapes: Sequence[str]) -> list[Callable[[], dict[s
 
     def call(text: str) -> Callable[[], dict[str, Any]]:
         command = module("gpu.warm", setting.device, text, "1", *sorted(setting.broken))
-        return lambda: run(f"warm-up {text}", command, setting, 60.0)
+        return lambda: run(f"warm-up {text}", command, setting, 60.0, ON_TRITON)
 
     return [call(text) for text in missing]
 
@@ -132,7 +134,7 @@ def benchmark(
         known = len((read_json(path) or {}).get("cases", ()))
         deadline = ["--deadline", str(max(left * 0.85, 1.0))]
         limits = ["--case-limit", str(min(case_limit, left))] if case_limit else []
-        stage = run(name, [*command, *deadline, *limits], setting, left)
+        stage = run(name, [*command, *deadline, *limits], setting, left, ON_TRITON)
         left -= stage["took_seconds"]
         result = read_json(path) or {}
         ended = result.get("complete") or stage["cut_short"] or left < 15
@@ -164,7 +166,8 @@ def run_each(setting: Setting, seconds: float) -> dict[str, Any]:
     path = setting.work / "each.json"
     marks = f"={','.join(sorted(setting.broken))}" if setting.broken else ""
     shapes = [text + marks for text in shapes_of(setting)]
-    stage = run("each", module("gpu.each", setting.device, str(path), *shapes), setting, seconds)
+    command = module("gpu.each", setting.device, str(path), *shapes)
+    stage = run("each", command, setting, seconds, ON_TRITON)
     return stage | {"result": read_json(path)}
 
 
@@ -184,7 +187,7 @@ def run_ncu(setting: Setting, seconds: float) -> dict[str, Any]:
     program = module("gpu.warm", setting.device, text, str(NCU_CALLS), *sorted(setting.broken))
     if setting.rehearse:
         # The program that would be watched, without the tool.
-        return run("ncu", program, setting, seconds)
+        return run("ncu", program, setting, seconds, ON_TRITON)
     tool = find_tool(PROFILERS)
     if tool is None:
         return {"skipped": "ncu is not installed"}
@@ -192,7 +195,7 @@ def run_ncu(setting: Setting, seconds: float) -> dict[str, Any]:
     command = [tool, "--clock-control", "none", "--set", "full", "--force-overwrite"]
     command += ["--kernel-name", "regex:(tile|rows)_kernel", "--launch-skip", "1"]
     command += ["--launch-count", "1", "--export", str(report), *program]
-    stage = run("ncu", command, setting, seconds * 0.8)
+    stage = run("ncu", command, setting, seconds * 0.8, ON_TRITON)
     if any(NO_COUNTERS in line for line in stage["log"]):
         return {"skipped": f"this machine does not let ncu read its counters ({NO_COUNTERS})"}
     if report.exists():
