@@ -44,19 +44,19 @@ def authors(
     return torch.cat([authors_frames(part, alpha, threshold) for part in x.chunk(groups)])
 
 
-def split_frames(frames: Tensor, out: Tensor, alpha: float, threshold: float, rows: int) -> Tensor:
-    """The paper's matching of `frames` `(F, N, D)` with frame 0, the scores of `rows` at a time.
+def split_rows_of(
+    sources: Tensor, reference: Tensor, targets: Tensor, alpha: float, threshold: float, rows: int
+) -> None:
+    """The paper's matching of `sources` `(S, D)` in `reference` `(M, D)`, `rows` scores at a time.
 
-    Scores are fp32, so that its choices are as exact as the operator's: half-precision tokens are
-    multiplied by the GPU's library into fp32, and on a CPU, whose library cannot, after a cast.
+    Writes `targets` `(S, D)`. Scores are fp32, so that its choices are as exact as the operator's:
+    half-precision tokens are multiplied by the GPU's library into fp32, and on a CPU, whose library
+    cannot, after a cast.
     """
-    reference, sources = frames[0], frames[1:].flatten(0, 1)
-    wide = torch.promote_types(frames.dtype, torch.float32)
+    wide = torch.promote_types(sources.dtype, torch.float32)
     norm = torch.linalg.vector_norm(reference, dim=-1, dtype=wide).clamp_min(EPSILON)
-    mixed = frames.is_cuda and frames.dtype != wide
+    mixed = sources.is_cuda and sources.dtype != wide
     columns = reference.T if mixed else (reference.to(wide) / norm[:, None]).T
-    targets = out[1:].view(-1, frames.shape[-1])
-    out[0].copy_(reference)
     for start in range(0, len(sources), rows):
         chunk = sources[start : start + rows]
         if mixed:
@@ -66,9 +66,32 @@ def split_frames(frames: Tensor, out: Tensor, alpha: float, threshold: float, ro
         best, index = scores.max(dim=1)
         own = torch.linalg.vector_norm(chunk, dim=-1, dtype=wide).clamp_min(EPSILON)
         source, matched = chunk.to(wide), reference[index].to(wide)
-        moved = (source + alpha * (source - matched)).to(frames.dtype)
+        moved = (source + alpha * (source - matched)).to(sources.dtype)
         targets[start : start + rows] = torch.where((best > threshold * own)[:, None], moved, chunk)
+
+
+def split_frames(frames: Tensor, out: Tensor, alpha: float, threshold: float, rows: int) -> Tensor:
+    """`split_rows_of` for `frames` `(F, N, D)` with frame 0, which is copied."""
+    out[0].copy_(frames[0])
+    targets = out[1:].view(-1, frames.shape[-1])
+    split_rows_of(frames[1:].flatten(0, 1), frames[0], targets, alpha, threshold, rows)
     return out
+
+
+def split_others(
+    x: Tensor,
+    groups: int = 1,
+    alpha: float = ALPHA,
+    threshold: float = THRESHOLD,
+    rows: int = 2048,
+) -> Tensor:
+    """`split_rows_of` for every item of `x` `(B, N, D)` with all others of its group."""
+    y = torch.empty_like(x)
+    for part, out in zip(x.chunk(groups), y.chunk(groups), strict=True):
+        for item in range(len(part)):
+            others = torch.cat((part[:item], part[item + 1 :])).flatten(0, 1)
+            split_rows_of(part[item], others, out[item], alpha, threshold, rows)
+    return y
 
 
 def split(
@@ -107,3 +130,18 @@ def matmul_into(x: Tensor, out: Tensor, groups: int = 1) -> Tensor:
         torch.mm(source[0], reference[0], out=out[0])
         return out
     return torch.bmm(source, reference, out=out)
+
+
+def matmul_others(x: Tensor, groups: int = 1) -> list[Tensor]:
+    """The bare products of every item with all others of its group, each newly allocated.
+
+    Twelve products for four items: one for each item and each other, as a library would do it,
+    which does not know that a product serves both directions.
+    """
+    products = []
+    for part in x.chunk(groups):
+        for item in range(len(part)):
+            for others in (part[:item], part[item + 1 :]):
+                if len(others):
+                    products.append(torch.mm(part[item], others.flatten(0, 1).T))
+    return products

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import baselines
+from . import baselines, rivals
 from .shapes import Shape
 
-Call = Callable[[Tensor], Tensor]
+#: Some store several matrices; only what returns the result returns one tensor.
+Call = Callable[[Tensor], Any]
 OURS = "ours"
 #: Rows of scores among which the split version takes the fastest; at most this many bytes of them.
 SPLIT_ROWS = (512, 2048, 8192)
@@ -28,6 +30,7 @@ class Candidate:
     `returns_result` is False where the output is a stored similarity matrix: overhead, which the
     operator is there to avoid, and not the result. `compiles` marks functions whose first call
     at a shape compiles. `exact` ones promise the operator's own result, and are held to it.
+    `others`: there is one for shapes in which all items of a group meet each other.
     """
 
     label: str
@@ -35,6 +38,7 @@ class Candidate:
     returns_result: bool = True
     compiles: bool = False
     exact: bool = False
+    others: bool = False
 
 
 def _ours(shape: Shape, example: Tensor) -> Call:
@@ -43,7 +47,8 @@ def _ours(shape: Shape, example: Tensor) -> Call:
     # As tensors, they are converted and checked once and not in every call.
     alpha = torch.tensor(baselines.ALPHA, device=example.device)
     threshold = torch.tensor(baselines.THRESHOLD, device=example.device)
-    return lambda x: negtome(x, alpha=alpha, threshold=threshold, groups=shape.groups)
+    reference: Literal["first", "others"] = "others" if shape.others else "first"
+    return lambda x: negtome(x, reference, alpha=alpha, threshold=threshold, groups=shape.groups)
 
 
 def _authors(shape: Shape, example: Tensor) -> Call:
@@ -83,8 +88,10 @@ def _clock(example: Tensor) -> Callable[[], float]:
 
 def split_rows(shape: Shape) -> list[int]:
     """How many rows of scores the split version may store at a time: a few choices to try."""
-    total = (shape.items // shape.groups - 1) * shape.tokens
-    fitting = max(1, SPLIT_BYTES // (4 * shape.tokens))
+    size = shape.items // shape.groups
+    total = shape.tokens if shape.others else (size - 1) * shape.tokens
+    columns = (size - 1) * shape.tokens if shape.others else shape.tokens
+    fitting = max(1, SPLIT_BYTES // (4 * columns))
     fewest = -(-total // MOST_CHUNKS)
     return sorted({min(max(rows, fewest), fitting, total) for rows in SPLIT_ROWS})
 
@@ -94,7 +101,8 @@ def _split_by(function: Callable[..., Tensor], shape: Shape, rows: int) -> Call:
 
 
 def _split(shape: Shape, example: Tensor) -> Call:
-    calls = [_split_by(baselines.split, shape, rows) for rows in split_rows(shape)]
+    function = baselines.split_others if shape.others else baselines.split
+    calls = [_split_by(function, shape, rows) for rows in split_rows(shape)]
     return fastest(calls, example, _clock(example)) if len(calls) > 1 else calls[0]
 
 
@@ -105,6 +113,8 @@ def _split_compiled(shape: Shape, example: Tensor) -> Call:
 
 
 def _matmul(shape: Shape, example: Tensor) -> Call:
+    if shape.others:
+        return lambda x: baselines.matmul_others(x, shape.groups)
     return lambda x: baselines.matmul(x, shape.groups)
 
 
@@ -114,12 +124,33 @@ def _matmul_into(shape: Shape, example: Tensor) -> Call:
     return lambda x: baselines.matmul_into(x, out, shape.groups)
 
 
+def _by_assignment(package: str, whole: bool) -> Callable[[Shape, Tensor], Call]:
+    """The operator, or the matching alone, by the fused assignment of a k-means package."""
+
+    def prepare(shape: Shape, example: Tensor) -> Call:
+        assign = rivals.assignment(package)
+        function = rivals.negtome_by if whole else rivals.assigned
+        return lambda x: function(assign, x, shape.groups)
+
+    return prepare
+
+
 CANDIDATES = {
-    OURS: Candidate("ours", _ours, exact=True),
+    OURS: Candidate("ours", _ours, exact=True, others=True),
     "authors": Candidate("authors' function", _authors),
     "authors-compiled": Candidate("authors', torch.compile", _authors_compiled, compiles=True),
-    "split": Candidate("split, library matmul", _split, exact=True),
+    "split": Candidate("split, library matmul", _split, exact=True, others=True),
     "split-compiled": Candidate("split, torch.compile", _split_compiled, compiles=True, exact=True),
-    "matmul": Candidate("bare matmul", _matmul, returns_result=False),
+    "matmul": Candidate("bare matmul", _matmul, returns_result=False, others=True),
     "matmul-into": Candidate("bare matmul, no allocation", _matmul_into, returns_result=False),
+    "flash-kmeans": Candidate("flash-kmeans + push", _by_assignment("flash-kmeans", True)),
+    "flash-kmeans-match": Candidate(
+        "flash-kmeans, match", _by_assignment("flash-kmeans", False), returns_result=False
+    ),
+    "flashlib": Candidate("flashlib + push", _by_assignment("flashlib", True)),
+    "flashlib-match": Candidate(
+        "flashlib, match", _by_assignment("flashlib", False), returns_result=False
+    ),
 }
+#: Those whose packages most machines do not have, on a GPU only, and not unless asked for.
+OF_PACKAGES = ("flash-kmeans", "flash-kmeans-match", "flashlib", "flashlib-match")

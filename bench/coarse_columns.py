@@ -29,7 +29,7 @@ REHEARSAL = (Shape("rehearsal", 2, 160, 128), Shape("rehearsal, groups", 4, 96, 
 
 def _call(kind: str, shape: Shape, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from negtome_fast.functional import guide_tokens
-    from negtome_fast.tune import forced
+    from negtome_fast.tuner.measure import forced
 
     with forced(kind):
         return guide_tokens(x, "first", groups=shape.groups, backend="triton")

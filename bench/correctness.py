@@ -7,6 +7,7 @@ must be the push away from that token, rounded once; reference items must come b
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,15 @@ def check(
     function: Callable[[Tensor], Tensor] | None = None,
     rows: int = ROWS,
     seed: int = 0,
+    matches: bool = True,
 ) -> dict[str, float | int]:
     """Compare `rows` random tokens of every source item with fp64.
 
     Args:
         function: what computes the result; the operator if None. Of another function the matches
             are not known: where two tokens are equally good to rounding it is not judged.
+        matches: ask `match_tokens` too, so that the matches of tokens that are not pushed are
+            known as well; not of `shape.others`.
 
     Returns:
         How many tokens were checked, the share of them pushed, and how far the cosine of a chosen
@@ -44,32 +48,44 @@ def check(
     Raises:
         WrongResult: with the item and what is wrong with it.
     """
-    from negtome_fast.functional import match_tokens, negtome
-
-    if function is None:
-        y = negtome(x, alpha=ALPHA, threshold=THRESHOLD, groups=shape.groups)
-        _, matches = match_tokens(x, groups=shape.groups)
-        index = matches.reshape(shape.items, -1, shape.tokens)[:, 0]
-    else:
-        y, index = function(x), None
+    y, index = (function(x), None) if function else _operator(shape, x, matches)
     size = shape.items // shape.groups
     generator = torch.Generator().manual_seed(seed)
     checked, pushed, gap = 0, 0, 0.0
     for item in range(shape.items):
-        if item % size == 0:
+        start = item - item % size
+        if item == start and not shape.others:
             if not torch.equal(y[item], x[item]):
                 raise WrongResult(f"{shape}: reference item {item} was changed")
             continue
+        reference = x[start]
+        if shape.others:
+            reference = torch.cat((x[start:item], x[item + 1 : start + size])).flatten(0, 1)
         chosen = torch.randperm(shape.tokens, generator=generator)[:rows].to(x.device)
         item_pushed, item_gap = _check_rows(
             f"{shape}: item {item}",
             x[item, chosen].double(),
-            x[item - item % size],
+            reference,
             y[item, chosen],
             None if index is None else index[item, chosen],
+            every=matches and not shape.others,
         )
         checked, pushed, gap = checked + len(chosen), pushed + item_pushed, max(gap, item_gap)
     return {"checked": checked, "pushed_share": pushed / checked, "cosine_gap": gap}
+
+
+def _operator(shape: Shape, x: Tensor, matches: bool) -> tuple[Tensor, Tensor]:
+    """The operator's result, and `(B, N)` the tokens that it chose, -1 where it does not say."""
+    from negtome_fast import functional
+
+    arguments: dict[str, Any] = {"alpha": ALPHA, "threshold": THRESHOLD, "groups": shape.groups}
+    if matches and not shape.others:
+        y = functional.negtome(x, **arguments)
+        _, chosen = functional.match_tokens(x, groups=shape.groups)
+        return y, chosen.reshape(shape.items, -1, shape.tokens)[:, 0]
+    reference: Literal["first", "others"] = "others" if shape.others else "first"
+    y, _, pushed = functional.guide_tokens(x, reference, **arguments)
+    return y, pushed[:, 0]
 
 
 def _two_best(source: Tensor, reference: Tensor, block: int = 8192) -> tuple[Tensor, Tensor]:
@@ -91,14 +107,24 @@ def _two_best(source: Tensor, reference: Tensor, block: int = 8192) -> tuple[Ten
 
 
 def _check_rows(
-    where: str, source: Tensor, reference: Tensor, result: Tensor, index: Tensor | None
+    where: str,
+    source: Tensor,
+    reference: Tensor,
+    result: Tensor,
+    index: Tensor | None,
+    every: bool,
 ) -> tuple[int, float]:
-    """Number of pushed rows and the largest gap in cosine; raises WrongResult."""
+    """Number of pushed rows and the largest gap in cosine; raises WrongResult.
+
+    `every`: an index must be there for every row, also for those that are not pushed.
+    """
     best, best_index = _two_best(source, reference)
     judged = torch.ones(len(source), dtype=torch.bool, device=source.device)
     if index is None:
         index, judged = best_index, best[:, 0] - best[:, 1] > COSINE_TOLERANCE
-    elif bool(((index < 0) | (index >= len(reference))).any()):
+    elif not every:
+        index = torch.where(index < 0, best_index, index)
+    if bool(((index < 0) | (index >= len(reference))).any()):
         raise WrongResult(f"{where}: matched no token, or one that is not there")
     matched = reference[index].double()
     cosine = F.cosine_similarity(source, matched, dim=-1)

@@ -132,7 +132,7 @@ def measure_memory(
 
 def refusal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[str], str | None]:
     """Says of a candidate why it cannot run here: its matrix does not fit. None if it can."""
-    matrix = (shape.items - shape.groups) * shape.tokens**2 * dtype.itemsize
+    matrix = shape.products * shape.tokens**2 * dtype.itemsize
     whole = shape.items * shape.tokens**2 * dtype.itemsize
     # `authors` holds the matrix of all items, and beside it what the maximum and the push need.
     needs = {
@@ -144,6 +144,8 @@ def refusal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[
     free = memory.free_bytes(device)
 
     def refused(name: str) -> str | None:
+        if shape.others and not CANDIDATES[name].others:
+            return "does not match all items of a group with each other"
         needed = needs.get(name, 0)
         if free is None or needed <= 0.9 * free:
             return None
@@ -160,8 +162,12 @@ def measure(
     seconds: float,
     with_memory: bool,
     limits: dict[str, Any] | None = None,
+    matches: bool = True,
 ) -> dict[str, Any]:
-    """All that is known about one shape; without times where the result is wrong."""
+    """All that is known about one shape; without times where the result is wrong.
+
+    `matches` is that of `correctness.check`.
+    """
     started = time.perf_counter()
     case: dict[str, Any] = {
         "name": shape.name,
@@ -172,7 +178,7 @@ def measure(
     }
     inputs = rotating_inputs(shape, dtype, device)
     try:
-        case["correct"] = correctness.check(shape, inputs[0])
+        case["correct"] = correctness.check(shape, inputs[0], matches=matches)
     except correctness.WrongResult as error:
         return case | {"wrong": str(error)}
     names = [OURS, *against]

@@ -52,6 +52,7 @@ GPU = (
         Entry,
         (
             shapes.FLUX_1024,
+            shapes.FLUX_1024_OTHERS,
             shapes.SDXL_64,
             shapes.SDXL_32,
             shapes.FLUX_768,

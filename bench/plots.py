@@ -21,6 +21,10 @@ COLOURS = {
     "split-compiled": "#8fc93a",
     "matmul": "#777777",
     "matmul-into": "#bbbbbb",
+    "flash-kmeans": "#7b4fb5",
+    "flash-kmeans-match": "#b79bdc",
+    "flashlib": "#b5532a",
+    "flashlib-match": "#e0a485",
 }
 MARKERS = {OURS: "o", "authors": "s", "authors-compiled": "D", "split": "^", "matmul": "x"}
 SERIES_AXES: dict[str, tuple[str, Callable[[str], int]]] = {

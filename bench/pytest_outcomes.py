@@ -1,16 +1,23 @@
 """pytest plugin (`-p bench.pytest_outcomes`): writes each outcome down as it comes, as JSON lines.
 
 A run that is cut short so leaves what it has. Loaded first, it also makes the project importable
-where it is not installed, because importing the package `bench` does.
+where it is not installed, because importing the package `bench` does. After a failed test it asks
+whether the GPU still answers: after a device fault nothing else can run in the same process, so it
+ends, and pytest-xdist starts another worker for the tests that are left.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 FILE_VARIABLE = "NEGTOME_FAST_OUTCOMES"
+#: Characters kept of each end of a traceback that is too long for the results.
+HALF = 6000
+#: Exit code of a process that ends because it lost the device.
+LOST = 70
 
 
 def _write(test: str, outcome: str, why: str) -> None:
@@ -21,11 +28,36 @@ def _write(test: str, outcome: str, why: str) -> None:
 
 
 def _reason(report: Any) -> str:
-    lines = str(report.longrepr).strip().splitlines()
-    return lines[-1][:400] if lines else ""
+    """The whole traceback; of a very long one the beginning and the end."""
+    text = str(report.longrepr).strip()
+    return text if len(text) <= 2 * HALF else f"{text[:HALF]}\n...\n{text[-HALF:]}"
+
+
+def device_lost() -> bool:
+    """Whether a fault left the GPU unusable to this process; False where it was never used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+_failed: list[str] = []
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    if _failed and device_lost():
+        _write(nodeid, "failed", "the device was lost to this process, which ended")
+        os._exit(LOST)
+    _failed.clear()
 
 
 def pytest_runtest_logreport(report: Any) -> None:
+    if report.outcome == "failed":
+        _failed.append(report.nodeid)
     if report.when == "call" or report.outcome != "passed":
         why = _reason(report) if report.outcome == "failed" else ""
         _write(report.nodeid, report.outcome, why)

@@ -181,7 +181,7 @@ def section(name: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         body += ["<h3>All cases</h3>", case_table(figured), left_out(part["cases"])]
     skipped = result.get("skipped", {})
     for stage in result.get("stages", {}).values():
-        skipped = skipped | stage.get("result", {}).get("skipped", {})
+        skipped = skipped | (stage.get("result") or {}).get("skipped", {})
     body += [f"<p>{_text(model)}: not measured, {_text(why)}</p>" for model, why in skipped.items()]
     return "\n".join(body), images
 

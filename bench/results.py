@@ -43,13 +43,21 @@ def micro(result: dict[str, Any]) -> dict[str, Any] | None:
     found = [
         stage["result"]
         for stage in result.get("stages", {}).values()
-        if "cases" in stage.get("result", {})
+        if "cases" in (stage.get("result") or {})
     ]
     if not found:
         return None
-    cases = [case for part in found for case in part["cases"]]
-    # A later stage may measure a shape again, tuned: its word counts.
-    latest = {case_key(case): case for case in cases}
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in (case for part in found for case in part["cases"]):
+        before = latest.get(case_key(case), {})
+        if "times" not in case and "times" in before:
+            continue
+        # A later stage may measure a shape again, tuned or against others: its word counts.
+        merged = before | case
+        for what in ("times", "extra_bytes"):
+            if what in before:
+                merged[what] = before[what] | case.get(what, {})
+        latest[case_key(case)] = merged
     return found[-1] | {"cases": list(latest.values())}
 
 
@@ -60,7 +68,7 @@ def end_to_end(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         model
         for stage in result.get("stages", {}).values()
-        for model in stage.get("result", {}).get("models", ())
+        for model in (stage.get("result") or {}).get("models", ())
     ]
 
 

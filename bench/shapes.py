@@ -16,7 +16,8 @@ SHARED = (0.3, 0.95)
 class Shape:
     """Hidden states `(items, tokens, channels)` in equal `groups` whose item 0 is the reference.
 
-    `independent`: no token resembles another, see `random_tokens`.
+    `independent`: no token resembles another, see `random_tokens`. `others`: every item meets all
+    other items of its group, instead of item 0 alone.
     """
 
     name: str
@@ -25,11 +26,21 @@ class Shape:
     channels: int
     groups: int = 1
     independent: bool = False
+    others: bool = False
+
+    @property
+    def products(self) -> int:
+        """Pairs of a source item and a reference item; in `others`, each in both directions."""
+        size = self.items // self.groups
+        return self.groups * (size * (size - 1) if self.others else size - 1)
 
     @property
     def multiply_adds(self) -> int:
-        """What matching costs: `(B - G) * N * N * D`, the reference items being skipped."""
-        return (self.items - self.groups) * self.tokens**2 * self.channels
+        """What matching costs: `N * N * D` for each product, the reference items being skipped.
+
+        In `others` a product serves both directions of a pair, so that half of it is enough.
+        """
+        return self.products * self.tokens**2 * self.channels
 
     @property
     def least_elements(self) -> int:
@@ -43,10 +54,12 @@ class Shape:
     def __str__(self) -> str:
         size = f"{self.items}x{self.tokens}x{self.channels}"
         size = size if self.groups == 1 else f"{size}/{self.groups}"
-        return f"{size},independent" if self.independent else size
+        size = f"{size},independent" if self.independent else size
+        return f"{size},others" if self.others else size
 
 
 FLUX_1024 = Shape("FLUX 1024 px", 4, 4096, 3072)
+FLUX_1024_OTHERS = Shape("FLUX 1024 px, others", 4, 4096, 3072, others=True)
 FLUX_768 = Shape("FLUX 768 px", 4, 2304, 3072)
 SDXL_64 = Shape("SDXL 1024 px, 64x64", 8, 4096, 640, groups=2)
 SDXL_32 = Shape("SDXL 1024 px, 32x32", 8, 1024, 1280, groups=2)
@@ -63,20 +76,21 @@ QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640,
 
 
 def parse_shape(text: str) -> Shape:
-    """`"4x4096x640"` or, with two groups, `"8x4096x640/2"`; `,independent` may follow.
+    """`"4x4096x640"`, with two groups `"8x4096x640/2"`; then `,independent` and `,others`.
 
     Raises:
         ValueError: anything else, or groups that do not divide the items or hold a single item.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?(,independent)?", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?(,independent)?(,others)?", text)
     if not found:
         raise ValueError(
-            f"shape {text!r} is not ITEMSxTOKENSxCHANNELS, .../GROUPS or ...,independent"
+            f"shape {text!r} is not ITEMSxTOKENSxCHANNELS, .../GROUPS, ...,independent, ...,others"
         )
     items, tokens, channels, groups = (int(part or 1) for part in found.groups()[:4])
     if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
         raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
-    return Shape(text, items, tokens, channels, groups, independent=found[5] is not None)
+    marks = {"independent": found[5] is not None, "others": found[6] is not None}
+    return Shape(text, items, tokens, channels, groups, **marks)
 
 
 def random_tokens(

@@ -397,6 +397,24 @@ def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int)
         row["occupancy"] = round(programs * num_warps / target.warps, 2)
 
 
+# As `python -m`, but this package comes from where this process found it: in a checkout that is not
+# installed `kernels/` lies beside the package that it belongs to, where no import looks.
+_RUN_MODULE = """
+import importlib.util, runpy, sys
+package, folder, module = sys.argv[1:4]
+del sys.argv[1:4]
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == package:
+            return importlib.util.spec_from_file_location(
+                name, folder + "/__init__.py", submodule_search_locations=[folder]
+            )
+sys.meta_path.insert(0, Finder)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
 def run_compiling(
     module: str, arguments: Sequence[str], given: str | None = None, triton: Path | None = None
 ) -> str:
@@ -410,7 +428,8 @@ def run_compiling(
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     folders = [str(triton.resolve())] if triton else []
     environment["PYTHONPATH"] = os.pathsep.join([*folders, *(path for path in sys.path if path)])
-    command = [sys.executable, "-m", module, *arguments]
+    package, folder = str(__package__), str(Path(__file__).parent)
+    command = [sys.executable, "-c", _RUN_MODULE, package, folder, module, *arguments]
     done = subprocess.run(
         command, env=environment, input=given, capture_output=True, text=True, check=False
     )

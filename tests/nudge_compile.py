@@ -4,10 +4,17 @@ Run by test_nudge.py in a process of its own: kernels that were imported to be i
 be compiled any more.
 """
 
+import sys
+from pathlib import Path
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# Where the project is not installed, importing `bench` makes the kernels importable.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench  # noqa: F401
 from negtome_fast.kernels.nudge import nudge_kernel
 
 TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from bench import (
     ceilings,
     compare,
     correctness,
-    gpu_suite,
     measure,
     memory,
     plan,
@@ -442,14 +439,6 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_gpu_suite_without_a_gpu_says_so(tmp_path: Path) -> None:
-    done = run("bench/gpu_suite.py", "--out", str(tmp_path / "suite"))
-    assert done.returncode == 2
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "suite").exists()
-
-
 def test_the_project_is_importable_where_it_is_not_installed() -> None:
     # -S leaves site-packages out, and with them an editable install; torch is not needed.
     code = (
@@ -464,124 +453,6 @@ def test_the_project_is_importable_where_it_is_not_installed() -> None:
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "pairing.py"
 
 
-def test_a_test_run_cut_short_leaves_its_outcomes(tmp_path: Path) -> None:
-    lines = [
-        {"test": "a", "outcome": "passed", "why": ""},
-        {"test": "b", "outcome": "failed", "why": "AssertionError"},
-    ]
-    path = tmp_path / "outcomes.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"test": "c", "outc')
-    counted = gpu_suite.read_outcomes(path)
-    assert (counted["passed"], counted["failed"], counted["skipped"]) == (1, 1, 0)
-    assert counted["failures"] == {"b": "AssertionError"}
-    assert gpu_suite.read_outcomes(tmp_path / "none")["passed"] == 0
-
-
-@pytest.mark.parametrize(
-    ("tests", "failed"),
-    [
-        ({"exit_codes": {"all": 0}, "passed": 3, "failed": 0}, False),
-        ({"exit_codes": {"triton": 0, "rest": 5}, "passed": 3, "failed": 0}, False),
-        ({"exit_codes": {"all": None}, "passed": 3, "failed": 0, "cut_short": True}, False),
-        ({"exit_codes": {"all": None}, "passed": 3, "failed": 1, "cut_short": True}, True),
-        ({"exit_codes": {"all": None}, "passed": 0, "failed": 0, "cut_short": True}, True),
-        ({"exit_codes": {"all": 4}, "passed": 0, "failed": 0}, True),
-        ({"skipped": "there are no tests in this checkout"}, True),
-    ],
-    ids=str,
-)
-def test_tests_cut_short_are_no_failure(tests: dict[str, object], failed: bool) -> None:
-    assert gpu_suite.tests_failed(tests) is failed
-
-
-@pytest.mark.parametrize(
-    ("stage", "failed"),
-    [
-        ({"exit_code": 0, "result": {"cases": [{}]}}, False),
-        ({"exit_code": None, "cut_short": True}, False),
-        ({"skipped": "diffusers is not installed"}, False),
-        ({"exit_code": None, "result": {"cases": [{"wrong": "why"}]}}, True),
-        ({"exit_code": 1}, True),
-        ({"failed": 1, "error": "KeyError"}, True),
-    ],
-    ids=str,
-)
-def test_stages_cut_short_are_no_failure(stage: dict[str, object], failed: bool) -> None:
-    assert gpu_suite.stage_failed("shapes", stage) is failed
-
-
-def setting(tmp_path: Path) -> gpu_suite.Setting:
-    (tmp_path / "work").mkdir(exist_ok=True)
-    return gpu_suite.Setting(tmp_path, tmp_path / "work", rehearse=True)
-
-
-def test_suite_writes_after_each_stage_and_survives_a_broken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written: list[list[str]] = []
-
-    def works(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
-        path = tmp_path / "gpu_suite.json"
-        written.append(list(json.loads(path.read_text())["stages"]) if path.exists() else [])
-        return {"exit_code": 0, "cut_short": False, "log": ["the end of a log"]}
-
-    def breaks(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
-        works(setting, seconds)
-        raise KeyError("gone")
-
-    runs = {"a": works, "b": breaks, "c": works}
-    stages = {name: gpu_suite.Stage(1.0, run) for name, run in runs.items()}
-    monkeypatch.setattr(gpu_suite, "STAGES", stages)
-    found: dict[str, object] = {"stages": {}}
-    gpu_suite.run_stages(list(stages), setting(tmp_path), 100.0, found)
-    assert written == [[], ["a"], ["a", "b"]]
-    saved = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert [stage["failed_here"] for stage in saved["stages"].values()] == [False, True, False]
-    assert "KeyError" in saved["stages"]["b"]["error"]
-    assert "the end of a log" in capsys.readouterr().out
-
-
-def test_suite_keeps_to_its_limit_and_hands_on_what_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, given = 0.0, {}
-
-    def takes(name: str, share: float) -> gpu_suite.Stage:
-        def run(setting: gpu_suite.Setting, seconds: float) -> dict[str, object]:
-            nonlocal now
-            given[name] = seconds
-            now += {"quick": 1.0, "slow": seconds, "late": seconds}[name]
-            return {"exit_code": None if name == "slow" else 0, "cut_short": name == "slow"}
-
-        return gpu_suite.Stage(share, run)
-
-    shares = {"quick": 0.5, "slow": 0.3, "late": 0.2}
-    monkeypatch.setattr(gpu_suite, "STAGES", {n: takes(n, share) for n, share in shares.items()})
-    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now)
-    found: dict[str, object] = {"stages": {}}
-    gpu_suite.run_stages(list(shares), setting(tmp_path), 110.0, found)
-    assert given == pytest.approx({"quick": 50.0, "slow": 79.0, "late": 20.0})
-    assert now == pytest.approx(100.0) and found["cut_short"]
-
-    # Without time a stage is not begun.
-    gpu_suite.run_stages(list(shares), setting(tmp_path), 12.0, found := {"stages": {}})
-    assert found["stages"]["late"]["cut_short"]
-
-
-def test_stages_have_all_of_the_time() -> None:
-    assert sum(stage.share for stage in gpu_suite.STAGES.values()) == pytest.approx(1.0)
-    assert gpu_suite.LIMIT_SECONDS <= 480
-    order = gpu_suite.__doc__.split("\n\n")[2]
-    assert [line.split()[0] for line in order.splitlines()] == list(gpu_suite.STAGES)
-
-
-def test_rehearsal_measures_on_the_cpu(tmp_path: Path) -> None:
-    stage = gpu_suite.run_shapes(setting(tmp_path), 250.0)
-    assert stage["exit_code"] == 0 and not gpu_suite.stage_failed("shapes", stage), stage
-    assert all("times" in case for case in stage["result"]["cases"])
-    assert stage["log"][-1].startswith("written to")
-
-
 def test_small_run_of_every_kernel() -> None:
     assert small_run.main("cuda" if torch.cuda.is_available() else "cpu") == 0
 
@@ -593,43 +464,3 @@ def test_tables_of_the_readme_read_the_file_of_the_suite() -> None:
     assert "2x3x4 float32" in readme.speed_table(suite)
     assert readme.end_to_end_table(suite) == "not measured"
     assert "not measured" in readme.speed_table({**suite, "stages": {}})
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_gpu_suite_runs_every_test_once(
-    parallel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tests").mkdir()
-    program = "import pytest\n@pytest.mark.parametrize('b', ['torch', 'triton'])\n"
-    (tmp_path / "tests" / "test_operator.py").write_text(program + "def test_a(b): pass\n")
-    if parallel:
-        pytest.importorskip("xdist")
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_suite, "MOST_WORKERS", 1)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    place = gpu_suite.Setting(tmp_path, tmp_path, rehearse=False)
-    tests = gpu_suite.run_tests(place, 250.0)
-    assert (tests["passed"], tests["failed"], tests["cut_short"]) == (2, 0, False)
-    assert set(tests["exit_codes"].values()) == {0}
-    assert tests["exit_codes"].keys() == ({"all"} if parallel else {"triton", "rest"})
-    assert not gpu_suite.tests_failed(tests)
-
-
-def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    started = time.monotonic()
-    assert gpu_suite.run_limited(command, tmp_path / "log", 1.0, {}) is None
-    assert time.monotonic() - started < 300
-
-
-def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
-    command += ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes)}
-    assert gpu_suite.run_limited(command, tmp_path / "log", 120.0, environment) == 1
-    counted = gpu_suite.read_outcomes(outcomes)
-    assert (counted["passed"], counted["failed"]) == (1, 1)

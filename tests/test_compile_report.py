@@ -171,13 +171,21 @@ def test_resident_programs(
     assert aot.resident_programs(aot.TARGETS[target], registers, shared, warps) == programs
 
 
+#: `python -m negtome_fast.kernels.compile_report`, also in a checkout: `bench` makes it importable.
+PROGRAM = (
+    "import bench, sys; from negtome_fast.kernels import compile_report as report;"
+    "sys.exit(report.main())"
+)
+
+
 def test_unknown_names_are_one_clear_line() -> None:
     with pytest.raises(ValueError, match="unknown sm_1; known: sm_80"):
         compile_report.report(targets=["sm_1"])
     with pytest.raises(ValueError, match="unknown mach; known: scale"):
         compile_report.report(kernels=["mach"])
     done = subprocess.run(
-        [sys.executable, "-m", "negtome_fast.kernels.compile_report", "--targets", "sm_1"],
+        [sys.executable, "-c", PROGRAM, "--targets", "sm_1"],
+        cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,
         check=False,

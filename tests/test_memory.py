@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SLICE = """
-import ctypes, gc, torch
+import bench, ctypes, gc, torch
 import negtome_fast as nf
 from bench.memory import RESET, _status_bytes
 torch.set_num_threads(1)

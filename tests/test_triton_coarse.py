@@ -30,7 +30,7 @@ from negtome_fast.functional import guide_tokens
 from negtome_fast.kernels import tuning
 from negtome_fast.kernels.pairing import Pairing
 from negtome_fast.kernels.tuning import Config
-from negtome_fast.tune import forced
+from negtome_fast.tuner.measure import forced
 
 SMALL = {
     "round": Config(32, 0, 128, 4, 1),
@@ -195,7 +195,7 @@ def bounded(x: Tensor, **configurations: Config) -> Iterator[tuple[Any, ...]]:
     with forced("coarse", **configurations):
         plan = plan_of(x, x.shape[1], pairing)
     layout = triton_coarse._layout(x, x, pairing, plan)
-    scale = triton_coarse._scales(x, x, None, pairing)
+    scale = triton_coarse.column_scales(x, x, None, pairing)
     centre = triton_coarse._centres(x, scale, layout, plan).double()
     columns = x[0].double() * scale[0, : x.shape[1]].clamp_min(0).double()[:, None]
     for part, rounded in triton_coarse._parts(x, x, scale, layout, plan):

@@ -204,7 +204,7 @@ def _power_of_two(length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def _scales(x: Tensor, reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
+def column_scales(x: Tensor, reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
     """Column scales of the references, as `raise_keys` takes them."""
     shape = geometry(x, reference, pairing, mask)
     scale = x.new_empty((len(reference), shape.scale_room(shape.M)), dtype=torch.float32)
@@ -469,7 +469,7 @@ def coarse_statistics(
     with runtime.launch_device(x):
         plan = plan_of(x, tokens.shape[1], pairing)
         layout = _layout(x, tokens, pairing, plan)
-        scale = _scales(x, tokens, reference_mask, pairing)
+        scale = column_scales(x, tokens, reference_mask, pairing)
         return _count(x, tokens, scale, layout, plan, sample)
 
 

@@ -1,0 +1,1 @@
+"""What `bench/gpu_suite.py` runs: `smoke` and `full`, their stages, and the processes of these."""

@@ -1,0 +1,86 @@
+"""Kinds of launches by name, and how to launch without those that failed.
+
+A kind is a kernel, and for the tile kernel a way to read tokens, to loop, or to push beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..shapes import Shape
+
+KINDS = (
+    "scale",
+    "rows",
+    "tiles",
+    "tiles by descriptors",
+    "tiles flattened",
+    "tiles overlapped",
+    "pairs",
+    "pairs by descriptors",
+    "resolve",
+    "finish",
+    "push",
+    "coarse",
+    "nudge",
+)
+#: What each way of the tile kernel asks of its configuration.
+POINTERS = {"DESCRIPTORS": 0, "FLATTEN": 0, "OVERLAP": 0}
+WAYS: dict[str, dict[str, int]] = {
+    "by descriptors": {**POINTERS, "DESCRIPTORS": 1},
+    "flattened": {**POINTERS, "DESCRIPTORS": 1, "FLATTEN": 1},
+    "overlapped": {**POINTERS, "OVERLAP": 1},
+}
+
+
+@contextmanager
+def launching(kind: str | None, fields: Mapping[str, int] | None = None) -> Iterator[None]:
+    """Inside, paper matching is launched as `kind`, tiles with other `fields` of their Config.
+
+    kind: "rows", "tiles" or "coarse"; None leaves the choice to the tuning table.
+    """
+    from negtome_fast.kernels import tuning
+
+    original = tuning.plan
+
+    def plan(*problem: Any) -> tuning.Plan:
+        found = original(*problem)
+        tiles, pairs = (config._replace(**(fields or {})) for config in (found.tiles, found.pairs))
+        found = found._replace(tiles=tiles, pairs=pairs)
+        return found if kind is None else found._replace(kind=kind)
+
+    tuning.plan = plan
+    try:
+        yield
+    finally:
+        tuning.plan = original
+
+
+def choice(shape: Shape, broken: Collection[str]) -> tuple[str | None, dict[str, int]] | str:
+    """Arguments of `launching` for a shape that avoid the `broken` kinds, or why there are none.
+
+    (None, {}), the tuning table's own choice, where nothing that it may need is broken.
+    """
+    if "scale" in broken:
+        return "scale failed, which everything needs"
+    tile = "pairs" if shape.others else "tiles"
+    described = f"{tile} by descriptors"
+    fields: dict[str, int] = {}
+    if f"{tile} flattened" in broken:
+        fields["FLATTEN"] = 0
+    if f"{tile} overlapped" in broken:
+        fields["OVERLAP"] = 0
+    bad = {tile, described, "finish", "rows"} & set(broken)
+    if not bad:
+        return None, fields
+    if "finish" not in bad and not {tile, described} <= bad:
+        if described in bad:
+            return "tiles", fields | {"DESCRIPTORS": 0, "FLATTEN": 0}
+        if tile in bad:
+            return "tiles", fields | {"DESCRIPTORS": 1}
+        return "tiles", fields
+    if "rows" not in bad:
+        return "rows", {}
+    return f"{', '.join(sorted(bad))} failed: no way to launch is left"

@@ -1,0 +1,44 @@
+"""`python -m bench.gpu.warm DEVICE SHAPE [TIMES] [KIND...]`: compiles what a shape launches.
+
+Calls the operator `TIMES` times, default once, at the shape, as it is timed and as it is checked,
+without the kinds that failed. Run for several shapes at the same time, it fills Triton's cache on
+disk with many processors; it is also what the profiler watches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..candidates import CANDIDATES, OURS
+from ..correctness import check
+from ..shapes import parse_shape, random_tokens
+from .launches import choice, launching
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; 1 where no way to launch is left."""
+    device, text = argv[:2]
+    times = int(argv[2]) if len(argv) > 2 else 1
+    shape = parse_shape(text)
+    way = choice(shape, argv[3:])
+    if isinstance(way, str):
+        print(way)
+        return 1
+    x = random_tokens(shape, torch.bfloat16, device)
+    function = CANDIDATES[OURS].prepare(shape, x)
+    with launching(*way):
+        for _ in range(times):
+            function(x)
+        if times == 1:
+            check(shape, x, rows=1)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{text}: compiled and called", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
