@@ -43,7 +43,7 @@ def measure(
     `alike` is the share of source tokens for which both kinds do the same: less than 1 only where
     two cosines differ by less than the rounding of a sum.
     """
-    from negtome_fast.backends.triton_coarse import coarse_statistics
+    from negtome_fast.backends.coarse_statistics import coarse_statistics
 
     inputs = rotating_inputs(shape, dtype, device)
     chosen = {kind: _call(kind, shape, inputs[0])[2] for kind in KINDS}

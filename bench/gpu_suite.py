@@ -11,6 +11,7 @@ tune        searches launch configurations for the main shapes: DIR/<arch>.json
 tuned       the shapes of models with that table, against what a user would take instead
 tests       the tests of the kernels, then the others that run on a GPU
 end-to-end  what guidance adds to FLUX.1-dev, SDXL and Wan, where diffusers is installed
+coarse      int8 bounds and exact scores against tiles, and the columns in question a row
 growth      tokens, batch and channels
 sanitizer   a small run of every kernel under compute-sanitizer, where that is installed
 compiled    the main shapes against what `torch.compile` makes of the rivals

@@ -53,22 +53,16 @@ SCORE_ERROR = tl.constexpr(2.0**-13)
 # The least size of the largest element before rounding: a token equal to the centre is rounded too.
 LEAST = tl.constexpr(1e-12)
 
-_RUNTIME = [*RUNTIME_SIZES, "counts", "lists", "first_row", "row_count", "tiles", "column_blocks"]
-_RUNTIME += ["item_step", "items_each", "centre_step", "reference_every", "sources", "references"]
-_RUNTIME += ["lists_each", "rows"]
+_RUNTIME = [*RUNTIME_SIZES, "counts", "lists", "lists_each", "first_row", "row_count", "rows"]
+_RUNTIME += ["tiles", "column_blocks", "item_step", "items_each", "centre_step", "reference_every"]
+_RUNTIME += ["sources", "references"]
 
 
 @triton.jit
 def ordered(value):
-    """fp32 as int32 of the same order, never NaN."""
+    """fp32, never NaN, as int32 of the same order; on its bits it is its own inverse."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def value_of(order):
-    """The fp32 of `ordered`."""
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,7 +369,7 @@ def bound_kernel(
 
 
 # ---------------------------------------------------------------------------------------------
-# Which blocks of columns are in question
+# Which blocks of columns are in question, and their exact scores
 # ---------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=_RUNTIME)
 def select_kernel(
@@ -405,7 +399,7 @@ def select_kernel(
     inside = rows < row_count
     source = tl.program_id(1)
     order = tl.load(lower_ptr + source.to(tl.int64) * row_count + rows, mask=inside, other=0)
-    lower = value_of(order)
+    lower = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
     for start in range(0, lists_each, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
         mine = number < lists_each
@@ -436,9 +430,6 @@ def select_kernel(
         tl.store(tasks_ptr + task, number * tiles + tile, mask=begins)
 
 
-# ---------------------------------------------------------------------------------------------
-# Exact scores
-# ---------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=_RUNTIME)
 def score_kernel(
     x_ptr,

@@ -14,7 +14,7 @@ from typing import Any
 from .. import plan, rivals
 from .._path import ROOT
 from .processes import Setting, read_json, run
-from .smoke import benchmark, compiled_first, find_tool, module
+from .smoke import ON_TRITON, benchmark, compiled_first, find_tool, module
 from .suite import Stage
 
 #: Processes that test at the same time, where pytest-xdist is there: most time goes to compiling.
@@ -25,9 +25,12 @@ TEST_SECONDS = 120
 KERNEL_TESTS = (
     "test_on_device.py",
     "test_triton_kernels.py",
+    "test_tile_launches.py",
     "test_operator.py",
     "test_nudge.py",
     "test_ties.py",
+    "test_division.py",
+    "test_triton_coarse.py",
 )
 OTHER_TESTS = (
     "test_tuning.py",
@@ -125,6 +128,15 @@ def run_compiled(setting: Setting, seconds: float) -> dict[str, Any]:
             options += ["--shape", text]
     # The compiler may take a minute for a shape, which is no kernel that hangs.
     return _bench("compiled", options, setting, seconds, case_limit=None)
+
+
+def run_coarse(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Kind "coarse" against tiles at long sequences, and how many columns a row it leaves."""
+    path = setting.work / "coarse.json"
+    command = module("coarse_columns", "--out", str(path))
+    command += ["--seconds", "0.05" if setting.rehearse else "2"]
+    stage = run("coarse", command, setting, seconds, ON_TRITON)
+    return stage | {"result": read_json(path) or {}}
 
 
 def run_growth(setting: Setting, seconds: float) -> dict[str, Any]:
@@ -242,8 +254,9 @@ STAGES = {
     "tune": Stage(0.22, run_tune),
     "tuned": Stage(0.18, run_tuned),
     "tests": Stage(0.27, run_tests),
-    "end-to-end": Stage(0.12, run_end_to_end),
-    "growth": Stage(0.07, run_growth),
+    "end-to-end": Stage(0.09, run_end_to_end),
+    "coarse": Stage(0.05, run_coarse),
+    "growth": Stage(0.05, run_growth),
     "sanitizer": Stage(0.05, run_sanitizer),
     "compiled": Stage(0.09, run_compiled),
 }

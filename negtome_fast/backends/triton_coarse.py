@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..kernels import tuning
 from ..kernels.pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_descriptors import descriptors
-from .triton_geometry import blocks, geometry, plan_of, programs, reference_step
+from .triton_geometry import blocks, geometry, programs, reference_step
 
 #: The most memory for what grows with the number of source tokens at a time; at least one block of
 #: rows of all items is taken at a time, whatever it needs.
@@ -33,8 +33,6 @@ STEP = 128
 #: Bound on the relative error of a term of a sum of fp32, in any order, times that on the centre's
 #: norm and on the rounding of the bound itself.
 TERM_ERROR = 2.0**-24 * 1.02
-#: A row of which more than this share of blocks is in question counts as undecided in statistics.
-UNDECIDED = 0.25
 
 
 def serves(mode: str, channels: int) -> bool:
@@ -419,129 +417,3 @@ def raise_keys(
         return
     for part, _ in _parts(x, reference, scale, layout, plan):
         _score(x, reference, scale, keys, part, layout)
-
-
-# ---------------------------------------------------------------------------------------------
-# How much is in question
-# ---------------------------------------------------------------------------------------------
-def coarse_statistics(
-    x: Tensor,
-    reference: Tensor | None = None,
-    *,
-    groups: int = 1,
-    reference_mask: Tensor | None = None,
-    sample: int = 256,
-) -> dict[str, Any]:
-    """How much the int8 bounds leave in question for these tokens. Waits for the device.
-
-    Args:
-        x: source tokens (B, N, D) fp32, bf16 or fp16.
-        reference: external references (R, M, D); None takes item 0 of each group, as "first" does.
-        groups: equal contiguous groups of items; 1 with external references.
-        reference_mask: (P, M) bool, True where a token may be matched; P is R, or B without
-            external references.
-        sample: rows, spread evenly over all, whose columns are counted one by one.
-
-    Returns:
-        `rows` (source tokens that are finite), `columns` (that each of them meets) and
-        `block_columns` (columns of a block); `blocks_mean`, `blocks_max`: blocks in question a row,
-        each of which is scored exactly; `columns_mean`, `columns_max`: columns in question a row,
-        of the sample; `scored`: share of all exact scores that are computed; `undecided`: share of
-        the rows of which more than a quarter of the blocks is in question, so that they cost what
-        kind "tiles" takes for them, or nearly; `parts`: into how many the source tokens were cut;
-        `scratch_bytes`: memory of values, bounds and lists.
-
-    Raises:
-        ValueError: another dtype, more than MOST_CHANNELS channels, or nothing to match.
-        RuntimeError: Triton cannot run on the device of `x`.
-    """
-    runtime.require(x)
-    if x.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"x has {x.shape[2]} channels; at most {MOST_CHANNELS} can be bounded")
-    if reference is None:
-        pairing, tokens = Pairing("first", len(x), groups), x
-    else:
-        pairing, tokens = Pairing("external", len(x), references=len(reference)), reference
-    if not pairing.sources or 0 in x.shape or 0 in tokens.shape:
-        raise ValueError(
-            f"nothing to match: x is {tuple(x.shape)}, references {tuple(tokens.shape)}"
-        )
-    with runtime.launch_device(x):
-        plan = plan_of(x, tokens.shape[1], pairing)
-        layout = _layout(x, tokens, pairing, plan)
-        scale = column_scales(x, tokens, reference_mask, pairing)
-        return _count(x, tokens, scale, layout, plan, sample)
-
-
-def _count(
-    x: Tensor, reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan, sample: int
-) -> dict[str, Any]:
-    blocks_a_row, columns_a_row = [], []
-    tasks = held = parts = 0
-    step = max(1, layout.sources * layout.tokens // sample)
-    for part, columns in _parts(x, reference, scale, layout, plan):
-        finite = part.rounded.stats[0] > 0
-        in_question = in_question_of(part).view(layout.sources, -1, *part.lower.shape[1:])
-        blocks_a_row.append(in_question.sum(dim=1)[finite])
-        chosen = finite.nonzero()[::step]
-        columns_a_row.append(columns_in_question(part, columns, layout, chosen))
-        tasks += int(part.counts[-1])
-        parts += 1
-        # The first part is the largest.
-        held = held or sum(one.nbytes for one in (*part.rounded, *columns, *part[2:]))
-    blocks, singles = torch.cat(blocks_a_row).double(), torch.cat(columns_a_row).double()
-    each = layout.pairing.slots * layout.column_blocks
-    rows = len(blocks)
-    scores = tasks * layout.score.BLOCK_M * layout.bound.BLOCK_N
-    met = layout.pairing.slots * layout.columns
-    return {
-        "rows": rows,
-        "columns": met,
-        "block_columns": layout.bound.BLOCK_N,
-        "blocks_mean": float(blocks.mean()) if rows else 0.0,
-        "blocks_max": int(blocks.max()) if rows else 0,
-        "columns_mean": float(singles.mean()) if len(singles) else 0.0,
-        "columns_max": int(singles.max()) if len(singles) else 0,
-        "scored": scores / (rows * met) if rows else 0.0,
-        "undecided": float((blocks > UNDECIDED * each).double().mean()) if rows else 0.0,
-        "parts": parts,
-        "scratch_bytes": held,
-    }
-
-
-def lower_bounds(part: _Part) -> Tensor:
-    """(S, K) fp32 from the integers of the same order; -inf where there is no candidate."""
-    order = part.lower
-    return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
-
-
-def in_question_of(part: _Part) -> Tensor:
-    """(lists, K) bool: which blocks of columns may hold a row's best one."""
-    lower = lower_bounds(part).repeat_interleave(len(part.upper) // len(part.lower), dim=0)
-    return (part.upper >= lower) & (part.upper > -torch.inf)
-
-
-def columns_in_question(
-    part: _Part, columns: _Rounded, layout: _Layout, chosen: Tensor, size: int = 4096
-) -> Tensor:
-    """How many columns (K,) may be the best of the `chosen` (K, 2) = (source, row), in fp64."""
-    source, row = chosen.unbind(1)
-    scale, length, error = (field[source, row].double() for field in part.rounded.stats)
-    values = part.rounded.values[source, row].double()
-    level = lower_bounds(part)[source, row].double()
-    pairing = layout.pairing
-    found = torch.zeros(len(chosen), dtype=torch.int64, device=chosen.device)
-    owners = torch.tensor(pairing.sources, device=chosen.device)[source].tolist()
-    for slot in range(pairing.slots):
-        items = [pairing.reference_item(owner, slot) // layout.item_step for owner in owners]
-        for item in set(items):
-            mine = torch.tensor([one == item for one in items], device=chosen.device)
-            for first in range(0, layout.columns, size):
-                part_of = slice(first, first + size)
-                stats = columns.stats[:, item, part_of].double()
-                product = values[mine] @ columns.values[item, part_of].double().T
-                upper = product * scale[mine, None] * stats[0] + stats[3]
-                upper += length[mine, None] * stats[2] + error[mine, None] * stats[1]
-                upper += layout.channels * TERM_ERROR * stats[1] + 2.0**-13
-                found[mine] += ((upper >= level[mine, None]) & (upper > -torch.inf)).sum(dim=1)
-    return found
