@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import tables
+from .. import predictions, tables
 from ..results import save
 from .processes import Setting
 
@@ -106,7 +106,7 @@ def case_lines(results: dict[str, Any]) -> list[str]:
     for stage in results["stages"].values():
         for case in (stage.get("result") or {}).get("cases", ()):
             times = case.get("times", {})
-            ours, product = times.get("ours", {}), times.get("matmul", {})
+            ours = times.get("ours", {})
             cells = [case.get("shape", "?"), case.get("dtype", "?")]
             if "wrong" in case:
                 rows.append([*cells, "WRONG", "-", "-", str(case["wrong"])[:60]])
@@ -114,9 +114,9 @@ def case_lines(results: dict[str, Any]) -> list[str]:
             if "seconds" not in ours:
                 rows.append([*cells, "-", "-", "-", str(case.get("skipped", ""))[:60]])
                 continue
-            bare = product["seconds"]["median"] if "seconds" in product else None
             said = case.get("prediction") or {}
-            ratio = "-" if bare is None else f"{ours['seconds']['median'] / bare:.2f}"
+            over = predictions.ratio(case)
+            ratio = "-" if over is None else f"{over:.2f}"
             expected = f"{said['low']:g} - {said['high']:g}" if said else "-"
             time_of = tables.time_text(ours["seconds"]["median"])
             rows.append([*cells, time_of, ratio, expected, said.get("verdict", "")])
