@@ -15,7 +15,7 @@ import io
 import json
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,8 @@ def met(arch: str, dtype: str, keeps: Sequence[int], reports: Rows, compiled: Co
 
 def made(
     arch: str, dtypes: Sequence[str], keeps: Sequence[int], folders: Sequence[Path | None]
-) -> dict[str, Rows]:
-    """Rows by version of Triton; a folder of None is the installed one."""
+) -> Iterator[dict[str, Rows]]:
+    """Rows by version of Triton, after each folder that holds one; None is the installed one."""
     reports: dict[str, Rows] = {}
     by_version: dict[str, Compile] = {}
     for folder in folders:
@@ -193,14 +193,14 @@ def made(
             met(arch, dtype, keeps, rows, compiled)
         version = next(iter(rows.values()))["triton"]
         reports[version], by_version[version] = rows, compiled
-    # All of them know the same configurations, so that they can be compared.
-    every = dict.fromkeys(key for rows in reports.values() for key in rows)
-    for version, rows in reports.items():
-        missing = [key for key in every if key not in rows]
-        if missing:
-            rows.update(zip(missing, by_version[version](missing), strict=True))
-        reports[version] = {key: rows[key] for key in every}
-    return reports
+        # All of them know the same configurations, so that they can be compared.
+        every = dict.fromkeys(key for rows in reports.values() for key in rows)
+        for version, rows in reports.items():
+            missing = [key for key in every if key not in rows]
+            if missing:
+                rows.update(zip(missing, by_version[version](missing), strict=True))
+            reports[version] = {key: rows[key] for key in every}
+        yield reports
 
 
 def summary(arch: str, reports: dict[str, Rows]) -> str:
@@ -234,6 +234,18 @@ def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
     return f"{', '.join(parts)} ({told})"
 
 
+def _write(
+    arch: str, keeps: Sequence[int], reports: dict[str, Rows], document: Path | None
+) -> None:
+    """Write the file of `arch`, and the summary into a document."""
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
+    if document:
+        text = document.read_text(encoding="utf-8")
+        told = compile_report.in_document(text, f"candidates, {arch}", summary(arch, reports))
+        document.write_text(told, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files, or say which are out of date; exit code 1 for --check, 2 for an error."""
     parser = argparse.ArgumentParser(
@@ -250,14 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         keeps = [QUICK] if options.quick else [QUICK, MEASURED]
         for arch in options.targets:
-            reports = made(arch, options.dtypes, keeps, [None, *options.also])
-            FOLDER.mkdir(exist_ok=True)
-            (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
-            if options.write:
-                text = options.write.read_text(encoding="utf-8")
-                name = f"candidates, {arch}"
-                text = compile_report.in_document(text, name, summary(arch, reports))
-                options.write.write_text(text, encoding="utf-8")
+            for reports in made(arch, options.dtypes, keeps, [*options.also, None]):
+                _write(arch, keeps, reports, options.write)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
