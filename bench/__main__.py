@@ -3,6 +3,7 @@
 run         the operator against what it is to replace, shape by shape
 compare     two result files: exit code 1 where the second is slower
 end-to-end  what guidance adds to a step and to an image
+loaded      the same beside other processes that keep every processor busy
 report      one HTML page and plots of result files
 
 Each word has its own --help.
@@ -19,6 +20,7 @@ COMMANDS = {
     "run": "run",
     "compare": "compare",
     "end-to-end": "end_to_end",
+    "loaded": "loaded",
     "report": "report",
 }
 

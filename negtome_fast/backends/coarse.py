@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -118,8 +119,13 @@ def piece_rows(channels: int) -> int:
 
 
 def slices(count: int, size: int, start: int = 0) -> list[slice]:
-    """The tokens from `start` to `count`, `size` at a time."""
-    return [slice(first, min(first + size, count)) for first in range(start, count, size)]
+    """The tokens from `start` to `count` in parts of the same size, `size` or less.
+
+    A few tokens take as many calls, and nearly as long, as many.
+    """
+    parts = -(-(count - start) // size)
+    step = -(-(count - start) // max(parts, 1))
+    return [slice(first, min(first + step, count)) for first in range(start, count, step or 1)]
 
 
 class _Rounded(NamedTuple):
@@ -162,9 +168,7 @@ class _Scratch:
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each piece of `count` tokens, its place and twice the memory `(K, D)` for it."""
-        # All of the same size: a few tokens take nearly as many calls, and as long, as many.
-        pieces = max(1, -(-count // self.pieces.shape[1]))
-        for part in slices(count, max(1, -(-count // pieces))):
+        for part in slices(count, self.pieces.shape[1]):
             one, other = self.pieces[:, : part.stop - part.start].unbind(0)
             yield part, one, other
 
@@ -336,11 +340,13 @@ class _Product(NamedTuple):
 
 
 def _products(searches: list[Search]) -> list[_Product]:
-    """All rows of all searches, the first few by themselves."""
-    first = min(FIRST_ROWS, len(searches[0].rows))
-    products = [_Product(0, slice(0, first))]
+    """All rows of all searches; the first are few, and so are those that others begin meanwhile."""
+    longest = len(searches[0].rows)
+    first, next_few = min(FIRST_ROWS, ROWS), min(3 * FIRST_ROWS, ROWS)
+    ends = [0, min(first, longest), min(first + next_few, longest)]
+    products = [_Product(0, slice(*part)) for part in pairwise(ends) if part[0] < part[1]]
     for place, entry in enumerate(searches):
-        rest = slices(len(entry.rows), ROWS, start=0 if place else first)
+        rest = slices(len(entry.rows), ROWS, start=0 if place else ends[-1])
         products += [_Product(place, part) for part in rest]
     return products
 

@@ -89,7 +89,7 @@ class _Tiles:
         fitting = max(256, BLOCK_ELEMENTS // x.shape[2] // RUN * RUN)
         if x.device.type == "cpu":
             # The scores stay in a core's cache until their maximum is found.
-            self.rows, self.columns = min(longest, 256), min(padded(longest), fitting, 1024)
+            self.rows, self.columns = min(longest, 512), min(padded(longest), fitting, 1024)
             self.block = fitting // self.columns * self.columns
         else:
             self.rows, self.columns = min(longest, 4096), min(padded(longest), fitting, 4096)
