@@ -99,6 +99,38 @@ def test_same_bits_for_any_number_of_threads(
 
 
 @needs_pool
+def test_products_after_one_in_vain_do_not_count(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coarse, "has_int8_products", lambda: True)
+    monkeypatch.setattr(coarse, "BLOCK_COLUMNS", 512)
+    x = hidden_states()
+    x[1, : coarse.FIRST_ROWS] = 0  # equally far from everything
+    decide, others = coarse._decide, threading.Semaphore(0)
+    rows: list[int] = []
+
+    def late(some: Tensor, *rest: object) -> object:
+        decided = decide(some, *rest)  # type: ignore[arg-type]
+        rows.append(len(some))
+        if torch.get_num_threads() == 1 and threading.current_thread() is not alone:
+            if len(some) == coarse.FIRST_ROWS:
+                assert others.acquire(timeout=20) and others.acquire(timeout=20)
+            others.release()
+        return decided
+
+    monkeypatch.setattr(coarse, "_decide", late)
+    alone = threading.current_thread()
+    torch.set_num_threads(1)
+    expected = guide_tokens(x, backend="torch")
+    assert rows == [coarse.FIRST_ROWS]
+    torch.set_num_threads(2)
+    found = guide_tokens(x, backend="torch")
+    assert len(rows) >= 4  # The first one, that in vain, and two that another thread has done.
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_pool
 @pytest.mark.parametrize("number", THREADS)
 def test_lowest_of_equal_tokens_is_chosen(number: int, large: None) -> None:
     some = torch.randn(3, 37, 48, generator=torch.Generator().manual_seed(0))

@@ -107,12 +107,12 @@ class _Tiles:
 class _Block(NamedTuple):
     """Unit-length columns `(M', D)` in whole runs, and those that may not be chosen.
 
-    These are zero. `excluded` is None where they are none or the last ones from `count` on.
+    These are zero. `excluded` is None where they are none or those from `length` on.
     """
 
     columns: Tensor
     excluded: Tensor | None
-    count: int
+    length: int
 
     @classmethod
     def of(cls, tokens: Tensor, allowed: Tensor | None, dtype: torch.dtype, team: Team) -> _Block:
@@ -172,8 +172,8 @@ def _search(columns: Tensor, allowed: Tensor | None, searches: list[Search], til
                 scores = tiles.product(rows, block.columns[some], member)
                 if block.excluded is not None:
                     scores.masked_fill_(block.excluded[some], NOTHING)
-                elif block.count < first + scores.shape[1]:
-                    scores[:, block.count - first :] = NOTHING
+                elif block.length < first + scores.shape[1]:
+                    scores[:, block.length - first :] = NOTHING
                 value, at = _row_maximum(scores)
                 improve(best, index, value, at + (start + first))
 
@@ -193,7 +193,7 @@ def match(
 
 
 def _look_at_places(
-    found: Tensor,
+    valid: Tensor,
     index: Tensor,
     norm: Tensor,
     x: Tensor,
@@ -203,20 +203,20 @@ def _look_at_places(
 ) -> None:
     """Official matching: a token that is moved, and that which it is moved from, must be finite.
 
-    `found`, `index` and the `norm` of the reference tokens are `(B, slots, N)`.
+    `valid`, `index` and the `norm` of the reference tokens are `(B, slots, N)`.
     """
     tasks = _parts(x, pairing.sources)
 
     def look(_: int, number: int) -> None:
         item, part = tasks[number]
-        found[item, :, part] &= is_finite(x[item, part].to(norm.dtype))
+        valid[item, :, part] &= is_finite(x[item, part].to(norm.dtype))
 
     team.each(len(tasks), look)
-    found &= norm.isfinite().gather(2, index.clamp_min(0))
+    valid &= norm.isfinite().gather(2, index.clamp_min(0))
     if reference_mask is not None:
         for item in pairing.sources:
             for slot in range(pairing.slots):
-                found[item, slot] &= reference_mask[pairing.reference_item(item, slot)]
+                valid[item, slot] &= reference_mask[pairing.reference_item(item, slot)]
 
 
 def _conduct(function: Callable[[Team], T], x: Tensor, reference: Tensor, pairs: _Pairs) -> T:
@@ -263,11 +263,11 @@ def _match(
             coarse.search(columns, allowed, searches, partial(_search, tiles=tiles), team)
         else:
             _search(columns, allowed, searches, tiles)
-    found = norm.isfinite() & (index >= 0)
+    valid = norm.isfinite() & (index >= 0)
     if matching == "official":
-        _look_at_places(found, index, norm, x, pairing, reference_mask, team)
+        _look_at_places(valid, index, norm, x, pairing, reference_mask, team)
     similarity.div_(norm.clamp_min_(EPSILON))
-    return similarity.where(found, NOTHING), index.where(found, -1)
+    return similarity.where(valid, NOTHING), index.where(valid, -1)
 
 
 def _fits_at_once(x: Tensor, reference: Tensor, pairs: _Pairs) -> bool:
