@@ -3,6 +3,7 @@
 run         the operator against what it is to replace, shape by shape
 compare     two result files: exit code 1 where the second is slower
 end-to-end  what guidance adds to a step and to an image
+loaded      the same beside other processes that keep every processor busy
 host-time   what a guided call costs the host, by a stand-in for the GPU
 report      one HTML page and plots of result files
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "run": "run",
     "compare": "compare",
     "end-to-end": "end_to_end",
+    "loaded": "loaded",
     "host-time": "host_time",
     "report": "report",
 }

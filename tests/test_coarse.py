@@ -17,6 +17,7 @@ import negtome_fast as nf
 from bench.shapes import Shape, random_tokens
 from negtome_fast import ops
 from negtome_fast.backends import coarse, torch_backend
+from negtome_fast.backends.workers import ALONE
 from negtome_fast.functional import check_problem, guide_tokens
 
 CHANNELS = 96
@@ -175,7 +176,7 @@ def test_best_column_is_never_lost(
 ) -> None:
     x = kind(torch.Generator().manual_seed(1))
     scratch = coarse._Scratch(256, CHANNELS)
-    block = coarse._Block.of(x[0], None, scratch)
+    block = coarse._Block.of(x[0], None, ALONE, [scratch])
     assert block is not None
     rows = coarse._rounded(x[1], block.centre, len(x[1]), scratch, along_centre=False)
     row, column, left = coarse._candidates(rows, block, scratch)
@@ -328,7 +329,7 @@ def test_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def pays(rows: int, columns: int, channels: int, dtype: torch.dtype, device: str) -> bool:
         # Expanded, so that large tokens take no memory.
         searched = torch.zeros(1, 1, dtype=dtype, device=device).expand(columns, channels)
-        search = coarse.Search(searched[:1].expand(rows, channels), searched, searched)
+        search = coarse.Search(searched[:1].expand(rows, channels), *[searched] * 3)
         return coarse.pays(searched, [search] * 3)
 
     monkeypatch.setattr(coarse, "has_int8_products", lambda: True)

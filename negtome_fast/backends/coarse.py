@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import NOTHING, compute_dtype
+from .workers import Team
 
 #: Where everything lies, and what is not a whole number; the caller's defaults may be others.
 CPU = "cpu"
@@ -27,14 +29,13 @@ EPSILON = 1e-12
 #: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
 #: columns at the ragged end of a product otherwise, which would decide between equal tokens.
 RUN = 64
-#: Elements of a piece of tokens that stays in a core's cache from one step to the next, and the
-#: most cores that share a piece.
-PIECE_ELEMENTS, PIECE_CORES = 2**18, 4
+#: Elements of a piece of tokens that stays in a core's cache from one step to the next.
+PIECE_ELEMENTS = 2**19
 #: Size of a block of rounded columns: 16 MB.
 BLOCK_ELEMENTS = 2**24
 BLOCK_COLUMNS = 4096
 #: Rows of a product, and of the first one, which shows whether coarse scores tell columns apart.
-ROWS, FIRST_ROWS = 768, 64
+ROWS, FIRST_ROWS = 512, 64
 #: Share of a product's rows that it may leave undecided before it is given up.
 UNDECIDED = 0.25
 #: A row is decided by fp32 scores of single pairs if no more columns are in question than one for
@@ -57,11 +58,15 @@ SCORE_ERROR = 2.0**-16
 
 
 class Search(NamedTuple):
-    """Rows `(N, D)` whose best column is to be filled in, `(N,)` each, unscaled by their norm."""
+    """Rows `(N, D)` whose best column is to be filled in, `(N,)` each, unscaled by their norm.
+
+    The norm is filled in too.
+    """
 
     rows: Tensor
     best: Tensor
     at: Tensor
+    norm: Tensor
 
 
 def pays(columns: Tensor, searches: list[Search]) -> bool:
@@ -110,13 +115,24 @@ def padded(columns: int) -> int:
 
 def piece_rows(channels: int) -> int:
     """Tokens of a piece."""
-    return max(1, PIECE_ELEMENTS * min(torch.get_num_threads(), PIECE_CORES) // channels)
+    return max(1, PIECE_ELEMENTS // channels)
+
+
+def slices(count: int, size: int, start: int = 0) -> list[slice]:
+    """The tokens from `start` to `count` in parts of the same size, `size` or less.
+
+    A few tokens take as many calls, and nearly as long, as many.
+    """
+    parts = -(-(count - start) // size)
+    step = -(-(count - start) // max(parts, 1))
+    return [slice(first, min(first + step, count)) for first in range(start, count, step or 1)]
 
 
 class _Rounded(NamedTuple):
     """K unit tokens minus the centre: `values * scale`, and bounds on what that leaves out.
 
     `length` bounds the norm before and after rounding, `error` the norm of their difference.
+    `along_centre` is zero where not asked for.
     """
 
     values: Tensor  # int8 (K, D); all else (K,)
@@ -125,6 +141,14 @@ class _Rounded(NamedTuple):
     error: Tensor
     norm: Tensor
     along_centre: Tensor
+
+    @classmethod
+    def zeros(cls, count: int, channels: int) -> _Rounded:
+        values = torch.zeros(count, channels, dtype=torch.int8, device=CPU)
+        return cls(values, *torch.zeros(5, count, **FP32).unbind(0))
+
+    def part(self, part: slice) -> _Rounded:
+        return _Rounded(*(tensor[part] for tensor in self))
 
 
 def _centre(tokens: Tensor) -> Tensor:
@@ -136,51 +160,72 @@ def _centre(tokens: Tensor) -> Tensor:
 
 
 class _Scratch:
-    """Memory that all pieces and products share: new memory costs as much as a step of either."""
+    """Memory that a thread uses again and again: new memory costs as much as a step of any."""
 
     def __init__(self, columns: int, channels: int) -> None:
         self.pieces = torch.empty(2, piece_rows(channels), channels, **FP32)
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
-        self.scores = torch.empty(ROWS * columns, **FP32)
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each piece of `count` tokens, its place and twice the memory `(K, D)` for it."""
-        size = self.pieces.shape[1]
-        for first in range(0, count, size):
-            part = slice(first, min(first + size, count))
-            one, other = self.pieces[:, : part.stop - first].unbind(0)
+        for part in slices(count, self.pieces.shape[1]):
+            one, other = self.pieces[:, : part.stop - part.start].unbind(0)
             yield part, one, other
 
     def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Memory for a product and its scores, `(rows, columns)`."""
-        size, shape = rows * columns, (rows, columns)
-        return self.products[:size].view(shape), self.scores[:size].view(shape)
+        """Memory for a product, `(rows, columns)`, and the same memory for its scores."""
+        product = self.products[: rows * columns].view(rows, columns)
+        return product, product.view(torch.float32)
 
 
-def _rounded(
-    tokens: Tensor, centre: Tensor, count: int, scratch: _Scratch, along_centre: bool
-) -> _Rounded:
-    """`tokens` `(K, D)` and zeros up to `count`; `along_centre` is zero where not asked for."""
-    values = torch.zeros(count, tokens.shape[1], dtype=torch.int8, device=CPU)
-    scale, length, error, norm, along = torch.zeros(5, count, **FP32).unbind(0)
+def _widened(tokens: Tensor, memory: Tensor) -> Tensor:
+    """`tokens` in fp32, in `memory` where they are not."""
+    return tokens if tokens.dtype == torch.float32 else memory.copy_(tokens)
+
+
+def _gathered(tokens: Tensor, numbers: Tensor, memory: Tensor) -> Tensor:
+    """The tokens of these numbers, in `memory`."""
+    if tokens.dtype == torch.float32:
+        return torch.index_select(tokens, 0, numbers, out=memory)
+    return memory.copy_(tokens.index_select(0, numbers))
+
+
+def _round(
+    tokens: Tensor, centre: Tensor, rounded: _Rounded, scratch: _Scratch, along_centre: bool
+) -> None:
+    """Fill in `rounded`, which was zeros, for `tokens` `(K, D)`.
+
+    Every token is rounded by itself.
+    """
+    values, scale, length, error, norm, along = rounded
     for part, unit, whole in scratch.halves(len(tokens)):
-        unit.copy_(tokens[part])
-        norm[part] = torch.linalg.vector_norm(unit, dim=1)
-        unit.mul_(norm[part, None].clamp_min(EPSILON).reciprocal()).sub_(centre)
+        wide = _widened(tokens[part], unit)
+        norm[part] = torch.linalg.vector_norm(wide, dim=1)
+        inverse = norm[part, None].clamp_min(EPSILON).reciprocal_()
+        torch.addcmul(-centre, wide, inverse, out=unit)
         finite = norm[part].isfinite()
         if not bool(finite.all()):
             unit.masked_fill_(~finite[:, None], 0)
         if along_centre:
             along[part] = torch.mul(unit, centre, out=whole).sum(dim=1)
-        largest = torch.maximum(unit.amax(dim=1), -unit.amin(dim=1)).clamp_min(EPSILON)
+        largest = torch.maximum(unit.amax(dim=1), -unit.amin(dim=1)).clamp_min_(EPSILON)
         scale[part] = largest / 127
         torch.mul(unit, (127 / largest)[:, None], out=whole).round_()
         values[part] = whole
         length[part] = torch.linalg.vector_norm(unit, dim=1)
-        error[part] = torch.linalg.vector_norm(unit.sub_(whole.mul_(scale[part, None])), dim=1)
+        torch.addcmul(unit, whole, scale[part, None], value=-1, out=unit)
+        error[part] = torch.linalg.vector_norm(unit, dim=1)
     error.mul_(1 + NORM_ERROR).add_(UNIT_ERROR)
     length.mul_(1 + NORM_ERROR).add_(error)
-    return _Rounded(values, scale, length, error, norm, along)
+
+
+def _rounded(
+    tokens: Tensor, centre: Tensor, count: int, scratch: _Scratch, along_centre: bool
+) -> _Rounded:
+    """`tokens` `(K, D)`, and zeros up to `count`."""
+    rounded = _Rounded.zeros(count, tokens.shape[1])
+    _round(tokens, centre, rounded.part(slice(len(tokens))), scratch, along_centre)
+    return rounded
 
 
 class _Block(NamedTuple):
@@ -193,10 +238,19 @@ class _Block(NamedTuple):
     longest: float
 
     @classmethod
-    def of(cls, tokens: Tensor, allowed: Tensor | None, scratch: _Scratch) -> _Block | None:
+    def of(
+        cls, tokens: Tensor, allowed: Tensor | None, team: Team, scratch: list[_Scratch]
+    ) -> _Block | None:
         """None where no column may be chosen."""
         centre = _centre(tokens)
-        rounded = _rounded(tokens, centre, padded(len(tokens)), scratch, along_centre=True)
+        rounded = _Rounded.zeros(padded(len(tokens)), tokens.shape[1])
+        parts = slices(len(tokens), scratch[0].pieces.shape[1])
+
+        def round_part(member: int, number: int) -> None:
+            part = parts[number]
+            _round(tokens[part], centre, rounded.part(part), scratch[member], along_centre=True)
+
+        team.each(len(parts), round_part)
         usable = rounded.norm.isfinite()
         usable[len(tokens) :] = False
         if allowed is not None:
@@ -224,7 +278,9 @@ def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tenso
     lower_offset = columns.along_centre - column_bound
     if block.excluded is not None:
         lower_offset.masked_fill_(block.excluded, NOTHING)
-    scores.copy_(products).mul_(columns.scale).mul_(rows.scale[:, None]).add_(lower_offset)
+    # In the same memory: every element is read before it is written.
+    scores.copy_(products).mul_(rows.scale[:, None])
+    torch.addcmul(lower_offset, scores, columns.scale, out=scores)
 
     by_run, twice = scores.view(len(scores), -1, RUN), (2 * column_bound).view(-1, RUN)
     highest = by_run.amax(dim=2)
@@ -251,8 +307,8 @@ def _scores_of_pairs(
     """
     scores = torch.empty(len(row), **FP32)
     for part, source, target in scratch.halves(len(row)):
-        source.copy_(rows.index_select(0, row[part]))
-        target.copy_(columns.index_select(0, column[part]))
+        _gathered(rows, row[part], source)
+        _gathered(columns, column[part], target)
         norm = torch.linalg.vector_norm(target, dim=1).clamp_min_(EPSILON)
         torch.div(source.mul_(target).sum(dim=1), norm, out=scores[part])
     return scores
@@ -276,29 +332,96 @@ def improve(best: Tensor, index: Tensor, value: Tensor, at: Tensor) -> None:
     best.copy_(torch.where(better, value, best))
 
 
-def _search_block(
-    search: Search, block: _Block, start: int, scratch: _Scratch
-) -> tuple[Tensor, int]:
-    """Fill in `search` from the block of columns that starts at `start`.
+class _Product(NamedTuple):
+    """Rows of a search that are multiplied at once, and the place of the search among all."""
 
-    Returns the numbers of the rows that are left to a product in fp32, and how many rows were
-    seen; with fewer than all, the coarse product was given up.
+    place: int
+    part: slice
+
+
+def _products(searches: list[Search]) -> list[_Product]:
+    """All rows of all searches; the first are few, and so are those that others begin meanwhile."""
+    longest = len(searches[0].rows)
+    first, next_few = min(FIRST_ROWS, ROWS), min(3 * FIRST_ROWS, ROWS)
+    ends = [0, min(first, longest), min(first + next_few, longest)]
+    products = [_Product(0, slice(*part)) for part in pairwise(ends) if part[0] < part[1]]
+    for place, entry in enumerate(searches):
+        rest = slices(len(entry.rows), ROWS, start=0 if place else ends[-1])
+        products += [_Product(place, part) for part in rest]
+    return products
+
+
+class _Decided(NamedTuple):
+    """Best score in a block and its index, `(K,)`, and the numbers of the rows left undecided."""
+
+    best: Tensor
+    at: Tensor
+    left: Tensor
+
+
+def _decide(rows: Tensor, norm: Tensor, block: _Block, scratch: _Scratch) -> _Decided:
+    """Also fills in the norm of the rows."""
+    rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
+    norm.copy_(rounded.norm)
+    row, column, undecided = _candidates(rounded, block, scratch)
+    scores = _scores_of_pairs(rows, row, block.tokens, column, scratch)
+    best, at = _best_of_pairs(scores, row, column, len(rows))
+    return _Decided(best, at, undecided.nonzero()[:, 0])
+
+
+def _search_block(
+    searches: list[Search], block: _Block, start: int, team: Team, scratch: list[_Scratch]
+) -> tuple[list[tuple[Search, Tensor | slice]], bool]:
+    """Fill in the searches from the block of columns that starts at `start`.
+
+    Returns the rows of each search that are left to a product in fp32, and whether the coarse
+    product should be tried again. The first product that leaves too many rows is the last one that
+    counts, even where another thread has finished a later one: no result depends on the threads.
     """
-    left, first, size = [], 0, FIRST_ROWS
-    while first < len(search.rows):
-        part = slice(first, first + size)
-        rows = search.rows[part]
-        rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
-        row, column, undecided = _candidates(rounded, block, scratch)
-        scores = _scores_of_pairs(rows, row, block.tokens, column, scratch)
-        value, at = _best_of_pairs(scores, row, column, len(rows))
-        improve(search.best[part], search.at[part], value, at + start)
-        left.append(undecided.nonzero()[:, 0] + first)
-        first += len(rows)
-        if len(left[-1]) > UNDECIDED * len(rows):
-            break
-        size = ROWS
-    return torch.cat(left), first
+    products = _products(searches)
+    found: dict[int, _Decided] = {}
+    in_vain: list[int] = []
+
+    def multiply(member: int, number: int) -> None:
+        if in_vain and number > min(in_vain):
+            return
+        place, part = products[number]
+        rows, norm = searches[place].rows[part], searches[place].norm[part]
+        found[number] = _decide(rows, norm, block, scratch[member])
+        # The few rows at the end of a search tell too little.
+        if len(found[number].left) > UNDECIDED * len(rows) and len(rows) >= min(FIRST_ROWS, ROWS):
+            in_vain.append(number)
+
+    team.each(len(products), multiply)
+    left: list[list[Tensor]] = [[] for _ in searches]
+    seen = [0] * len(searches)
+    for number in range(min(in_vain, default=len(products) - 1) + 1):
+        (place, part), decided = products[number], found[number]
+        entry = searches[place]
+        improve(entry.best[part], entry.at[part], decided.best, decided.at + start)
+        left[place].append(decided.left + part.start)
+        seen[place] = part.stop
+    rest: list[tuple[Search, Tensor | slice]] = []
+    for entry, numbers, count in zip(searches, left, seen, strict=True):
+        if numbers and len(undecided := torch.cat(numbers)):
+            rest.append((entry, undecided))
+        if count < len(entry.rows):
+            rest.append((entry, slice(count, None)))
+    return rest, not in_vain
+
+
+def _score_again(
+    rows: Tensor, value: Tensor, at: Tensor, columns: Tensor, team: Team, scratch: list[_Scratch]
+) -> None:
+    """Compute the scores of the pairs `(row, at)` as those of pairs, which compare everywhere."""
+    chosen = (at >= 0).nonzero()[:, 0]
+    parts = slices(len(chosen), scratch[0].pieces.shape[1])
+
+    def score(member: int, number: int) -> None:
+        row = chosen[parts[number]]
+        value[row] = _scores_of_pairs(rows, row, columns, at[row], scratch[member])
+
+    team.each(len(parts), score)
 
 
 def _search_rest(
@@ -307,7 +430,8 @@ def _search_rest(
     allowed: Tensor | None,
     start: int,
     in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
-    scratch: _Scratch,
+    team: Team,
+    scratch: list[_Scratch],
     again: bool,
 ) -> None:
     """Fill in the given rows of searches by a product in fp32.
@@ -317,13 +441,13 @@ def _search_rest(
     found = []
     for entry, which in rest:
         rows = entry.rows[which]
-        best = torch.full((len(rows),), NOTHING, **FP32)
-        found.append(Search(rows, best, torch.full((len(rows),), -1, device=CPU)))
+        best, norm = torch.full((2, len(rows)), NOTHING, **FP32).unbind(0)
+        found.append(Search(rows, best, torch.full((len(rows),), -1, device=CPU), norm))
     in_fp32(columns, allowed, found)
-    for (entry, which), (rows, value, at) in zip(rest, found, strict=True):
+    for (entry, which), (rows, value, at, norm) in zip(rest, found, strict=True):
+        entry.norm[which] = norm
         if again:
-            row = (at >= 0).nonzero()[:, 0]
-            value[row] = _scores_of_pairs(rows, row, columns, at[row], scratch)
+            _score_again(rows, value, at, columns, team, scratch)
         best, index = entry.best[which], entry.at[which]
         improve(best, index, value, at + start)
         entry.best[which], entry.at[which] = best, index
@@ -334,6 +458,7 @@ def search(
     allowed: Tensor | None,
     searches: list[Search],
     in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
+    team: Team,
 ) -> None:
     """Fill in the best of the `columns` `(M, D)` for the rows of every search.
 
@@ -341,20 +466,16 @@ def search(
     many, the product is not tried any more.
     """
     size = min(BLOCK_COLUMNS, max(LEAST_TOKENS, BLOCK_ELEMENTS // columns.shape[1] // RUN * RUN))
-    scratch, tried = _Scratch(min(size, padded(len(columns))), columns.shape[1]), True
+    widest = min(size, padded(len(columns)))
+    scratch = [_Scratch(widest, columns.shape[1]) for _ in range(team.size)]
+    tried = True
     for start in range(0, len(columns), size):
         tokens = columns[start : start + size]
         mask = None if allowed is None else allowed[start : start + size]
-        block = _Block.of(tokens, mask, scratch) if tried else None
-        rest: list[tuple[Search, Tensor | slice]] = []
-        for entry in searches:
-            seen = 0
-            if tried and block is not None:
-                left, seen = _search_block(entry, block, start, scratch)
-                tried = seen == len(entry.rows)
-                if len(left):
-                    rest.append((entry, left))
-            if seen < len(entry.rows):
-                rest.append((entry, slice(seen, None)))
+        block = _Block.of(tokens, mask, team, scratch) if tried else None
+        rest: list[tuple[Search, Tensor | slice]] = [(entry, slice(None)) for entry in searches]
+        if block is not None:
+            rest, tried = _search_block(searches, block, start, team, scratch)
         if rest:
-            _search_rest(rest, tokens, mask, start, in_fp32, scratch, again=size < len(columns))
+            again = size < len(columns)
+            _search_rest(rest, tokens, mask, start, in_fp32, team, scratch, again)

@@ -10,8 +10,9 @@ fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest"
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from torch import Tensor
 from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
 from . import coarse
-from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows
+from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows, slices
+from .workers import ALONE, Team, conduct
 
+T = TypeVar("T")
 #: Size of a block of normalised reference tokens: 8 MB in fp32.
 BLOCK_ELEMENTS = 2 * 2**20
 #: Tokens that are pushed at a time, on an accelerator.
@@ -78,36 +81,62 @@ def _all_finite(norms: Tensor) -> bool:
 
 
 class _Tiles:
-    """Tile sizes, and the scratch memory that all tiles share.
+    """Tile sizes, and the scratch memory that all tiles of a thread share."""
 
-    Matrix products of about a thousand rows run near the full speed of a CPU's library; smaller
-    ones pay for packing their operands, larger ones only cost memory.
-    """
-
-    def __init__(self, x: Tensor, reference: Tensor) -> None:
-        dtype = compute_dtype(x.dtype)
+    def __init__(self, x: Tensor, reference: Tensor, team: Team) -> None:
+        self.dtype, self.team = compute_dtype(x.dtype), team
         longest = max(x.shape[1], reference.shape[1])
-        self.rows = min(longest, 1024 if x.device.type == "cpu" else 4096)
-        fitting = BLOCK_ELEMENTS // x.shape[2] // RUN * RUN
-        self.columns = min(padded(longest), 4096, max(256, fitting))
-        self.scores = torch.empty(self.rows * self.columns, dtype=dtype, device=x.device)
+        fitting = max(256, BLOCK_ELEMENTS // x.shape[2] // RUN * RUN)
+        if x.device.type == "cpu":
+            # The scores stay in a core's cache until their maximum is found.
+            self.rows, self.columns = min(longest, 512), min(padded(longest), fitting, 1024)
+            self.block = fitting // self.columns * self.columns
+        else:
+            self.rows, self.columns = min(longest, 4096), min(padded(longest), fitting, 4096)
+            self.block = self.columns
+        size = self.rows * self.columns
+        self.scores = torch.empty(team.size, size, dtype=self.dtype, device=x.device)
 
-    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """`rows @ columns.T` in the scratch memory; overwritten by the next product."""
+    def product(self, rows: Tensor, columns: Tensor, member: int) -> Tensor:
+        """`rows @ columns.T` in the thread's scratch memory; overwritten by its next product."""
         shape = (rows.shape[0], columns.shape[0])
-        scores = self.scores[: shape[0] * shape[1]].view(shape)
+        scores = self.scores[member, : shape[0] * shape[1]].view(shape)
         return torch.mm(rows, columns.T, out=scores)
 
 
-def _normalized_block(block: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Unit-length columns, zero where they may not be chosen, and the mask of those."""
-    norm = torch.linalg.vector_norm(block, dim=-1)
-    usable = norm.isfinite() if allowed is None else norm.isfinite() & allowed
-    # Looking at the mask costs a synchronisation on an accelerator, and masking nothing is cheap.
-    if block.device.type == "cpu" and bool(usable.all()):
-        return block / norm.clamp_min(EPSILON)[:, None], None
-    scaled = torch.where(usable[:, None], block / norm.clamp_min(EPSILON)[:, None], 0.0)
-    return scaled, ~usable
+class _Block(NamedTuple):
+    """Unit-length columns `(M', D)` in whole runs, and those that may not be chosen.
+
+    These are zero. `excluded` is None where they are none or those from `length` on.
+    """
+
+    columns: Tensor
+    excluded: Tensor | None
+    length: int
+
+    @classmethod
+    def of(cls, tokens: Tensor, allowed: Tensor | None, dtype: torch.dtype, team: Team) -> _Block:
+        count, channels = tokens.shape
+        on_cpu = tokens.device.type == "cpu"
+        columns = tokens.new_empty(padded(count), channels, dtype=dtype)
+        usable = tokens.new_zeros(padded(count), dtype=torch.bool)
+        parts = slices(count, piece_rows(channels) if on_cpu else count)
+
+        def normalize(member: int, number: int) -> None:
+            part = parts[number]
+            wide = tokens[part].to(dtype)
+            norm = torch.linalg.vector_norm(wide, dim=-1)
+            may = norm.isfinite() if allowed is None else norm.isfinite() & allowed[part]
+            torch.div(wide, norm.clamp_min(EPSILON)[:, None], out=columns[part])
+            # Looking at a mask costs a synchronisation on an accelerator; masking nothing is cheap.
+            if not on_cpu or not bool(may.all()):
+                columns[part].masked_fill_(~may[:, None], 0)
+            usable[part] = may
+
+        team.each(len(parts), normalize)
+        columns[count:] = 0
+        masked = not on_cpu or not bool(usable[:count].all())
+        return cls(columns, ~usable if masked else None, count)
 
 
 def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,32 +154,30 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
     return value, run * RUN + offset
 
 
-def _search(
-    columns: Tensor,
-    allowed: Tensor | None,
-    searches: list[Search],
-    tiles: _Tiles,
-) -> None:
+def _search(columns: Tensor, allowed: Tensor | None, searches: list[Search], tiles: _Tiles) -> None:
     """Fill in the best column for the rows of every search."""
-    dtype = tiles.scores.dtype
-    for start in range(0, columns.shape[0], tiles.columns):
-        block = columns[start : start + tiles.columns].to(dtype)
-        part = None if allowed is None else allowed[start : start + tiles.columns]
-        block, excluded = _normalized_block(block, part)
-        count, ragged = len(block), padded(len(block)) - len(block)
-        if ragged:
-            block = F.pad(block, (0, 0, 0, ragged))
-            excluded = None if excluded is None else F.pad(excluded, (0, ragged), value=True)
-        for rows, best, index in searches:
-            for first in range(0, rows.shape[0], tiles.rows):
-                chunk = slice(first, first + tiles.rows)
-                scores = tiles.product(rows[chunk].to(dtype), block)
-                if excluded is not None:
-                    scores.masked_fill_(excluded, NOTHING)
-                elif ragged:
-                    scores[:, count:] = NOTHING
+    tasks = [(entry, part) for entry in searches for part in slices(len(entry.rows), tiles.rows)]
+    for start in range(0, columns.shape[0], tiles.block):
+        allowed_here = None if allowed is None else allowed[start : start + tiles.block]
+        tokens = columns[start : start + tiles.block]
+        block = _Block.of(tokens, allowed_here, tiles.dtype, tiles.team)
+
+        def multiply(member: int, number: int, start: int = start, block: _Block = block) -> None:
+            entry, part = tasks[number]
+            rows, best, index = entry.rows[part].to(tiles.dtype), entry.best[part], entry.at[part]
+            if start == 0:
+                torch.linalg.vector_norm(rows, dim=-1, out=entry.norm[part])
+            for first in range(0, len(block.columns), tiles.columns):
+                some = slice(first, first + tiles.columns)
+                scores = tiles.product(rows, block.columns[some], member)
+                if block.excluded is not None:
+                    scores.masked_fill_(block.excluded[some], NOTHING)
+                elif block.length < first + scores.shape[1]:
+                    scores[:, block.length - first :] = NOTHING
                 value, at = _row_maximum(scores)
-                improve(best[chunk], index[chunk], value, at + start)
+                improve(best, index, value, at + (start + first))
+
+        tiles.team.each(len(tasks), multiply)
 
 
 def match(
@@ -161,6 +188,52 @@ def match(
     matching: str,
 ) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.reference.match`."""
+    arguments = (x, reference, pairing, reference_mask, matching)
+    return _conduct(partial(_match, *arguments), x, reference, _pairs(pairing, matching))
+
+
+def _look_at_places(
+    valid: Tensor,
+    index: Tensor,
+    norm: Tensor,
+    x: Tensor,
+    pairing: Pairing,
+    reference_mask: Tensor | None,
+    team: Team,
+) -> None:
+    """Official matching: a token that is moved, and that which it is moved from, must be finite.
+
+    `valid`, `index` and the `norm` of the reference tokens are `(B, slots, N)`.
+    """
+    tasks = _parts(x, pairing.sources)
+
+    def look(_: int, number: int) -> None:
+        item, part = tasks[number]
+        valid[item, :, part] &= is_finite(x[item, part].to(norm.dtype))
+
+    team.each(len(tasks), look)
+    valid &= norm.isfinite().gather(2, index.clamp_min(0))
+    if reference_mask is not None:
+        for item in pairing.sources:
+            for slot in range(pairing.slots):
+                valid[item, slot] &= reference_mask[pairing.reference_item(item, slot)]
+
+
+def _conduct(function: Callable[[Team], T], x: Tensor, reference: Tensor, pairs: _Pairs) -> T:
+    """`function(team)`, split among threads where that pays."""
+    if x.device.type != "cpu" or _fits_at_once(x, reference, pairs):
+        return function(ALONE)
+    return conduct(function)
+
+
+def _match(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    reference_mask: Tensor | None,
+    matching: str,
+    team: Team,
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
@@ -171,37 +244,30 @@ def match(
         similarity[pairs.items, pairs.slots], index[pairs.items, pairs.slots] = found
         return similarity, index
 
-    tiles = _Tiles(x, reference)
+    tiles, norm = _Tiles(x, reference, team), torch.zeros_like(similarity)
     for shared, members in pairs.by_columns.items():
         columns = reference[shared] if matching == "paper" else x[shared]
         allowed = None
         if reference_mask is not None and matching == "paper":
             allowed = reference_mask[shared]
         searches = [
-            Search(x[i] if matching == "paper" else reference[o], similarity[i, s], index[i, s])
+            Search(
+                x[i] if matching == "paper" else reference[o],
+                similarity[i, s],
+                index[i, s],
+                norm[i, s],
+            )
             for i, s, o in members
         ]
         if coarse.pays(columns, searches):
-            coarse.search(columns, allowed, searches, partial(_search, tiles=tiles))
+            coarse.search(columns, allowed, searches, partial(_search, tiles=tiles), team)
         else:
             _search(columns, allowed, searches, tiles)
-
-    for item, slot, other in (pair for part in pairs.by_columns.values() for pair in part):
-        rows = x[item] if matching == "paper" else reference[other]
-        best, chosen = similarity[item, slot], index[item, slot]
-        for first in range(0, rows.shape[0], PUSH_ROWS):
-            chunk = slice(first, first + PUSH_ROWS)
-            norm = torch.linalg.vector_norm(rows[chunk].to(dtype), dim=-1)
-            scaled = best[chunk] / norm.clamp_min(EPSILON)
-            found = norm.isfinite() & (chosen[chunk] >= 0)
-            if matching == "official":
-                found &= is_finite(x[item, chunk].to(dtype))
-                found &= is_finite(reference[other, chosen[chunk].clamp_min(0)].to(dtype))
-                if reference_mask is not None:
-                    found &= reference_mask[other, chunk]
-            best[chunk] = scaled.where(found, NOTHING)
-            chosen[chunk] = chosen[chunk].where(found, -1)
-    return similarity, index
+    valid = norm.isfinite() & (index >= 0)
+    if matching == "official":
+        _look_at_places(valid, index, norm, x, pairing, reference_mask, team)
+    similarity.div_(norm.clamp_min_(EPSILON))
+    return similarity.where(valid, NOTHING), index.where(valid, -1)
 
 
 def _fits_at_once(x: Tensor, reference: Tensor, pairs: _Pairs) -> bool:
@@ -274,29 +340,38 @@ def guide(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.reference.guide`."""
+    arguments = (x, reference, pairing, alpha, threshold, reference_mask, movable)
+    function = partial(_guide, *arguments, matching, combine, out)
+    return _conduct(function, x, reference, _pairs(pairing, matching))
+
+
+def _guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    movable: Tensor | None,
+    matching: str,
+    combine: str,
+    out: Tensor,
+    team: Team,
+) -> tuple[Tensor, Tensor]:
     if out is x and pairing.mode != "first" and _shares_memory(x, reference):
         # A token that has moved must not serve as a reference of the next item.
         moved = torch.empty_like(x)
-        result = guide(
-            x,
-            reference,
-            pairing,
-            alpha,
-            threshold,
-            reference_mask,
-            movable,
-            matching,
-            combine,
-            moved,
-        )
-        x.copy_(moved)
+        arguments = (x, reference, pairing, alpha, threshold, reference_mask, movable)
+        result = _guide(*arguments, matching, combine, moved, team)
+        parts = _parts(x, range(pairing.items))
+        team.each(len(parts), lambda _, number: x[parts[number]].copy_(moved[parts[number]]))
         return result
 
     dtype = compute_dtype(x.dtype)
     tokens = reference.shape[1]
     alpha = alpha.to(x.device, dtype).expand(pairing.slots)
     threshold = threshold.to(x.device, dtype).expand(pairing.slots)
-    similarity, index = match(x, reference, pairing, reference_mask, matching)
+    similarity, index = _match(x, reference, pairing, reference_mask, matching, team)
     pushed = similarity > threshold[:, None]
     if movable is not None:
         pushed &= movable[:, None]
@@ -309,15 +384,31 @@ def guide(
             flat, pushed = flat.gather(1, best_slot), pushed.gather(1, best_slot)
     flat = torch.where(pushed, flat, -1)
 
-    if x.device.type == "cpu" and x.numel() <= SMALL:
+    if _fits_at_once(x, reference, _pairs(pairing, matching)):
         _push_at_once(x, reference, pairing, alpha, flat, out)
         return similarity, flat
+    tasks = _parts(x, pairing.sources)
+    copies = []
     if out is not x and pairing.mode == "first":
-        for item in range(0, pairing.items, pairing.group_size):
-            out[item].copy_(x[item])
-    for item in pairing.sources:
-        _push_item(x[item], reference, pairing, item, alpha, flat[item], out[item])
+        copies = _parts(x, range(0, pairing.items, pairing.group_size))
+
+    def push(_: int, number: int) -> None:
+        if number >= len(tasks):
+            place = copies[number - len(tasks)]
+            out[place].copy_(x[place])
+            return
+        item, part = tasks[number]
+        numbers = flat[item, :, part]
+        _push(x[item, part], reference, pairing, item, alpha, numbers, out[item, part], out is x)
+
+    team.each(len(tasks) + len(copies), push)
     return similarity, flat
+
+
+def _parts(x: Tensor, items: Iterable[int]) -> list[tuple[int, slice]]:
+    """Tokens of some items that are worked on at a time."""
+    size = piece_rows(x.shape[2]) if x.device.type == "cpu" else PUSH_ROWS
+    return [(item, part) for item in items for part in slices(x.shape[1], size)]
 
 
 def _push_at_once(
@@ -352,35 +443,32 @@ def _push_at_once(
     out[item, place] = moved.to(x.dtype)
 
 
-def _push_item(
-    x: Tensor,
+def _push(
+    source: Tensor,
     reference: Tensor,
     pairing: Pairing,
     item: int,
     alpha: Tensor,
-    flat: Tensor,
-    out: Tensor,
+    numbers: Tensor,
+    target: Tensor,
+    in_place: bool,
 ) -> None:
-    """Write one item, `(N, D)`, to `out`; tokens whose entries of `flat` `(S, N)` are not negative
-    are moved."""
-    rows = PUSH_ROWS if x.device.type != "cpu" else piece_rows(x.shape[1])
-    for first in range(0, x.shape[0], rows):
-        chunk = slice(first, first + rows)
-        source, target, numbers = x[chunk], out[chunk], flat[:, chunk]
-        moves = (numbers >= 0).any(dim=0)
-        if x.device.type != "cpu":
-            moved = _moved(source, numbers, reference, pairing, item, alpha)
-            torch.where(moves[:, None], moved, source, out=target)
-        elif bool(moves.all()):
-            _moved(source, numbers, reference, pairing, item, alpha, out=target)
-        else:
-            if out is not x:
-                target.copy_(source)
-            selected = moves.nonzero()[:, 0]
-            if selected.numel():
-                tokens, numbers = source.index_select(0, selected), numbers[:, selected]
-                moved = _moved(tokens, numbers, reference, pairing, item, alpha)
-                target.index_copy_(0, selected, moved)
+    """Write tokens of an item, `(N, D)`, to `target`; those whose `numbers` `(S, N)` are not
+    negative are moved."""
+    moves = (numbers >= 0).any(dim=0)
+    if source.device.type != "cpu":
+        moved = _moved(source, numbers, reference, pairing, item, alpha)
+        torch.where(moves[:, None], moved, source, out=target)
+        return
+    if bool(moves.all()):
+        _moved(source, numbers, reference, pairing, item, alpha, out=target)
+        return
+    if not in_place:
+        target.copy_(source)
+    selected = moves.nonzero()[:, 0]
+    if selected.numel():
+        tokens, numbers = source.index_select(0, selected), numbers[:, selected]
+        target.index_copy_(0, selected, _moved(tokens, numbers, reference, pairing, item, alpha))
 
 
 def _moved(

@@ -27,11 +27,7 @@ PYTHON_NAME = NAME.replace("-", "_")
 BACKENDS = ("cpu", "cuda", "rocm")
 #: What is copied as it is, and the one file whose operators get a name of their own in every build.
 MODULES = ("functional.py", "module.py", "reference.py")
-BACKEND_MODULES = (
-    *("__init__.py", "coarse.py", "torch_backend.py", "triton_backend.py"),
-    *("triton_coarse.py", "triton_descriptors.py", "triton_geometry.py"),
-    *("triton_launch.py", "triton_runtime.py", "triton_streams.py"),
-)
+BACKEND_MODULES = tuple(sorted(path.name for path in (PACKAGE / "backends").glob("*.py")))
 KERNEL_MODULES = (
     *("__init__.py", "pairing.py", "tuning.py"),
     *("division.py", "shared.py", "match.py", "push.py", "rows.py", "coarse.py"),
