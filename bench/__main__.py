@@ -3,7 +3,7 @@
 run         the operator against what it is to replace, shape by shape
 compare     two result files: exit code 1 where the second is slower
 end-to-end  what guidance adds to a step and to an image
-loaded      the same beside other processes that keep every processor busy
+loaded      ours and rivals on the CPU beside processes that keep every core busy
 host-time   what a guided call costs the host, by a stand-in for the GPU
 report      one HTML page and plots of result files
 
