@@ -163,7 +163,7 @@ class _Scratch:
     """Memory that a thread uses again and again: new memory costs as much as a step of any."""
 
     def __init__(self, columns: int, channels: int) -> None:
-        self.pieces = torch.empty(2, piece_rows(channels), channels, **FP32)
+        self.pieces = torch.empty(2, min(ROWS, piece_rows(channels)), channels, **FP32)
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -406,8 +406,8 @@ def _guide(
 
 
 def _parts(x: Tensor, items: Iterable[int]) -> list[tuple[int, slice]]:
-    """Tokens of some items that are worked on at a time."""
-    size = piece_rows(x.shape[2]) if x.device.type == "cpu" else PUSH_ROWS
+    """Tokens of some items that are worked on at a time, in memory of three times their size."""
+    size = piece_rows(2 * x.shape[2]) if x.device.type == "cpu" else PUSH_ROWS
     return [(item, part) for item in items for part in slices(x.shape[1], size)]
 
 
