@@ -98,7 +98,9 @@ SHIPPED = sorted({"sm_90", *(path.stem for path in candidates.FOLDER.glob("*.jso
 
 def shipped(arch: str) -> tuple[list[int], dict[str, candidates.Rows]]:
     """How many configurations of a kernel a list was made for, and its rows by compiler."""
-    table = json.loads((candidates.FOLDER / f"{arch}.json").read_text(encoding="utf-8"))
+    path = candidates.FOLDER / f"{arch}.json"
+    assert path.is_file(), f"no list for {arch}; run {COMMAND}"
+    table = json.loads(path.read_text(encoding="utf-8"))
     versions = {v for entry in table["candidates"] for v in entry if re.fullmatch(r"[\d.]+", v)}
     found = {version: candidates.listed(arch, version) for version in sorted(versions)[::-1]}
     return table["kept"], found
