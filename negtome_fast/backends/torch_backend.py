@@ -9,7 +9,8 @@ fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest"
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,39 @@ from ..kernels.pairing import Pairing
 from ..reference import NOTHING, compute_dtype, is_finite
 from . import coarse, small
 from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows
-from .small import pairs_of, row_maximum
 
 #: Size of a block of normalised reference tokens: 8 MB in fp32.
 BLOCK_ELEMENTS = 2 * 2**20
 #: Tokens that are pushed at a time, on an accelerator.
 PUSH_ROWS = 1024
+
+
+class _Pairs(NamedTuple):
+    """All pairs `(item, slot, reference item)`, by the item whose tokens are columns.
+
+    `even`: as many pairs for each, so that one batched product serves all; then the tensors `(P,)`
+    are their parts.
+    """
+
+    by_columns: dict[int, list[tuple[int, int, int]]]
+    even: bool
+    items: Tensor
+    slots: Tensor
+    others: Tensor
+
+
+@lru_cache(maxsize=64)
+def _pairs(pairing: Pairing, matching: str) -> _Pairs:
+    by_columns: dict[int, list[tuple[int, int, int]]] = {}
+    for item in pairing.sources:
+        for slot in range(pairing.slots):
+            pair = (item, slot, pairing.reference_item(item, slot))
+            by_columns.setdefault(pair[2] if matching == "paper" else item, []).append(pair)
+    even = len({len(members) for members in by_columns.values()}) == 1
+    flat = [pair for members in by_columns.values() for pair in members]
+    with torch.inference_mode(False):
+        parts = torch.tensor(flat, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
+    return _Pairs(by_columns, even, *parts)
 
 
 class _Tiles:
@@ -60,6 +88,21 @@ def _normalized_block(block: Tensor, allowed: Tensor | None) -> tuple[Tensor, Te
     return scaled, ~usable
 
 
+def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row and its lowest index.
+
+    On a CPU a maximum without index is vectorised and one with index is not, so the index is
+    looked for only in the run of columns that holds the maximum.
+    """
+    rows, columns = scores.shape
+    if scores.device.type != "cpu" or columns == RUN:
+        return scores.max(dim=1)
+    runs = scores.view(rows, columns // RUN, RUN)
+    run = runs.amax(dim=2).max(dim=1).indices
+    value, offset = runs[torch.arange(rows, device=scores.device), run].max(dim=1)
+    return value, run * RUN + offset
+
+
 def _search(
     columns: Tensor,
     allowed: Tensor | None,
@@ -84,7 +127,7 @@ def _search(
                     scores.masked_fill_(excluded, NOTHING)
                 elif ragged:
                     scores[:, count:] = NOTHING
-                value, at = row_maximum(scores)
+                value, at = _row_maximum(scores)
                 improve(best[chunk], index[chunk], value, at + start)
 
 
@@ -96,16 +139,13 @@ def match(
     matching: str,
 ) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.reference.match`."""
+    if small.fits(x, reference, pairing):
+        return small.match(x, reference, pairing, reference_mask, matching)
     dtype = compute_dtype(x.dtype)
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
-    pairs = pairs_of(pairing, matching)
-    if small.fits_at_once(x, reference, pairs):
-        found = small.match_at_once(x, reference, pairs, reference_mask, matching)
-        similarity[pairs.items, pairs.slots], index[pairs.items, pairs.slots] = found
-        return similarity, index
-
+    pairs = _pairs(pairing, matching)
     tiles = _Tiles(x, reference)
     for shared, members in pairs.by_columns.items():
         columns = reference[shared] if matching == "paper" else x[shared]
@@ -156,6 +196,19 @@ def guide(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.reference.guide`."""
+    if small.fits(x, reference, pairing):
+        return small.guide(
+            x,
+            reference,
+            pairing,
+            alpha,
+            threshold,
+            reference_mask,
+            movable,
+            matching,
+            combine,
+            out,
+        )
     if out is x and pairing.mode != "first" and _shares_memory(x, reference):
         # A token that has moved must not serve as a reference of the next item.
         moved = torch.empty_like(x)
@@ -191,9 +244,6 @@ def guide(
             flat, pushed = flat.gather(1, best_slot), pushed.gather(1, best_slot)
     flat = torch.where(pushed, flat, -1)
 
-    if x.device.type == "cpu" and x.numel() <= small.SMALL:
-        small.push_at_once(x, reference, pairing, alpha, flat, out)
-        return similarity, flat
     if out is not x and pairing.mode == "first":
         for item in range(0, pairing.items, pairing.group_size):
             out[item].copy_(x[item])

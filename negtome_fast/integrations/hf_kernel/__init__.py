@@ -27,7 +27,13 @@ PYTHON_NAME = NAME.replace("-", "_")
 BACKENDS = ("cpu", "cuda", "rocm")
 #: What is copied as it is, and the one file whose operators get a name of their own in every build.
 MODULES = ("functional.py", "module.py", "reference.py")
-BACKEND_MODULES = ("__init__.py", "coarse.py", "torch_backend.py", "triton_backend.py")
+BACKEND_MODULES = (
+    "__init__.py",
+    "coarse.py",
+    "small.py",
+    "torch_backend.py",
+    "triton_backend.py",
+)
 KERNEL_MODULES = (
     *("__init__.py", "pairing.py", "tuning.py"),
     *("shared.py", "match.py", "push.py", "rows.py"),
