@@ -1,8 +1,9 @@
-"""`python -m bench [run | compare | end-to-end | report] ...`; without a word it runs.
+"""`python -m bench [run | compare | end-to-end | fixed-cost | report] ...`; without a word it runs.
 
 run         the operator against what it is to replace, shape by shape
 compare     two result files: exit code 1 where the second is slower
 end-to-end  what guidance adds to a step and to an image
+fixed-cost  what a guided block and a bare call take where the tokens are few
 report      one HTML page and plots of result files
 
 Each word has its own --help.
@@ -19,6 +20,7 @@ COMMANDS = {
     "run": "run",
     "compare": "compare",
     "end-to-end": "end_to_end",
+    "fixed-cost": "fixed_cost",
     "report": "report",
 }
 
