@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends import small
+from .kernels.pairing import Pairing
 
 Reference = Literal["first", "others"] | Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -126,7 +128,9 @@ def guide_tokens(
     """
     given = None if isinstance(reference, str) else reference
     unwatched = ops.nothing_watches(x, given, reference_mask, source_mask)
-    if unwatched and reference_mask is None and _hashable(reference, matching, groups):
+    # Exact types only: True is equal to 1, and no number of groups.
+    plain = type(reference) is str and type(matching) is str and type(groups) is int
+    if unwatched and reference_mask is None and plain:
         problem = _known_problem(x.shape, x.dtype, reference, matching, groups)
     else:
         problem = check_problem(x, reference, reference_mask, matching, groups)
@@ -143,6 +147,13 @@ def guide_tokens(
     if 0 in x.shape or (problem.reference is not None and 0 in problem.reference.shape):
         return _untouched(x, problem.slots if combine == "sum" else 1, inplace)
 
+    if 0 < problem.elements <= small.SMALL and unwatched and x.is_cpu and ops.runs_torch(backend):
+        if inplace and not x.is_contiguous():
+            _check_writable(x, reference)
+        out = x if inplace else x.new_empty(x.shape)
+        done = small.guide_from_first(x, strength, limit, movable, out)
+        if done is not None:
+            return out, *done
     call = ops.Call(
         x,
         problem.reference,
@@ -239,6 +250,8 @@ class Problem:
     mode: str
     per_item: bool
     slots: int
+    #: `small.elements` where `small.guide_from_first` could do it, else 0.
+    elements: int = 0
 
 
 def check_tokens(x: Tensor) -> None:
@@ -292,14 +305,6 @@ def check_problem(
     return Problem(None, mask, reference, False, 1 if reference == "first" else size - 1)
 
 
-def _hashable(reference: Reference, matching: str, groups: int) -> bool:
-    """Whether what `check_problem` says depends on these values and the shape and dtype of x.
-
-    Exact types only: True is equal to 1, and no number of groups.
-    """
-    return type(reference) is str and type(matching) is str and type(groups) is int
-
-
 @lru_cache(maxsize=256)
 def _known_problem(
     shape: torch.Size, dtype: torch.dtype, reference: Any, matching: str, groups: int
@@ -307,7 +312,11 @@ def _known_problem(
     """`check_problem` of an in-batch reference without a mask; errors are not remembered."""
     with torch.inference_mode(False):
         x = torch.empty(shape, dtype=dtype, device="meta")
-    return check_problem(x, reference, None, matching, groups)
+    problem = check_problem(x, reference, None, matching, groups)
+    if reference != "first" or matching != "paper" or groups != 1:
+        return problem
+    elements = small.elements(shape, shape[1], Pairing("first", shape[0]))
+    return replace(problem, elements=elements)
 
 
 def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) -> Problem:

@@ -7,6 +7,7 @@ from outside of the batch take a forward of their own first, inside of `record`.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from .config import NegToMeConfig
 from .functional import guide_tokens, mark_checked
+from .ops import BACKEND_VARIABLE
 from .summary import (
     SEEN_TOKENS,
     BlockRow,
@@ -121,6 +123,7 @@ class _Step:
     shares: list[_Share] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     seen_tokens: int = 0
+    torch_on_cpu: bool = False
 
 
 class Guidance:
@@ -233,7 +236,10 @@ class Guidance:
         groups = self.config.groups or groups
         if self._step is not None:  # one that nobody closed
             self._count_seen(self._step)
-        self._step = _Step(active, groups, grid)
+        opened = _Step(active, groups, grid)
+        # Not for every block: the environment is slow to read.
+        opened.torch_on_cpu = self.config.backend == "auto" and not os.environ.get(BACKEND_VARIABLE)
+        self._step = opened
         with _counting:
             self._forwards += 1
             if active:
@@ -378,7 +384,7 @@ class Guidance:
             dropout=config.dropout,
             generator=self._generator_on(image_tokens.device),
             inplace=inplace and not measure_only,
-            backend=config.backend,
+            backend="torch" if step.torch_on_cpu and image_tokens.is_cpu else config.backend,
         )
         self._count(step, shards, block, grid, similarity, pushed, threshold)
         return image_tokens if measure_only else guided

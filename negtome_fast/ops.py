@@ -53,6 +53,13 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def runs_torch(name: str) -> bool:
+    """Whether the torch backend serves a CPU by this name, in full precision."""
+    if name == "auto" and not os.environ.get(BACKEND_VARIABLE):
+        name = "torch"
+    return name == "torch" and not torch.is_autocast_enabled("cpu")
+
+
 def _backend(name: str, x: Tensor) -> ModuleType:
     """The module that serves `x`; chosen as the operator runs, so that no compiler traces it."""
     if name == "auto" and x.is_cpu and not os.environ.get(BACKEND_VARIABLE):

@@ -115,12 +115,16 @@ def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Place
 
 def fits(x: Tensor, reference: Tensor, pairing: Pairing) -> bool:
     """Whether a problem is small, and not empty."""
-    if not x.is_cpu:
-        return False
-    (items, tokens, channels), width = x.shape, padded(max(reference.shape[1], x.shape[1]))
+    return x.is_cpu and 0 < elements(x.shape, reference.shape[1], pairing) <= SMALL
+
+
+def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
+    """Of the tokens and scores of all products: tokens `(B, N, D)`, references of `length`."""
+    (items, tokens, channels), width = shape, padded(max(length, shape[1]))
     pairs = items - pairing.groups if pairing.mode == "first" else items * pairing.slots
-    elements = tokens * channels + width * channels + tokens * width
-    return 0 < pairs * elements <= SMALL
+    if pairing.mode == "others":
+        pairs //= 2  # one product serves both items
+    return pairs * (tokens * channels + width * channels + tokens * width)
 
 
 def _read(tokens: Tensor) -> _Tokens:
@@ -312,7 +316,7 @@ def guide(
     """See `negtome_fast.reference.guide`; `out` may be `x`."""
     plain = pairing.mode == "first" and pairing.groups == 1 and mask is None
     if plain and matching == "paper" and alpha.numel() == threshold.numel() == 1:
-        done = _guide_from_first(x, alpha, threshold, movable, out)
+        done = guide_from_first(x, alpha, threshold, movable, out)
         if done is not None:
             return done
     sources = _read(x)
@@ -337,7 +341,7 @@ def guide(
 
 
 class _Flat(NamedTuple):
-    """Constants of `_guide_from_first`, for the tokens `(N,)` of item 0 and those `(K,)` after.
+    """Constants of `guide_from_first`, for the tokens `(N,)` of item 0 and those `(K,)` after.
 
     Attributes:
         sizes: N and K.
@@ -365,7 +369,7 @@ def _flat(items: int, tokens: int) -> _Flat:
         )
 
 
-def _guide_from_first(
+def guide_from_first(
     x: Tensor, alpha: Tensor, threshold: Tensor, movable: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """`guide` for one group and "first", without a mask; None where tokens are not finite.
