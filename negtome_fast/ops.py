@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference as reference_backend
 from .backends import torch_backend
@@ -147,6 +148,13 @@ def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
+# Looked up once: where the caches are cold, every step of the way to a function costs.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_modes_before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
 def nothing_watches(*tensors: Any) -> bool:
     """Whether an operator may run without torch's dispatcher, which costs more than a small match.
 
@@ -155,11 +163,11 @@ def nothing_watches(*tensors: Any) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _modes_before_dispatch()
+        or _tracing() is not None
+        or _transforms() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     differentiated = torch.is_grad_enabled()
