@@ -1,10 +1,11 @@
-"""`python -m bench [run | compare | end-to-end | report] ...`; without a word it runs.
+"""`python -m bench [run | compare | end-to-end | fixed-cost | report] ...`; without a word it runs.
 
 run         the operator against what it is to replace, shape by shape
 compare     two result files: exit code 1 where the second is slower
 end-to-end  what guidance adds to a step and to an image
 loaded      ours and rivals on the CPU beside processes that keep every core busy
 host-time   what a guided call costs the host, by a stand-in for the GPU
+fixed-cost  what a guided block and a bare call take where the tokens are few
 report      one HTML page and plots of result files
 
 Each word has its own --help.
@@ -23,6 +24,7 @@ COMMANDS = {
     "end-to-end": "end_to_end",
     "loaded": "loaded",
     "host-time": "host_time",
+    "fixed-cost": "fixed_cost",
     "report": "report",
 }
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .backends import small
+from .kernels.pairing import Pairing
 
 Reference = Literal["first", "others"] | Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -123,20 +126,36 @@ def guide_tokens(
             away from, -1 where it was left alone. The slot numbers the references an item sees:
             the external ones in order, for `"others"` the other items of the group in order.
     """
-    problem = check_problem(x, reference, reference_mask, matching, groups)
+    given = None if isinstance(reference, str) else reference
+    unwatched = ops.nothing_watches(x, given, reference_mask, source_mask)
+    # Exact types only: True is equal to 1, and no number of groups.
+    plain = type(reference) is str and type(matching) is str and type(groups) is int
+    if unwatched and reference_mask is None and plain:
+        problem = _known_problem(x.shape, x.dtype, reference, matching, groups)
+    else:
+        problem = check_problem(x, reference, reference_mask, matching, groups)
     check_combine(combine)
-    strength = parameter_tensor("alpha", alpha, x, problem.slots)
-    limit = parameter_tensor("threshold", threshold, x, problem.slots)
-    movable = movable_tokens(x, source_mask, dropout, generator)
+    strength = _parameter("alpha", alpha, x, problem.slots, unwatched)
+    limit = _parameter("threshold", threshold, x, problem.slots, unwatched)
+    movable = None
+    if not (source_mask is None and generator is None and type(dropout) is float and dropout == 0):
+        movable = movable_tokens(x, source_mask, dropout, generator)
     ops.check_backend_name(backend)
-    slots = problem.slots if combine == "sum" else 1
     if problem.mode == "first" and x.shape[0] == groups:
         _warn_nothing_to_push(x.shape, groups)
-        return _untouched(x, slots, inplace)
+        return _untouched(x, problem.slots if combine == "sum" else 1, inplace)
     if 0 in x.shape or (problem.reference is not None and 0 in problem.reference.shape):
-        return _untouched(x, slots, inplace)
+        return _untouched(x, problem.slots if combine == "sum" else 1, inplace)
 
-    arguments = (
+    if 0 < problem.elements <= small.SMALL and unwatched and x.is_cpu and ops.runs_torch(backend):
+        if inplace and not x.is_contiguous():
+            _check_writable(x, reference)
+        out = x if inplace else x.new_empty(x.shape)
+        done = small.guide_from_first(x, strength, limit, movable, out)
+        if done is not None:
+            return out, *done
+    call = ops.Call(
+        x,
         problem.reference,
         strength,
         limit,
@@ -149,9 +168,21 @@ def guide_tokens(
         combine,
         backend,
     )
-    if not inplace:
-        return ops.run_guide(x, *arguments)
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+    if inplace:
+        _check_writable(x, reference)
+        similarity, pushed = ops.run_at_once(call, x) if unwatched else ops.guide_(*call)
+        return x, similarity, pushed
+    if not unwatched:
+        result: tuple[Tensor, Tensor, Tensor] = ops.guide(*call)
+        return result
+    out = x.new_empty(x.shape)
+    return out, *ops.run_at_once(call, out)
+
+
+def _check_writable(x: Tensor, reference: Reference) -> None:
+    if not x.is_contiguous() and any(
+        step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
+    ):
         raise ValueError(
             f"inplace=True needs tokens of their own memory; x {tuple(x.shape)} is expanded "
             f"(strides {x.stride()}); use inplace=False or x.clone()"
@@ -160,8 +191,6 @@ def guide_tokens(
         x.requires_grad or (isinstance(reference, Tensor) and reference.requires_grad)
     ):
         raise ValueError("inplace=True is not differentiable; use inplace=False or torch.no_grad()")
-    similarity, pushed = ops.run_guide_(x, *arguments)
-    return x, similarity, pushed
 
 
 @torch.no_grad()
@@ -221,6 +250,8 @@ class Problem:
     mode: str
     per_item: bool
     slots: int
+    #: `small.elements` where `small.guide_from_first` could do it, else 0.
+    elements: int = 0
 
 
 def check_tokens(x: Tensor) -> None:
@@ -272,6 +303,20 @@ def check_problem(
         )
     mask = _mask("reference_mask", mask, x, [(tokens,), (1, tokens), (items, tokens)])
     return Problem(None, mask, reference, False, 1 if reference == "first" else size - 1)
+
+
+@lru_cache(maxsize=256)
+def _known_problem(
+    shape: torch.Size, dtype: torch.dtype, reference: Any, matching: str, groups: int
+) -> Problem:
+    """`check_problem` of an in-batch reference without a mask; errors are not remembered."""
+    with torch.inference_mode(False):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+    problem = check_problem(x, reference, None, matching, groups)
+    if reference != "first" or matching != "paper" or groups != 1:
+        return problem
+    elements = small.elements(shape, shape[1], Pairing("first", shape[0]))
+    return replace(problem, elements=elements)
 
 
 def _external(x: Tensor, reference: Tensor, mask: Tensor | None, matching: str) -> Problem:
@@ -339,6 +384,32 @@ def _mask(
         raise ValueError(f"{name} must have the shape {wanted}, got {tuple(mask.shape)}")
     rows = x.shape[0] if rows is None else rows
     return mask.reshape(-1, mask.shape[-1]).expand(rows, -1).contiguous()
+
+
+def mark_checked(value: Tensor) -> Tensor:
+    """Mark a tensor that its owner never changes as a finite `alpha` or `threshold`."""
+    value._negtome_checked = True  # type: ignore[attr-defined]
+    return value
+
+
+def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int, unwatched: bool) -> Tensor:
+    """`parameter_tensor`, or a tensor that it has made or checked before."""
+    if not unwatched:
+        return parameter_tensor(name, value, x, slots)
+    if type(value) is float and x.device.type == "cpu":
+        return _known_number(name, value, x.dtype)
+    if isinstance(value, Tensor) and getattr(value, "_negtome_checked", False):
+        same = value.dtype == _parameter_dtype(x) and value.device == x.device
+        if same and value.ndim == 0:
+            return value
+    return parameter_tensor(name, value, x, slots)
+
+
+@lru_cache(maxsize=64)
+def _known_number(name: str, value: float, dtype: torch.dtype) -> Tensor:
+    """Nobody but the backends sees it, which only read it."""
+    with torch.inference_mode(False):
+        return parameter_tensor(name, value, torch.empty((), dtype=dtype, device="cpu"), 1)
 
 
 def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:

@@ -7,27 +7,36 @@ from outside of the batch take a forward of their own first, inside of `record`.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from .config import NegToMeConfig
-from .functional import guide_tokens
+from .functional import guide_tokens, mark_checked
+from .ops import BACKEND_VARIABLE
+from .summary import (
+    SEEN_TOKENS,
+    BlockRow,
+    Grid,
+    GuidanceSummary,
+    Seen,
+    Statistics,
+    sums_of,
+)
 
 if TYPE_CHECKING:
     from .pipelines.parallel import TokenShards
 
-Grid = tuple[int, int]
+__all__ = ["BlockRow", "Grid", "Guidance", "GuidanceSummary", "ReferenceSettings"]
+
 T = TypeVar("T")
 _counting = threading.Lock()
-
-SEEN_TOKENS = 2**20
-"""Tokens whose matches are kept at most, 12 bytes each, before they are counted."""
 
 
 class Here(threading.local):
@@ -88,180 +97,6 @@ class ReferenceSettings:
             )
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """What the guidance did in one block, over all guided forwards.
-
-    Attributes:
-        block: name of the block.
-        grid: (height, width) of its tokens when it was last guided, where known.
-        calls: number of guided forwards.
-        tokens: source tokens that were compared with a reference, over all calls.
-        matched: share of them whose best cosine similarity exceeded the threshold.
-        pushed: share of them that were moved; below `matched` where dropout spared some.
-        similarity: mean of their best cosine similarity.
-    """
-
-    block: str
-    grid: Grid | None
-    calls: int
-    tokens: int
-    matched: float
-    pushed: float
-    similarity: float
-
-
-@dataclass(frozen=True)
-class GuidanceSummary:
-    """What the guidance did since it was applied or last reset; `print` shows a table.
-
-    Attributes:
-        rows: one entry for each guided block, in the order in which they ran.
-        forwards: forwards of the model that were seen.
-        guided: those of them that lay inside the window.
-        groups: guidance groups of the last guided forward; None if there was none.
-    """
-
-    rows: tuple[BlockRow, ...]
-    forwards: int
-    guided: int
-    groups: int | None
-
-    @property
-    def total(self) -> BlockRow:
-        """All blocks taken together, weighted by their tokens."""
-        tokens = sum(row.tokens for row in self.rows)
-
-        def mean(name: str) -> float:
-            weighted = sum(getattr(row, name) * row.tokens for row in self.rows if row.tokens)
-            return weighted / tokens if tokens else 0.0
-
-        return BlockRow(
-            block="all blocks",
-            grid=None,
-            calls=sum(row.calls for row in self.rows),
-            tokens=tokens,
-            matched=mean("matched"),
-            pushed=mean("pushed"),
-            similarity=mean("similarity"),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold: forwards, guided, groups, total and rows."""
-        return {
-            "forwards": self.forwards,
-            "guided": self.guided,
-            "groups": self.groups,
-            "total": asdict(self.total),
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    def __str__(self) -> str:
-        head = f"NegToMe guided {self.guided} of {self.forwards} model forwards"
-        if self.groups is not None:
-            head += f", {self.groups} guidance group{'s' if self.groups > 1 else ''} in the batch"
-        if not self.rows:
-            return head + "; no token was compared with a reference"
-        rows = (*self.rows, self.total) if len(self.rows) > 1 else self.rows
-        width = max(5, *(len(row.block) for row in rows))
-        lines = [
-            head,
-            f"{'block':<{width}}  {'grid':>9}  {'calls':>5}  {'tokens':>9}  "
-            f"{'matched':>7}  {'pushed':>7}  {'similarity':>10}",
-        ]
-        for row in rows:
-            grid = f"{row.grid[0]} x {row.grid[1]}" if row.grid else "-"
-            lines.append(
-                f"{row.block:<{width}}  {grid:>9}  {row.calls:>5}  {row.tokens:>9}  "
-                f"{row.matched:>7.1%}  {row.pushed:>7.1%}  {row.similarity:>10.3f}"
-            )
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one call of `apply` found, kept until many are counted together.
-
-    Attributes:
-        block, grid: of the call.
-        similarity, pushed: (B, S, N) as `guide_tokens` returns them.
-        threshold: () or (S,).
-        matched: (B, N) where one threshold a slot does not tell it, else None.
-    """
-
-    block: str
-    grid: Grid | None
-    similarity: torch.Tensor
-    pushed: torch.Tensor
-    threshold: torch.Tensor
-    matched: torch.Tensor | None
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Calls of one kind can be stacked."""
-        shapes = (self.similarity.shape, self.pushed.shape, self.similarity.dtype)
-        return (*shapes, self.similarity.device, id(self.threshold), self.matched is None)
-
-
-class _Statistics:
-    """Sums of all blocks, kept on their device so that nothing waits for it.
-
-    Blocks that are counted together have one row each of the same tensors.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: dict[str, tuple[int, Grid | None]] = {}
-        self._sums: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def notice(self, block: str, grid: Grid | None) -> None:
-        """Counts a call of a block; blocks are listed in the order of their first."""
-        self._blocks[block] = (self._blocks.get(block, (0, None))[0] + 1, grid)
-
-    def add(self, blocks: tuple[str, ...], counts: torch.Tensor, similarity: torch.Tensor) -> None:
-        """Adds sums (K, 3) and (K,) of K calls, as `_sums` returns them."""
-        known = self._sums.get(blocks)
-        with torch.inference_mode(False):  # else no later run outside of that mode could add to it
-            if known is None:
-                known = torch.zeros_like(counts), torch.zeros_like(similarity)
-            if known[0].device != counts.device:  # the model was moved; what it counted stays
-                known = known[0].to(counts.device), known[1].to(counts.device)
-        known[0].add_(counts)
-        known[1].add_(similarity)
-        self._sums[blocks] = known
-
-    def rows(self) -> tuple[BlockRow, ...]:
-        """Reads the sums from the device."""
-        counted: dict[str, tuple[int, ...]] = dict.fromkeys(self._blocks, (0, 0, 0))
-        similarity = dict.fromkeys(self._blocks, 0.0)
-        for blocks, (counts, sums) in self._sums.items():
-            for block, new, total in zip(blocks, counts.tolist(), sums.tolist(), strict=True):
-                counted[block] = tuple(map(sum, zip(counted[block], new, strict=True)))
-                similarity[block] += total
-        rows = []
-        for block, (calls, grid) in self._blocks.items():
-            tokens, matched, pushed = counted[block]
-            share = 1 / max(tokens, 1)
-            shares = matched * share, pushed * share, similarity[block] * share
-            rows.append(BlockRow(block, grid, calls, tokens, *shares))
-        return tuple(rows)
-
-
-def _sums(seen: Sequence[_Seen]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of K calls of one kind: numbers (K, 3) of tokens compared, matched and pushed, and the sum
-    (K,) of their similarities."""
-    similarity = torch.stack([one.similarity for one in seen]).detach()
-    pushed = torch.stack([one.pushed for one in seen])
-    best = similarity.amax(dim=2)
-    compared = best > -torch.inf
-    told = [one.matched for one in seen if one.matched is not None]
-    if told:
-        matched = torch.stack(told)
-    else:
-        matched = (similarity > seen[0].threshold[..., None]).any(dim=2)
-    counts = [part.sum(dim=(1, 2)) for part in (compared, matched, (pushed >= 0).any(dim=2))]
-    return torch.stack(counts, dim=1), torch.where(compared, best, 0.0).sum(dim=(1, 2)).float()
-
-
 @dataclass
 class _Share:
     """What one rank counted in a block whose tokens are distributed over several."""
@@ -286,8 +121,9 @@ class _Step:
     calls: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     shares: list[_Share] = field(default_factory=list)
-    seen: list[_Seen] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     seen_tokens: int = 0
+    torch_on_cpu: bool = False
 
 
 class Guidance:
@@ -356,7 +192,7 @@ class Guidance:
 
     def reset(self) -> None:
         """Forgets the statistics."""
-        self._statistics = _Statistics()
+        self._statistics = Statistics()
         self._forwards = 0
         self._guided = 0
         self._groups: int | None = None
@@ -400,7 +236,10 @@ class Guidance:
         groups = self.config.groups or groups
         if self._step is not None:  # one that nobody closed
             self._count_seen(self._step)
-        self._step = _Step(active, groups, grid)
+        opened = _Step(active, groups, grid)
+        # Not for every block: the environment is slow to read.
+        opened.torch_on_cpu = self.config.backend == "auto" and not os.environ.get(BACKEND_VARIABLE)
+        self._step = opened
         with _counting:
             self._forwards += 1
             if active:
@@ -545,7 +384,7 @@ class Guidance:
             dropout=config.dropout,
             generator=self._generator_on(image_tokens.device),
             inplace=inplace and not measure_only,
-            backend=config.backend,
+            backend="torch" if step.torch_on_cpu and image_tokens.is_cpu else config.backend,
         )
         self._count(step, shards, block, grid, similarity, pushed, threshold)
         return image_tokens if measure_only else guided
@@ -561,11 +400,11 @@ class Guidance:
         threshold: torch.Tensor,
         matched: torch.Tensor | None = None,
     ) -> None:
-        seen = _Seen(block, grid, similarity, pushed, threshold, matched)
+        seen = Seen(block, grid, similarity, pushed, threshold, matched)
         with _counting:
             self._statistics.notice(block, grid)
         if shards is not None:
-            counts, total = _sums([seen])
+            counts, total = sums_of([seen])
             step.shares.append(_Share(block, counts[0], total[0], shards))
             return
         step.seen.append(seen)
@@ -574,15 +413,10 @@ class Guidance:
             self._count_seen(step)
 
     def _count_seen(self, step: _Step) -> None:
-        """Adds what this step found to the statistics, in a few operations for all blocks."""
-        kinds: dict[tuple[Any, ...], list[_Seen]] = {}
-        for one in step.seen:
-            kinds.setdefault(one.kind, []).append(one)
+        """Hands what this step has found to the statistics."""
+        with _counting:
+            self._statistics.keep(step.seen, step.seen_tokens)
         step.seen, step.seen_tokens = [], 0
-        for seen in kinds.values():
-            sums = _sums(seen)
-            with _counting:
-                self._statistics.add(tuple(one.block for one in seen), *sums)
 
     def _keep(self, step: _Step, image_tokens: torch.Tensor, block: str) -> None:
         which, groups = step.recording, step.groups
@@ -692,7 +526,9 @@ class Guidance:
         """Reads the statistics from the device; the only call that waits for it."""
         if self._step is not None:
             self._count_seen(self._step)
-        return GuidanceSummary(self._statistics.rows(), self._forwards, self._guided, self._groups)
+        with _counting:
+            rows = self._statistics.rows()
+        return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
 
     def _sum_over_ranks(self, shares: list[_Share]) -> None:
         """Adds what all ranks counted in this forward, in one exchange for all blocks.
@@ -725,8 +561,10 @@ class Guidance:
         if device not in self._scalars:
             with torch.inference_mode(False):
                 alpha, threshold = (
-                    torch.tensor(
-                        v[0] if len(set(v)) == 1 else v, dtype=torch.float32, device=device
+                    mark_checked(
+                        torch.tensor(
+                            v[0] if len(set(v)) == 1 else v, dtype=torch.float32, device=device
+                        )
                     )
                     for v in (self._alphas, self._thresholds)
                 )

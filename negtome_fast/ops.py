@@ -8,11 +8,13 @@ was pushed, and `dL/dr_j = -alpha * sum of g_i` over the tokens pushed away from
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference as reference_backend
 from .backends import torch_backend
@@ -52,8 +54,17 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def runs_torch(name: str) -> bool:
+    """Whether the torch backend serves a CPU by this name, in full precision."""
+    if name == "auto" and not os.environ.get(BACKEND_VARIABLE):
+        name = "torch"
+    return name == "torch" and not torch.is_autocast_enabled("cpu")
+
+
 def _backend(name: str, x: Tensor) -> ModuleType:
     """The module that serves `x`; chosen as the operator runs, so that no compiler traces it."""
+    if name == "auto" and x.is_cpu and not os.environ.get(BACKEND_VARIABLE):
+        return torch_backend
     name = resolve_backend(name, x.device, x.dtype)
     if name == "triton":
         from .backends import triton_backend
@@ -62,7 +73,7 @@ def _backend(name: str, x: Tensor) -> ModuleType:
     return reference_backend if name == "reference" else torch_backend
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of `guide` and `guide_`, in the order of their schema."""
 
     x: Tensor
@@ -107,16 +118,26 @@ def _pairing(
     x: Tensor, reference: Tensor | None, pairing_mode: str, groups: int, per_item: bool
 ) -> Pairing:
     items = x.shape[0]
+    # Not where the size is symbolic.
+    make = _made_pairing if type(items) is int and not torch.compiler.is_compiling() else Pairing
     if reference is None:
-        return Pairing(pairing_mode, items, groups)
+        return make(pairing_mode, items, groups)
     count = reference.shape[0] // items if per_item else reference.shape[0]
-    return Pairing("external", items, groups, count, per_item)
+    return make("external", items, groups, count, per_item)
+
+
+_made_pairing = lru_cache(maxsize=256)(Pairing)
 
 
 def _run(backend: str, x: Tensor, function: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Call a backend; autocast, which would round what must be exact, is off meanwhile."""
+    call = getattr(_backend(backend, x), function)
+    result: tuple[Tensor, Tensor]
+    if not torch.is_autocast_enabled(x.device.type):
+        result = call(x, *arguments)
+        return result
     with torch.autocast(x.device.type, enabled=False):
-        result: tuple[Tensor, Tensor] = getattr(_backend(backend, x), function)(x, *arguments)
+        result = call(x, *arguments)
     return result
 
 
@@ -127,27 +148,37 @@ def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
-def nothing_watches(*tensors: Tensor | None) -> bool:
+# Looked up once: where the caches are cold, every step of the way to a function costs.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_modes_before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def nothing_watches(*tensors: Any) -> bool:
     """Whether an operator may run without torch's dispatcher, which costs more than a small match.
 
     Nobody would see it: nothing is compiled, traced, differentiated or transformed, no mode is on,
-    and the tensors are plain ones with values.
+    and the arguments, where they are not None, are plain tensors with values.
     """
-    plain = not (
+    if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-    return plain and all(
-        type(tensor) is Tensor
-        and not tensor.is_meta
-        and not (tensor.requires_grad and torch.is_grad_enabled())
-        for tensor in tensors
-        if tensor is not None
-    )
+        or _dispatch_modes()
+        or _modes_before_dispatch()
+        or _tracing() is not None
+        or _transforms() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    differentiated = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) is not Tensor
+            or tensor.is_meta
+            or (differentiated and tensor.requires_grad)
+        ):
+            return False
+    return True
 
 
 _PAIRING = "str pairing_mode, int groups, bool per_item, str matching"
@@ -191,14 +222,14 @@ def _(x: Tensor, reference: Tensor | None, _mask: Tensor | None, *rest: Any) -> 
 )
 def guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Pushed tokens `(B, N, D)`, similarity and what was pushed, as `guide_tokens` returns."""
-    call = _Call(*arguments)
+    call = Call(*arguments)
     out = call.x.new_empty(call.x.shape)
     return out, *call.run(out)
 
 
 @guide.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(*arguments)
+    call = Call(*arguments)
     return call.x.new_empty(call.x.shape), *call.empty_results()
 
 
@@ -209,17 +240,17 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`guide` in place; returns similarity and what was pushed."""
-    call = _Call(*arguments)
+    call = Call(*arguments)
     return call.run(call.x)
 
 
 @guide_.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _Call(*arguments).empty_results()
+    return Call(*arguments).empty_results()
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = _Call(*inputs)
+    call = Call(*inputs)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2], call.alpha)
     ctx.pairing = call.pairing
@@ -259,23 +290,31 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 def run_guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`guide`, at once where nothing watches."""
-    call = _Call(*arguments)
+    call = Call(*arguments)
     if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
         result: tuple[Tensor, Tensor, Tensor] = guide(*arguments)
         return result
-    with torch.no_grad():
-        out = call.x.new_empty(call.x.shape)
-        return out, *call.run(out)
+    out = call.x.new_empty(call.x.shape)
+    return out, *run_at_once(call, out)
 
 
 def run_guide_(*arguments: Any) -> Any:
     """`guide_`, at once where nothing watches."""
-    call = _Call(*arguments)
+    call = Call(*arguments)
     if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
         return guide_(*arguments)
-    with torch.no_grad():
-        result = call.run(call.x)
-    torch.autograd.graph.increment_version(call.x)
+    return run_at_once(call, call.x)
+
+
+def run_at_once(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the backend without torch's dispatcher; only where `nothing_watches`."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            result = call.run(out)
+    else:
+        result = call.run(out)
+    if out is call.x:
+        torch.autograd.graph.increment_version(out)
     return result
 
 

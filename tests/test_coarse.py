@@ -16,7 +16,7 @@ from torch import Tensor
 import negtome_fast as nf
 from bench.shapes import Shape, random_tokens
 from negtome_fast import ops
-from negtome_fast.backends import coarse, torch_backend
+from negtome_fast.backends import coarse, small
 from negtome_fast.backends.workers import ALONE
 from negtome_fast.functional import check_problem, guide_tokens
 
@@ -28,7 +28,7 @@ SMALL_BLOCKS = {"BLOCK_COLUMNS": coarse.RUN, "ROWS": 32, "FIRST_ROWS": 8}
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem takes the coarse product, whatever its size and the processor."""
-    monkeypatch.setattr(torch_backend, "SMALL", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
     monkeypatch.setattr(coarse, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(coarse, "LEAST_TOKENS", 1)
     monkeypatch.setattr(coarse, "LEAST_WORK", 0)

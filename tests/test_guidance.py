@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from negtome_fast import config
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import match_tokens, negtome
-from negtome_fast.guidance import Guidance, ReferenceSettings, _Statistics
+from negtome_fast.guidance import Guidance, ReferenceSettings
+from negtome_fast.summary import Statistics
 
 
 class TinyDiT(nn.Module):
@@ -219,7 +220,7 @@ def test_inference_mode_may_change_between_runs(inference_first: bool) -> None:
 
 
 def test_counts_survive_a_move_to_another_device() -> None:
-    statistics = _Statistics()
+    statistics = Statistics()
     for device in ("cpu", "meta"):
         counts = torch.ones(1, 3, dtype=torch.int64, device=device)
         statistics.add(("block",), counts, torch.ones(1, device=device))

@@ -5,17 +5,16 @@ Times are measured by `python -m bench.outside_window`; they would be no test on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 pytest.importorskip("diffusers")
 
+from counted import operators
 from pipelines_fixtures import flux_pipeline, generate, sdxl_pipeline
 
 from negtome_fast.backends import torch_backend
@@ -28,33 +27,6 @@ ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
 NEVER = NegToMeConfig(t_start=0.5, t_end=0.1)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 """Operators whose result the host waits for."""
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run, and the elements of memory that each newly allocated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.allocated: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        self.calls[name] += 1
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.allocated[name, tensor.numel()] += 1
-        return result
-
-
-def operators(call: Callable[[], object]) -> Operators:
-    with Operators() as counted:
-        call()
-    return counted
 
 
 def flux_inputs(images: int = 3, height: int = 4, width: int = 6) -> dict[str, Any]:

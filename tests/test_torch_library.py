@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 import negtome_fast as nf
 from negtome_fast import ops
-from negtome_fast.backends import torch_backend
+from negtome_fast.backends import small
 
 
 def sample(dtype: torch.dtype = torch.float32, items: int = 4) -> torch.Tensor:
@@ -173,8 +173,7 @@ def test_a_plain_call_skips_the_dispatcher_and_computes_the_same() -> None:
 def test_a_default_device_of_the_caller_changes_nothing(reference: str) -> None:
     x = sample().cpu()
     expected = nf.negtome(x, reference, threshold=0.0, backend="torch")
-    torch_backend._pairs.cache_clear()
-    torch_backend._reference_items.cache_clear()
+    small._places.cache_clear()
     with torch.device("meta"):
         assert torch.equal(nf.negtome(x, reference, threshold=0.0, backend="torch"), expected)
     assert torch.equal(nf.negtome(x, reference, threshold=0.0, backend="torch"), expected)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import negtome_fast as nf
 from bench.shapes import Shape, random_tokens
-from negtome_fast.backends import coarse, torch_backend, workers
+from negtome_fast.backends import coarse, small, torch_backend, workers
 from negtome_fast.functional import guide_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def large(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem is a large one, split into many tasks."""
-    monkeypatch.setattr(torch_backend, "SMALL", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(coarse, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(coarse, "LEAST_TOKENS", 64)

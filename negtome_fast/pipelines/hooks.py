@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import NOISE, NegToMeConfig
 from ..guidance import Guidance, Here, PerThread, read_timestep
 from .block_caches import CacheWatch, check_cache, skips_blocks
-from .compiled import OwnForward, forget_all, is_compiled, make_room
+from .compiled import OwnForward, forget_all, is_compiled, make_room, nothing_compiles
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
 from .parallel import (
     TokenShards,
@@ -607,10 +607,18 @@ class ModelHooks:
         differentiable = _differentiable(tokens)
         if torch.compiler.is_compiling() and not differentiable:
             return torch.ops.negtome_fast.guide_block(tokens, number, all_image)
+        if not torch.compiler.is_compiling() and nothing_compiles():
+            return self._guide_block(tokens, number, all_image, not differentiable)
         return self.guide_block(tokens, number, all_image, inplace=not differentiable)
 
     @_outside_of_graphs
     def guide_block(
+        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool, inplace: bool
+    ) -> torch.Tensor:
+        """`_guide_block`, which dynamo must not look into, whatever it does with the caller."""
+        return self._guide_block(tokens, number, all_image, inplace)
+
+    def _guide_block(
         self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool, inplace: bool
     ) -> torch.Tensor:
         """The attention tokens (B, S, D) of a block with their image part guided.
@@ -625,11 +633,11 @@ class ModelHooks:
         attended = self._attended_channels(module, tokens)
         if attended < tokens.shape[2]:
             part = tokens[..., :attended]
-            guided = self.guide_block(part, number, all_image, inplace)
+            guided = self._guide_block(part, number, all_image, inplace)
             return tokens if guided is part else torch.cat([guided, tokens[..., attended:]], dim=2)
         if self._holds_single_frames(tokens):
             videos = tokens.reshape(self._items, -1, tokens.shape[2])
-            guided = self.guide_block(videos, number, all_image, inplace)
+            guided = self._guide_block(videos, number, all_image, inplace)
             return tokens if guided is videos else guided.reshape(tokens.shape)
         shards = self._shards_of(module)
         known = shards.image if shards else self._tokens

@@ -86,7 +86,11 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
     they are none of its business.
     """
     sharded = _parallel_config(model, "tensor_parallel_config") is not None
-    if not sharded and "torch.distributed.tensor" in sys.modules:
+    # Without process groups there are no DTensors to be looked for among all parameters.
+    distributed = "torch.distributed.tensor" in sys.modules and (
+        dist.is_available() and dist.is_initialized()
+    )
+    if not sharded and distributed:
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 

@@ -1,0 +1,520 @@
+"""Small problems of the torch backend on a CPU: few calls, since each costs more than it computes.
+
+All items are matched by one product, and all tokens pushed by one gather, without a mask:
+
+    y_i = x_i - alpha * (t_i - x_i)   where   t_i = r_j* if token i is pushed, else x_i
+
+so that a token which stays gets a step of +0, which changes no bit of it. For `others` the product
+of two items serves both of them: its rows are the cosines of one, its columns those of the other.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.pairing import Pairing
+from ..reference import NOTHING, compute_dtype
+from .coarse import EPSILON, RUN, padded
+
+#: Elements of tokens and scores of all pairs up to which a problem is small.
+SMALL = 4 * 2**20
+#: Sum of norms up to which no difference of two tokens overflows.
+LARGEST = {dtype: torch.finfo(dtype).max / 4 for dtype in (torch.float32, torch.float64)}
+#: Columns up to which the unvectorised maximum with index beats a search run by run.
+DIRECT = 2 * RUN
+
+
+class _Places(NamedTuple):
+    """Constants of a pairing; P items move, each of which sees S references.
+
+    Attributes:
+        moving: int64 `(P,)`, the items that move.
+        own: int64 `(P, 1, N)`, the row of each moving token among those of the batch.
+        starts: int64 `(P, S, N)`, the row of the reference's first token among all reference
+            tokens, the same for all N; None where it is `S * length`.
+        items: int64 `(P, S)`, number of the reference item.
+        offsets: int64 `(S, 1)`, slot times the length of a reference.
+        order: int64 `(P * S)`, where the results of `_both_ways` are found; None but for `others`.
+        one, other: int64, the items of its products.
+        length: of a reference.
+        nothing, stays: fp32 and int64 `(G, 1, N)`, -inf and -1: the results of the items that do
+            not move.
+        none: -1, `()`.
+    """
+
+    moving: Tensor
+    own: Tensor
+    starts: Tensor | None
+    items: Tensor
+    offsets: Tensor
+    order: Tensor | None
+    one: Tensor
+    other: Tensor
+    length: int
+    nothing: Tensor
+    stays: Tensor
+    none: Tensor
+
+
+class _Tokens(NamedTuple):
+    """Tokens `(B, N, D)`, upcast and contiguous, and their norms `(B, N, 1)`, at least `EPSILON`.
+
+    `finite`: no difference of two of them overflows, and none is NaN.
+    """
+
+    wide: Tensor
+    norm: Tensor
+    finite: bool
+
+
+@lru_cache(maxsize=64)
+def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Places:
+    items = [
+        [pairing.reference_item(item, slot) for slot in range(pairing.slots)]
+        for item in pairing.sources
+    ]
+    in_batch = pairing.mode != "external"
+    # The table of references begins at item 0 of the batch, or of the references.
+    shared = pairing.groups == 1 if pairing.mode == "first" else not (in_batch or pairing.per_item)
+    first, second, order = [], [], []
+    if pairing.mode == "others":
+        pairs = [(s, o) for s, row in zip(pairing.sources, items, strict=True) for o in row]
+        products = [pair for pair in pairs if pair[0] < pair[1]]
+        first, second = [one for one, _ in products], [other for _, other in products]
+        number = {pair: place for place, pair in enumerate(products)}
+        number |= {(b, a): place + len(products) for (a, b), place in number.items()}
+        # Rows of a product are those of the source, or of the reference.
+        order = [number[(s, o) if matching == "paper" else (o, s)] for s, o in pairs]
+
+    def constant(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+    with torch.inference_mode(False):
+        numbers, still = constant(items), (pairing.groups, 1, tokens)
+        moving = constant(pairing.sources)
+        return _Places(
+            moving,
+            moving[:, None, None] * tokens + torch.arange(tokens, device="cpu"),
+            None if shared else (numbers * length)[..., None].expand(-1, -1, tokens),
+            numbers,
+            torch.arange(pairing.slots, device="cpu")[:, None] * length,
+            constant(order) if order else None,
+            constant(first),
+            constant(second),
+            length,
+            torch.full(still, NOTHING, dtype=torch.float32, device="cpu"),
+            torch.full(still, -1, dtype=torch.int64, device="cpu"),
+            constant(-1),
+        )
+
+
+def fits(x: Tensor, reference: Tensor, pairing: Pairing) -> bool:
+    """Whether a problem is small, and not empty."""
+    return x.is_cpu and 0 < elements(x.shape, reference.shape[1], pairing) <= SMALL
+
+
+def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
+    """Of the tokens and scores of all products: tokens `(B, N, D)`, references of `length`."""
+    (items, tokens, channels), width = shape, padded(max(length, shape[1]))
+    pairs = items - pairing.groups if pairing.mode == "first" else items * pairing.slots
+    if pairing.mode == "others":
+        pairs //= 2  # one product serves both items
+    return pairs * (tokens * channels + width * channels + tokens * width)
+
+
+def _read(tokens: Tensor) -> _Tokens:
+    dtype = compute_dtype(tokens.dtype)
+    wide = tokens if tokens.dtype == dtype else tokens.to(dtype)
+    wide = wide if wide.is_contiguous() else wide.contiguous()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(EPSILON)
+    # The sum bounds every element, and a NaN is not less than anything.
+    return _Tokens(wide, norm, float(norm.sum()) < LARGEST[dtype])
+
+
+def _maximum(scores: Tensor, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Maximum of each row `(..., C)` of a contiguous tensor, and its lowest index.
+
+    A maximum without index is vectorised and one with index is not, so with many columns the
+    index is looked for only in the run that holds the maximum.
+    """
+    columns = scores.shape[-1]
+    if columns <= DIRECT or columns % RUN:
+        return scores.max(dim=-1, keepdim=keepdim)
+    count = columns // RUN
+    runs = scores.view(-1, RUN)
+    run = runs.amax(dim=1).view(-1, count).max(dim=1).indices
+    place = torch.arange(0, len(runs), count, device="cpu").add_(run)
+    value, offset = runs.index_select(0, place).max(dim=1)
+    shape = (*scores.shape[:-1], 1) if keepdim else scores.shape[:-1]
+    return value.view(shape), offset.add_(run, alpha=RUN).view(shape)
+
+
+def _best(
+    rows: Tensor, columns: Tensor, items: int, excluded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Best of the unit columns `(C, K * M, D)` of each of K items for the rows `(C, R, D)`.
+
+    Columns come in whole runs: a matrix library rounds those at the ragged end of a product
+    otherwise, which would decide between equal tokens.
+
+    Returns:
+        Score and index `(C, R, K)`.
+    """
+    sets, count, channels = rows.shape
+    length = columns.shape[1] // items
+    ragged = -length % RUN
+    if ragged:
+        columns = F.pad(columns.reshape(-1, length, channels), (0, 0, 0, ragged))
+        columns = columns.view(sets, -1, channels)
+    scores = torch.bmm(rows, columns.mT)
+    if items > 1:
+        scores = scores.view(sets, count, items, length + ragged)
+    if ragged:
+        scores[..., length:] = NOTHING
+    if excluded is not None:
+        excluded = excluded.view(sets, 1, *scores.shape[2:-1], length)
+        scores[..., :length].masked_fill_(excluded, NOTHING)
+    return _maximum(scores, keepdim=items == 1)
+
+
+def _one_way(
+    sources: _Tokens, references: _Tokens, pairing: Pairing, mask: Tensor | None, paper: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine and index `(P, S, N)` of "first" and of external references."""
+    items, tokens, channels = sources.wide.shape
+    sets = pairing.groups if pairing.mode == "first" else items if pairing.per_item else 1
+    source, source_norm = sources.wide.view(sets, -1, channels), sources.norm.view(sets, -1, 1)
+    allowed = None if mask is None or not paper else mask.reshape(sets, -1)
+    if pairing.mode == "first":
+        parts = [tokens, source.shape[1] - tokens]
+        target, source = source.split_with_sizes(parts, 1)
+        target_norm, source_norm = source_norm.split_with_sizes(parts, 1)
+        allowed = None if allowed is None else allowed[:, :tokens]
+    else:
+        target, target_norm = references.wide.view(sets, -1, channels), references.norm
+        target_norm = target_norm.view(sets, -1, 1)
+    # The official matching is the other one with the roles exchanged.
+    rows, row_norm = (source, source_norm) if paper else (target, target_norm)
+    columns, norm = (target, target_norm) if paper else (source, source_norm)
+    count = pairing.slots if paper else source.shape[1] // tokens
+    excluded = _excluded(norm, sources.finite and references.finite, allowed)
+    value, index = _best(rows, columns / norm, count, excluded)
+    similarity = value.div_(row_norm)
+    if count == 1 and (paper or pairing.slots == 1):
+        return similarity.view(-1, 1, tokens), index.view(-1, 1, tokens)
+    if paper:
+        similarity, index = (part.view(-1, tokens, count) for part in (similarity, index))
+        return similarity.mT, index.mT
+    shape = (sets, pairing.slots, tokens, count)
+    found = (part.view(shape).permute(0, 3, 1, 2) for part in (similarity, index))
+    similarity, index = (part.reshape(-1, pairing.slots, tokens) for part in found)
+    return similarity, index
+
+
+def _excluded(norm: Tensor, finite: bool, allowed: Tensor | None) -> Tensor | None:
+    """Where a column may not be chosen, `(C, M)` as `allowed`; None where all may."""
+    if finite:
+        return None if allowed is None else ~allowed
+    usable = norm.isfinite().squeeze(-1)
+    return ~usable if allowed is None else ~(usable & allowed)
+
+
+def _both_ways(
+    sources: _Tokens, places: _Places, slots: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and index `(B, S, N)` of "others".
+
+    One product for two items: the maximum of its rows, and that of its columns.
+    """
+    items, tokens, _ = sources.wide.shape
+    unit = sources.wide / sources.norm
+    if tokens % RUN:
+        unit = F.pad(unit, (0, 0, 0, -tokens % RUN))
+    one, other = unit.index_select(0, places.one), unit.index_select(0, places.other)
+    across = down = torch.bmm(one, other.mT)[:, :tokens, :tokens]
+    excluded = _excluded(sources.norm, sources.finite, mask)
+    if excluded is not None:
+        across = across.masked_fill(excluded[places.other][:, None], NOTHING)
+        down = down.masked_fill(excluded[places.one][..., None], NOTHING)
+    if across.is_contiguous():
+        values, indices = _maximum(across, keepdim=False)
+    else:
+        values, indices = across.max(dim=2)
+    down_values, down_indices = down.max(dim=1)
+    assert places.order is not None
+    value = torch.cat((values, down_values)).index_select(0, places.order)
+    index = torch.cat((indices, down_indices)).index_select(0, places.order)
+    return value.view(items, slots, tokens), index.view(items, slots, tokens)
+
+
+def _match(
+    sources: _Tokens,
+    references: _Tokens,
+    pairing: Pairing,
+    places: _Places,
+    mask: Tensor | None,
+    paper: bool,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and index `(P, S, N)` of the items that move; -inf and -1 where nothing matches."""
+    if pairing.mode == "others":
+        candidates = mask if paper else None
+        similarity, index = _both_ways(sources, places, pairing.slots, candidates)
+    else:
+        similarity, index = _one_way(sources, references, pairing, mask, paper)
+    if sources.finite and references.finite and mask is None:
+        return similarity, index
+    found = similarity > NOTHING
+    usable = sources.norm.isfinite().squeeze(-1)
+    found &= usable.index_select(0, places.moving)[:, None]
+    if not paper:
+        good = references.norm.isfinite().squeeze(-1)[places.items]
+        found &= good & good.gather(2, index.clamp(0, good.shape[2] - 1))
+        if mask is not None:
+            found &= mask[places.items]
+    return similarity.where(found, NOTHING), index.where(found, -1)
+
+
+def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Tensor:
+    """Results `(P, S, N)` of the items that move as those of all `(B, S, N)`."""
+    if pairing.mode != "first":
+        return values.contiguous()
+    if pairing.groups == 1:
+        return torch.cat((fill, values))
+    shape = (pairing.groups, -1, values.shape[2])
+    return torch.cat((fill, values.view(shape)), dim=1).view(pairing.items, 1, -1)
+
+
+def match(
+    x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None, matching: str
+) -> tuple[Tensor, Tensor]:
+    """See `negtome_fast.reference.match`."""
+    sources = _read(x)
+    references = _read(reference) if pairing.mode == "external" else sources
+    places = _places(pairing, matching, x.shape[1], reference.shape[1])
+    found = _match(sources, references, pairing, places, mask, matching == "paper")
+    similarity = _with_those_that_stay(found[0], pairing, places.nothing.to(found[0].dtype))
+    return similarity, _with_those_that_stay(found[1], pairing, places.stays)
+
+
+def guide(
+    x: Tensor,
+    reference: Tensor,
+    pairing: Pairing,
+    alpha: Tensor,
+    threshold: Tensor,
+    mask: Tensor | None,
+    movable: Tensor | None,
+    matching: str,
+    combine: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `negtome_fast.reference.guide`; `out` may be `x`."""
+    plain = pairing.mode == "first" and pairing.groups == 1 and mask is None
+    if plain and matching == "paper" and alpha.numel() == threshold.numel() == 1:
+        done = guide_from_first(x, alpha, threshold, movable, out)
+        if done is not None:
+            return done
+    sources = _read(x)
+    references = _read(reference) if pairing.mode == "external" else sources
+    places = _places(pairing, matching, x.shape[1], reference.shape[1])
+    found = _match(sources, references, pairing, places, mask, matching == "paper")
+
+    dtype, finite = sources.wide.dtype, sources.finite and references.finite
+    alpha, threshold = (v if v.dtype == dtype else v.to(dtype) for v in (alpha, threshold))
+    similarity, choice = _choose(found, pairing, places, alpha, threshold, combine)
+    pushed = choice.pushed
+    if movable is not None:
+        pushed &= _moving(movable, pairing).reshape(-1, 1, x.shape[1])
+    number = torch.where(pushed, choice.number, places.none)
+    table = references.wide.view(-1, x.shape[2])
+    own = None if pairing.mode == "external" else places.own
+    _push(x, sources.wide, table, choice, own, pairing, finite, out)
+    return (
+        _with_those_that_stay(similarity, pairing, places.nothing.to(dtype)),
+        _with_those_that_stay(number, pairing, places.stays),
+    )
+
+
+class _Flat(NamedTuple):
+    """Constants of `guide_from_first`, for the tokens `(N,)` of item 0 and those `(K,)` after.
+
+    Attributes:
+        sizes: N and K.
+        own: int64 `(K,)`, the rows of the tokens that move among all.
+        nothing, stays: fp32 and int64 `(N,)`, -inf and -1, the results of item 0.
+        none: -1, `()`.
+    """
+
+    sizes: list[int]
+    own: Tensor
+    nothing: Tensor
+    stays: Tensor
+    none: Tensor
+
+
+@lru_cache(maxsize=64)
+def _flat(items: int, tokens: int) -> _Flat:
+    with torch.inference_mode(False):
+        return _Flat(
+            [tokens, (items - 1) * tokens],
+            torch.arange(tokens, items * tokens, device="cpu"),
+            torch.full((tokens,), NOTHING, dtype=torch.float32, device="cpu"),
+            torch.full((tokens,), -1, dtype=torch.int64, device="cpu"),
+            torch.tensor(-1, dtype=torch.int64, device="cpu"),
+        )
+
+
+def guide_from_first(
+    x: Tensor, alpha: Tensor, threshold: Tensor, movable: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`guide` for one group and "first", without a mask; None where tokens are not finite.
+
+    The most common call, so it is written out: half of its time are views and calls of Python.
+    """
+    items, tokens, channels = x.shape
+    flat = _flat(items, tokens)
+    dtype = compute_dtype(x.dtype)
+    own_copy = x.dtype != dtype or not x.is_contiguous()
+    wide = (x.to(dtype).contiguous() if own_copy else x).view(-1, channels)
+    norm = torch.linalg.vector_norm(wide, dim=1).clamp_min_(EPSILON)
+    if not norm.sum().item() < LARGEST[dtype]:
+        return None
+    target, source = wide.split_with_sizes(flat.sizes)
+    target_norm, source_norm = norm.split_with_sizes(flat.sizes)
+    ragged = -tokens % RUN
+    scores = torch.mm(source, (F.pad(target, (0, 0, 0, ragged)) if ragged else target).t())
+    scores = (scores[:, :tokens] if ragged else scores).div_(target_norm)
+    value, index = _maximum(scores, False) if tokens > DIRECT and not ragged else scores.max(1)
+    similarity = value.div_(source_norm)
+    pushed = similarity > threshold
+    if movable is not None:
+        pushed &= movable.reshape(-1)[tokens:]
+
+    step = wide.index_select(0, index.where(pushed, flat.own))
+    if alpha.item() < 0:
+        step = torch.sub(source, step, out=step).mul_(-alpha)
+    else:
+        step = step.sub_(source).mul_(alpha)
+    if out is not x:
+        out[0].copy_(x[0])
+    if own_copy or out is x:
+        source.sub_(step)
+    if own_copy:
+        out[1:].copy_(source.view(items - 1, tokens, channels))
+    elif out is not x:
+        moved = out[1:]
+        torch.sub(source.view(moved.shape), step.view(moved.shape), out=moved)
+    nothing = flat.nothing if dtype == torch.float32 else flat.nothing.to(dtype)
+    similarity = torch.cat((nothing, similarity)).view(items, 1, tokens)
+    return similarity, torch.cat((flat.stays, index.where(pushed, flat.none))).view(
+        items, 1, tokens
+    )
+
+
+class _Choice(NamedTuple):
+    """For each token, or each token and slot: `(P, 1, N)` or `(P, S, N)`.
+
+    Attributes:
+        pushed: bool, whether the best match exceeds the threshold.
+        number: int64, that of the match among the reference tokens that its item sees.
+        row: int64, that among all reference tokens.
+        alpha: `()`, or of each of them.
+    """
+
+    pushed: Tensor
+    number: Tensor
+    row: Tensor
+    alpha: Tensor
+
+
+def _choose(
+    found: tuple[Tensor, Tensor],
+    pairing: Pairing,
+    places: _Places,
+    alpha: Tensor,
+    threshold: Tensor,
+    combine: str,
+) -> tuple[Tensor, _Choice]:
+    """What each token is to be pushed from, and the cosine of that."""
+    (similarity, index), starts, slot = found, places.starts, None
+    number = index
+    if pairing.slots > 1 and combine == "nearest":
+        similarity, slot = similarity.max(dim=1, keepdim=True)
+        index = index.gather(1, slot)
+        number = torch.add(index, slot, alpha=places.length)
+        starts = None if starts is None else starts.gather(1, slot)
+    elif pairing.slots > 1:
+        number = index + places.offsets
+    pushed = similarity > _by_slot(threshold, slot)
+    row = number if starts is None else index + starts
+    return similarity, _Choice(pushed, number, row, _by_slot(alpha, slot))
+
+
+def _by_slot(parameter: Tensor, slot: Tensor | None) -> Tensor:
+    """`()` where one number serves all, else by the slot of each token, `(P, 1, N)` or `(S, 1)`."""
+    if parameter.numel() == 1:
+        return parameter if parameter.ndim == 0 else parameter.reshape(())
+    return parameter[:, None] if slot is None else parameter[slot]
+
+
+def _moving(values: Tensor, pairing: Pairing) -> Tensor:
+    """A view of the items that move: `(P, ...)`, or `(G, P / G, ...)` of several groups."""
+    if pairing.mode != "first":
+        return values
+    if pairing.groups == 1:
+        return values.narrow(0, 1, pairing.items - 1)
+    return values.view(pairing.groups, pairing.group_size, *values.shape[1:])[:, 1:]
+
+
+def _push(
+    x: Tensor,
+    wide: Tensor,
+    table: Tensor,
+    choice: _Choice,
+    own: Tensor | None,
+    pairing: Pairing,
+    finite: bool,
+    out: Tensor,
+) -> None:
+    """Write all tokens to `out`.
+
+    Args:
+        table: all reference tokens, `(K, D)`.
+        own: the row of each token in the table, `(P, 1, N)`; None where it is not in there.
+    """
+    source, target = _moving(wide, pairing), _moving(out, pairing)
+    alpha, pushed, slots = choice.alpha, choice.pushed, choice.pushed.shape[1]
+    simple = own is not None and alpha.ndim == 0
+    row = choice.row.where(pushed, own if simple and own is not None else 0)
+    chosen = table.index_select(0, row.reshape(-1))
+    if slots == 1:
+        chosen = chosen.view(source.shape)
+    else:
+        chosen, source = chosen.view(*row.shape, -1), source[:, None]
+    if not simple:
+        strength = (pushed * alpha).view(*chosen.shape[:-1], 1)
+        step = chosen.sub_(source)
+        if not finite:
+            step.masked_fill_(~pushed.view(strength.shape), 0)
+        step.mul_(strength)
+    elif float(alpha) < 0:
+        step = torch.sub(source, chosen, out=chosen).mul_(-alpha)
+    else:
+        step = chosen.sub_(source).mul_(alpha)
+    if slots > 1:
+        step, source = step.sum(dim=1), source[:, 0]
+    if not simple:
+        step.add_(0.0)  # what is taken off a token that stays must not be -0
+
+    if out is not x and pairing.mode == "first":
+        out[:: pairing.group_size].copy_(x[:: pairing.group_size])
+    if finite:
+        torch.sub(source, step, out=target)
+        return
+    moves = pushed.any(dim=1).view(*source.shape[:-1], 1)
+    torch.where(moves, (source - step).to(x.dtype), _moving(x, pairing), out=target)
