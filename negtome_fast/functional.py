@@ -396,7 +396,7 @@ def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int, unwatche
     """`parameter_tensor`, or a tensor that it has made or checked before."""
     if not unwatched:
         return parameter_tensor(name, value, x, slots)
-    if type(value) is float and x.device.type == "cpu":
+    if type(value) is float:
         return _known_number(name, value, x.dtype)
     if isinstance(value, Tensor) and getattr(value, "_negtome_checked", False):
         same = value.dtype == _parameter_dtype(x) and value.device == x.device
@@ -407,7 +407,10 @@ def _parameter(name: str, value: float | Tensor, x: Tensor, slots: int, unwatche
 
 @lru_cache(maxsize=64)
 def _known_number(name: str, value: float, dtype: torch.dtype) -> Tensor:
-    """Nobody but the backends sees it, which only read it."""
+    """In host memory, whatever the device of x: backends take it as a number, without a fill.
+
+    Nobody else sees it, and they only read it.
+    """
     with torch.inference_mode(False):
         return parameter_tensor(name, value, torch.empty((), dtype=dtype, device="cpu"), 1)
 

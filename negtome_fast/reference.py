@@ -21,6 +21,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def per_slot(value: Tensor, x: Tensor, slots: int) -> Tensor:
+    """`alpha` or `threshold` `(slots,)` on the device of `x`, in its `compute_dtype`.
+
+    A number that the host knows is the argument of a fill: a copy would wait for the device.
+    """
+    dtype = compute_dtype(x.dtype)
+    if value.device.type == "cpu" and x.device.type != "cpu" and value.numel() == 1:
+        value = torch.full((), float(value), dtype=dtype, device=x.device)
+    return value.to(x.device, dtype).expand(slots)
+
+
 def is_finite(tokens: Tensor) -> Tensor:
     """Tokens `(..., D)` that take part, `(...)` bool: those of finite norm."""
     return torch.linalg.vector_norm(tokens, dim=-1).isfinite()
@@ -79,8 +90,8 @@ def guide(
     """Write `x`, pushed away from its matches, to `out`; return similarity and pushed indices."""
     dtype = compute_dtype(x.dtype)
     tokens = reference.shape[1]
-    alpha = alpha.to(x.device, dtype).expand(pairing.slots)
-    threshold = threshold.to(x.device, dtype).expand(pairing.slots)
+    alpha = per_slot(alpha, x, pairing.slots)
+    threshold = per_slot(threshold, x, pairing.slots)
     similarity, index = match(x, reference, pairing, reference_mask, matching)
     pushed = (similarity > threshold[:, None]) & (index >= 0)
     if movable is not None:

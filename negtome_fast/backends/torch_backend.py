@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.pairing import Pairing
-from ..reference import NOTHING, compute_dtype, is_finite
+from ..reference import NOTHING, compute_dtype, is_finite, per_slot
 from . import coarse, small
 from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows, slices
 from .workers import ALONE, Team, conduct
@@ -269,10 +269,10 @@ def _guide(
         team.each(len(parts), lambda _, number: x[parts[number]].copy_(moved[parts[number]]))
         return result
 
-    dtype = compute_dtype(x.dtype)
+    compute_dtype(x.dtype)
     tokens = reference.shape[1]
-    alpha = alpha.to(x.device, dtype).expand(pairing.slots)
-    threshold = threshold.to(x.device, dtype).expand(pairing.slots)
+    alpha = per_slot(alpha, x, pairing.slots)
+    threshold = per_slot(threshold, x, pairing.slots)
     similarity, index = _match(x, reference, pairing, reference_mask, matching, team)
     pushed = similarity > threshold[:, None]
     if movable is not None:
