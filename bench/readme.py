@@ -346,6 +346,28 @@ def _study_origin(record: dict[str, Any]) -> str:
     )
 
 
+def loaded_table(record: dict[str, Any]) -> str:
+    """Times beside busy processes: a shape a row."""
+    rows = []
+    for case in record["loaded"]:
+        ours, alone = case["loaded"]["ours"], case["loaded"]["ours, 1 thread"]
+        rows.append(
+            [
+                f"{case['shape']} {case['dtype']}",
+                time_text(case["idle"]["ours"]["seconds"]["median"]),
+                time_text(ours["seconds"]["median"]),
+                f"{1 / alone['times_ours']['median']:.2f}",
+                *(_over_ours(case["loaded"], rival) for rival in ("authors", "matmul")),
+            ]
+        )
+    header = (
+        *("B x N x D", "ours, idle", "ours, loaded", "of one thread's time, loaded"),
+        *("authors' / ours, loaded", "bare matmul / ours, loaded"),
+    )
+    note = f"{record['busy_processes']} busy processes. {_origin(record)}"
+    return _markdown(header, rows) + "\n\n" + note
+
+
 TABLES: Tables = {
     "demo": ("demo.json", demo_table),
     "evidence": ("eval/rivals.json", evidence_table),
@@ -353,6 +375,7 @@ TABLES: Tables = {
     "nudging": ("eval/nudging.json", nudging_table),
     "cpu": ("cpu.json", speed_table),
     "cpu-independent": ("cpu.json", independent_table),
+    "cpu-loaded": ("loaded-cpu.json", loaded_table),
     "cpu-growth": ("cpu-tokens.json", growth_table),
     "end-to-end-cpu": ("end-to-end-cpu.json", end_to_end_table),
     "end-to-end-gpu": ("gpu.json", end_to_end_table),
