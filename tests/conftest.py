@@ -17,7 +17,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 BACKENDS = ["reference", "torch", *(["triton"] if find_spec("triton") else [])]
-# On a lent GPU the suite asks for the kernels alone: the other backends were tested elsewhere.
+# On a GPU the suite asks for the kernels alone: the other backends were tested elsewhere.
 if chosen := os.environ.get("NEGTOME_FAST_TEST_BACKENDS"):
     BACKENDS = [backend for backend in BACKENDS if backend in chosen.split(",")]
 

@@ -1,6 +1,6 @@
 """The GPU suite from a checkout that is not installed: rehearsed with torch, triton, numpy, pytest.
 
-A machine that is lent for minutes has no more than that, and no network.
+A GPU that is rented by the minute may have no more than that, and no network.
 """
 
 from __future__ import annotations

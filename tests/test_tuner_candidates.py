@@ -109,7 +109,7 @@ def shipped(arch: str) -> tuple[list[int], dict[str, candidates.Rows]]:
 @pytest.mark.parametrize("arch", SHIPPED)
 def test_shipped_lists_know_all_that_the_tuner_would_ask(arch: str) -> None:
     kept, reports = shipped(arch)
-    assert candidates.QUICK in kept and "3.6.0" in reports  # of the GPU that is lent
+    assert candidates.QUICK in kept and "3.6.0" in reports  # the GPU suite's compiler
     for version, rows in reports.items():
         assert rows, f"the kernels have changed since the list was made; run {COMMAND}"
 

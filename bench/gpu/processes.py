@@ -20,7 +20,7 @@ from typing import Any
 
 from .._path import ROOT
 
-#: The log stops growing here; a run on a lent machine may return files up to 16 MiB.
+#: The log stops growing here, so that it can be sent as one file of at most 16 MiB.
 MOST_LOG_BYTES = 12 * 2**20
 #: Lines of a log that are also printed.
 PRINTED_LINES = 15
