@@ -403,18 +403,21 @@ def test_notes_show_the_predictions_that_the_suite_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "verdict"),
+    ("place", "verdict"),
     [
-        (1.4, "as predicted"),
-        (1.6, "slower than predicted"),
-        (1.2, "faster than predicted"),
+        (0.5, "as predicted"),
+        (1.1, "slower than predicted"),
+        (-0.1, "faster than predicted"),
         (None, "not measured"),
     ],
 )
 def test_what_is_measured_stands_beside_what_was_predicted(
-    ratio: float | None, verdict: str
+    place: float | None, verdict: str
 ) -> None:
-    case: dict[str, Any] = {"shape": "4x4096x3072", "dtype": "bfloat16", "times": {}}
+    """`place` is where the measured ratio lies between the predicted ends, 0 and 1."""
+    one = predictions.load()[0]
+    ratio = None if place is None else one["low"] + place * (one["high"] - one["low"])
+    case: dict[str, Any] = {"shape": one["shape"], "dtype": one["dtype"], "times": {}}
     if ratio:
         case["times"] = {"matmul": {"times_ours": {"median": 1 / ratio}}}
     beside = predictions.beside(case)
@@ -424,13 +427,15 @@ def test_what_is_measured_stands_beside_what_was_predicted(
 
 
 def test_the_last_lines_hold_the_measured_and_the_predicted_ratio() -> None:
-    seconds = {"median": 1.4e-3}
-    paired = {"seconds": {"median": 1e-3}, "times_ours": {"median": 1 / 1.4}}
-    case: dict[str, Any] = {"shape": "4x4096x3072", "dtype": "bfloat16"}
+    one = predictions.load()[0]
+    seconds = {"median": one["high"] * 1e-3}
+    paired = {"seconds": {"median": 1e-3}, "times_ours": {"median": 1 / one["high"]}}
+    case: dict[str, Any] = {"shape": one["shape"], "dtype": one["dtype"]}
     case["times"] = {"ours": {"seconds": seconds}, "matmul": paired}
     case["prediction"] = predictions.beside(case)
     (_, line) = suite.case_lines({"stages": {"times": {"result": {"cases": [case]}}}})
-    cells = "4x4096x3072 bfloat16 1.4 ms 1.40 1.3 - 1.5 as predicted"
+    low, high = one["low"], one["high"]
+    cells = f"{one['shape']} bfloat16 {high:g} ms {high:.2f} {low:g} - {high:g} as predicted"
     assert line.split() == cells.split()
 
 
