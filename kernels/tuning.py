@@ -42,8 +42,8 @@ class Config(NamedTuple):
     GROUP blocks of rows go through all columns before the next ones. RESIDENT programs are launched
     for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow them.
     FLATTEN makes one loop of the tiles and their channels, so that the loads of the next tile start
-    before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the items one after
-    another and pushes each while the next one is matched.
+    before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the last items
+    by themselves and pushes the others meanwhile.
     """
 
     BLOCK_M: int

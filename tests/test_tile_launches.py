@@ -74,7 +74,7 @@ def test_how_tiles_are_launched_changes_nothing(
         assert torch.equal(actual, wanted)
 
 
-def test_overlap_matches_and_pushes_item_by_item(
+def test_overlap_matches_the_last_items_beside_the_push_of_the_others(
     tiles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
@@ -86,9 +86,18 @@ def test_overlap_matches_and_pushes_item_by_item(
 
     monkeypatch.setattr(triton_launch.Launch, "__call__", note)
     tiles(OVERLAP=1)
+    triton_geometry._known.clear()
     results({})
-    # Item 0 is the reference: copied, not matched.
-    assert made == ["scale", "finish", *["tile", "finish"] * 3]
+    # Few tokens: nothing covers much. Item 0 is the reference: copied, not matched.
+    assert made == ["scale", "finish", "tile", "finish"]
+    made.clear()
+    triton_geometry._known.clear()
+    monkeypatch.setattr(triton_geometry, "PUSH_BY_MATCHING", 1)
+    results({})
+    assert made == ["scale", *["tile", "finish"] * 2]
+    (known,) = triton_geometry._known.values()
+    assert known.parts == ((0, 3), (3, 1))
+    triton_geometry._known.clear()
 
 
 def test_the_second_stream_is_forked_and_joined_by_events(
@@ -147,7 +156,7 @@ def test_launches_are_kept_for_calls_alike_and_remade_for_another_plan(tiles: An
     tiles(OVERLAP=1)
     results({})
     (remade,) = triton_geometry._known.values()
-    assert remade is not kept and len(remade.finish) == ITEMS
+    assert remade is not kept and len(remade.finish) == 2
 
 
 def test_compiled_kernels_are_launched_only_for_aligned_pointers(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.pairing import Pairing
 from . import triton_runtime as runtime
-from .triton_descriptors import descriptors
+from .triton_descriptors import with_tokens
 from .triton_geometry import Geometry, Push, geometry
 from .triton_streams import SideStream
 
@@ -34,8 +34,9 @@ def _per_slot(values: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Any, ...]
 
     Numbers that the host knows are arguments of the launch; others are read on the device.
     """
-    if all(value.numel() == 1 and value.device.type == "cpu" for value in values):
-        return tuple(map(float, values)), (0, 0)
+    alpha, threshold = values
+    if alpha.is_cpu and threshold.is_cpu and alpha.numel() == threshold.numel() == 1:
+        return (alpha.item(), threshold.item()), (0, 0)
     there = tuple(value.to(x.device, torch.float32) for value in values)
     return there, tuple(value.stride(0) if value.numel() > 1 else 0 for value in there)
 
@@ -79,17 +80,13 @@ class _Matching:
 
     def __init__(self, shape: Geometry, x: Tensor, reference: Tensor, mask: Tensor | None) -> None:
         self.shape, self.x, self.reference, self.mask = shape, x, reference, _bytes(mask)
-        self.aligned = _aligned(x, reference, mask)
+        self.aligned = _aligned(x, None if reference is x else reference, mask)
 
     def scales(self, keys: Tensor | None) -> Tensor:
         """Column scales of the references; `keys` are emptied."""
-        scale = self._room(self.reference)
+        scale = self.x.new_empty(self.shape.reference_scales, dtype=torch.float32)
         self.shape.scale(self.aligned, self.reference, self.mask, scale, keys)
         return scale
-
-    def _room(self, tokens: Tensor) -> Tensor:
-        size = tokens.shape[0], self.shape.scale_room(tokens.shape[1])
-        return tokens.new_empty(size, dtype=torch.float32)
 
     def tiles(self, scale: Tensor, keys: Tensor, part: int = 0) -> None:
         """Raise `keys` to the best candidates of the geometry's `part`."""
@@ -98,8 +95,10 @@ class _Matching:
         if launch is None:
             return
         sides = (self.reference, self.x) if shape.official else (self.x, self.reference)
-        described = descriptors(*sides, shape.config)
-        launch(self.aligned, *sides, *described, scale, keys)
+        row, column = shape.templates if self.aligned else (None, None)
+        if row is not None:
+            row, column = with_tokens(row, sides[0]), with_tokens(column, sides[1])
+        launch(self.aligned, *sides, row, column, scale, keys)
 
     def by_slot(self) -> tuple[Tensor, Tensor]:
         """Similarity (B, C, N) fp32 and index (B, C, N) int64 of every slot by itself."""
@@ -111,7 +110,7 @@ class _Matching:
         keys = torch.empty_like(index)
         scale = searched = self.scales(keys)
         if shape.official:
-            searched = self._room(self.x)
+            searched = self.x.new_empty(shape.source_scales, dtype=torch.float32)
             shape.source_scale(self.aligned, self.x, None, searched, None)
         self.tiles(searched, keys)
         pointers = (self.x, self.reference, searched, scale, keys, similarity, index)

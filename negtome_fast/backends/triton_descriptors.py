@@ -22,14 +22,17 @@ class _NoTokens:
 
 
 @functools.lru_cache(maxsize=1024)
-def _checked(
+def template(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
     rows: int,
     channels: int,
 ) -> Any:
-    """A descriptor of tokens that are not there yet; Triton's checks take longer than a launch."""
+    """A descriptor of tokens that are not there yet, or None, as `descriptor` says.
+
+    Triton checks a descriptor when it is made, which takes longer than a launch.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     items, length, width = shape
@@ -57,11 +60,14 @@ def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
     """
     if tokens.data_ptr() & 15:
         return None
-    checked = _checked(tuple(tokens.shape), tokens.stride(), tokens.dtype, rows, channels)
-    if checked is None:
-        return None
-    found = object.__new__(type(checked))
-    found.__dict__.update(checked.__dict__, base=tokens)
+    made = template(tuple(tokens.shape), tokens.stride(), tokens.dtype, rows, channels)
+    return None if made is None else with_tokens(made, tokens)
+
+
+def with_tokens(made: Any, tokens: Tensor) -> Any:
+    """The descriptor of `tokens` by their template; they begin at a multiple of 16 bytes."""
+    found = object.__new__(type(made))
+    found.__dict__.update(made.__dict__, base=tokens)
     return found
 
 

@@ -7,6 +7,7 @@ in every block and step. It holds no tensors.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,12 @@ from torch import Tensor
 from ..kernels import tuning
 from ..kernels.pairing import Pairing
 from . import triton_runtime as runtime
+from .triton_descriptors import template
 from .triton_launch import Launch
 
+#: For OVERLAP: the time of a token's push over that of its matching, times the reference tokens.
+#: 6 bytes a channel at 3 TB/s, against 2 operations a channel and reference token at 700 TFLOP/s.
+PUSH_BY_MATCHING = 700
 #: Where a mask's items and tokens lie, or None without a mask.
 Strides = tuple[int, ...]
 
@@ -72,6 +77,13 @@ def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
     return tuning.plan(arch, runtime.DTYPES[x.dtype], sources * pairing.slots, N, M, D)
 
 
+def _coarse_serves(mode: str, channels: int) -> bool:
+    """Whether int8 bounds may leave few tiles to the exact product."""
+    from .triton_coarse import serves
+
+    return serves(mode, channels)
+
+
 class Geometry:
     """Sizes, plan and launches of one kind of call.
 
@@ -82,7 +94,7 @@ class Geometry:
         official: official matching.
         total: the sum of all slots' pushes.
         push: None where the call only matches.
-        device: of the tokens.
+        device, dtype: of the tokens.
         plan: of the tuning table.
     """
 
@@ -96,11 +108,14 @@ class Geometry:
         total: bool,
         push: Push | None,
         device: torch.device,
+        dtype: torch.dtype,
         plan: tuning.Plan,
     ) -> None:
         self.x, self.reference, self.pairing, self.mask = x, reference, pairing, mask
         self.official, self.total, self.push, self.plan = official, total, push, plan
-        self.device, self.interpreted = device, runtime.interpreting()
+        self.device, self.dtype, self.interpreted = device, dtype, runtime.interpreting()
+        self.reference_scales = reference.shape[0], self.scale_room(reference.shape[1])
+        self.source_scales = x.shape[0], self.scale_room(x.shape[1])
         self.items, self.N, self.D = x.shape
         self.M, self.slots, self.mode = reference.shape[1], pairing.slots, pairing.mode
         self.group_size, self.groups = pairing.group_size, pairing.groups
@@ -110,6 +125,7 @@ class Geometry:
         self.by_slot = push is None or official or total
         # A key of the union of all slots has 31 bits for slot and token.
         self.by_rows = not self.by_slot and (plan.kind == "rows" or self.slots * self.M >= 2**31)
+        self.coarse = plan.kind == "coarse" and _coarse_serves(self.mode, self.D)
         step = reference_step(pairing)
         self._sizes = (self.N, self.M, self.D, self.slots, self.group_size, step)
 
@@ -123,18 +139,19 @@ class Geometry:
         """The configuration of the tiles."""
         return self.plan.pairs if self.pairs else self.plan.tiles
 
-    @property
-    def coarse(self) -> bool:
-        """Whether int8 bounds leave few tiles to the exact product."""
-        from .triton_coarse import serves
+    @functools.cached_property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """First item and number of items of what is matched, and then pushed, at a time.
 
-        return self.plan.kind == "coarse" and serves(self.mode, self.D)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether items are matched one after another, and each is pushed beside the next."""
+        Two parts where the plan overlaps: the first is pushed while the last one is matched. The
+        last is as small as covers the other's push, since nothing covers its own.
+        """
         overlap = self.plan.kind == "tiles" and self.plan.tiles.OVERLAP
-        return not self.pairs and bool(overlap) and self.items > 1
+        if self.by_slot or self.pairs or not overlap or self.items < 2:
+            return ((0, self.items),)
+        last = math.ceil(self.items * PUSH_BY_MATCHING / (PUSH_BY_MATCHING + self.M))
+        first = max(self.items - last, 1)
+        return (0, first), (first, self.items - first)
 
     # -----------------------------------------------------------------------------------------
     # Launches
@@ -172,19 +189,28 @@ class Geometry:
 
     @functools.cached_property
     def tiles(self) -> tuple[Launch | None, ...]:
-        """Matching by tiles: one launch; or one for each item where the plan overlaps.
-
-        None for what has no products, such as the head of a group.
-        """
-        if not self.overlaps or self.by_slot:
-            return (self._tiles(0, self.products // 2 if self.pairs else self.products),)
-        found, first = [], 0
-        for item in range(self.items):
-            head = self.mode == "first" and item % self.group_size == 0
-            count = 0 if head else self.slots
-            found.append(self._tiles(first, count))
-            first += count
+        """Matching by tiles: a launch for each part; None for one without products."""
+        if self.pairs:
+            return (self._tiles(0, self.products // 2),)
+        found, before = [], 0
+        for first, items in self.parts:
+            sources = sum(first <= item < first + items for item in self.pairing.sources)
+            found.append(self._tiles(before, sources * self.slots))
+            before += sources * self.slots
         return tuple(found)
+
+    @functools.cached_property
+    def templates(self) -> tuple[Any, Any]:
+        """Descriptors of rows and columns that want their tokens; None twice without."""
+        config = self.config
+        rows, columns = (self.reference, self.x) if self.official else (self.x, self.reference)
+        if not config.DESCRIPTORS:
+            return None, None
+        row, column = (
+            template(side.shape, side.strides, self.dtype, block, config.BLOCK_K)
+            for side, block in ((rows, config.BLOCK_M), (columns, config.BLOCK_N))
+        )
+        return (None, None) if row is None or column is None else (row, column)
 
     def _tiles(self, first_product: int, products: int) -> Launch | None:
         from ..kernels.division import reciprocal
@@ -272,13 +298,12 @@ class Geometry:
 
     @functools.cached_property
     def finish(self) -> tuple[Launch, ...]:
-        """The push after tiles: one launch, or one for each item where the plan overlaps."""
+        """The push after tiles: a launch for each part."""
         from ..kernels.push import finish_kernel
 
-        parts = [(item, 1) for item in range(self.items)] if self.overlaps else [(0, self.items)]
         return tuple(
             self._pushing(finish_kernel, self.plan.finish, items, number=(first,))
-            for first, items in parts
+            for first, items in self.parts
         )
 
     @functools.cached_property
@@ -317,6 +342,6 @@ def geometry(
         if len(_known) >= MOST:
             _known.clear()
         given = Tokens.of(x), Tokens.of(reference), pairing, mask_strides
-        known = Geometry(*given, official, total, push, device, plan)
+        known = Geometry(*given, official, total, push, device, x.dtype, plan)
         _known[key] = known
     return known
