@@ -29,7 +29,7 @@ SHAPES: tuple[Shape, ...] = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS = 6
-"""Of a step: those of the embedded model."""
+"""Guided blocks in a step of the embedded model."""
 MODES = ("first", "others", "first, 2 groups", "first, mask", "external")
 OURS = ("block", "call")
 
@@ -81,7 +81,7 @@ def _block(x: Tensor, reference: Any, groups: int, masked: bool) -> timing.Sampl
 
 
 def samplers(x: Tensor, mode: str) -> dict[str, timing.Sampler]:
-    """What takes turns for one mode: block and call, and the authors' function for "first"."""
+    """Candidates that take turns for one mode: block and call, and the authors' for "first"."""
     from negtome_fast.functional import negtome
 
     groups = 2 if mode.endswith("groups") else 1
@@ -128,7 +128,7 @@ def measure(
 
 
 def line(case: dict[str, Any]) -> list[str]:
-    """What one case reads on a screen."""
+    """Lines of text for one case."""
     cells = ["x".join(map(str, case["shape"])), case["dtype"], case["mode"], str(case["threads"])]
     for name in (*OURS, "authors"):
         taken = case["seconds"].get(name)

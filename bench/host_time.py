@@ -36,7 +36,7 @@ CASES = {
 
 
 class StandIn:
-    """What Triton asks of a driver, without a device; `launches` counts what it was given."""
+    """A driver as Triton asks for one, without a device; `launches` counts what it was given."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget

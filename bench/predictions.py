@@ -1,4 +1,4 @@
-"""What was predicted before anything was measured: our time over the bare matmul's, by shape.
+"""Predictions made before anything was measured: our time over the bare matmul's, by shape.
 
 `predictions.json` is the one place of these ranges; bench/NOTES.md shows them with the reasons.
 `python -m bench.predictions` prints the table of that page.

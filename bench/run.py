@@ -171,7 +171,7 @@ class _Run:
         return cases
 
     def empty_case(self, entry: Entry) -> dict[str, Any]:
-        """What identifies a case, whatever becomes of it."""
+        """The fields that identify a case, whatever becomes of it."""
         shape = entry.shape
         return {
             "name": shape.name,

@@ -36,7 +36,7 @@ class Shape:
 
     @property
     def multiply_adds(self) -> int:
-        """What matching costs: `N * N * D` for each product, the reference items being skipped.
+        """Multiply-adds of matching: `N * N * D` for each product; reference items are skipped.
 
         In `others` a product serves both directions of a pair, so that half of it is enough.
         """

@@ -223,7 +223,7 @@ def bias_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What the bounds of a column hold for every row: the offset and the largest |a - c| |f|.
+    """The part of a column's bounds that all rows share: the offset and the largest |a - c| |f|.
 
     bias (Q, M) fp32 is added to the scores of a column; blocks (2, Q, column blocks) fp32 are the
     largest length of a block's columns, and the largest of what bias holds beyond their offset.

@@ -56,7 +56,7 @@ def _compile_given(target: str, text: str) -> list[dict[str, Any]]:
 def _in_process(
     arguments: Sequence[str], given: str | None = None, triton: Path | None = None
 ) -> list[dict[str, Any]]:
-    """What this file prints with `--json`, where kernels are not interpreted."""
+    """Rows that this file prints with `--json`, where kernels are not interpreted."""
     module = f"{__package__}.compile_report"
     rows: list[dict[str, Any]] = json.loads(
         run_compiling(module, ["--json", *arguments], given, triton)
@@ -115,7 +115,7 @@ def report_configurations(
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with one row of the report; empty where the configuration may ship."""
+    """Faults of one row of the report; empty where the configuration may ship."""
     if row["error"]:
         return [row["error"]]
     found = []
@@ -214,7 +214,7 @@ def differences(
 def comparison(
     lines: Sequence[tuple[str, ...]], others: Sequence[tuple[str, ...]], versions: str
 ) -> str:
-    """What another Triton makes of the same kernels: a sentence, and Markdown of `differences`."""
+    """The same kernels by another Triton: a sentence, and Markdown of `differences`."""
     different = differences(lines, others)
     text = f"Triton {versions}: {len(different)} of {len(lines)} differ."
     return f"{text}\n\n{_markdown([_HEADER, *different])}" if different else text

@@ -288,24 +288,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return grad_x.to(grad.dtype), grad_reference, *([None] * 10)
 
 
-def run_guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`guide`, at once where nothing watches."""
-    call = Call(*arguments)
-    if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
-        result: tuple[Tensor, Tensor, Tensor] = guide(*arguments)
-        return result
-    out = call.x.new_empty(call.x.shape)
-    return out, *run_at_once(call, out)
-
-
-def run_guide_(*arguments: Any) -> Any:
-    """`guide_`, at once where nothing watches."""
-    call = Call(*arguments)
-    if not nothing_watches(call.x, call.reference, call.reference_mask, call.movable):
-        return guide_(*arguments)
-    return run_at_once(call, call.x)
-
-
 def run_at_once(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """Run the backend without torch's dispatcher; only where `nothing_watches`."""
     if torch.is_grad_enabled():

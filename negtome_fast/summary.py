@@ -1,4 +1,4 @@
-"""What a guidance did, counted block by block.
+"""Statistics of a guidance, counted block by block.
 
 A call of a block leaves its matches (`Seen`); many of them are counted together (`Statistics`); a
 `GuidanceSummary` shows the result.
@@ -27,7 +27,7 @@ WAITING_TOKENS = 2**15
 
 @dataclass(frozen=True)
 class BlockRow:
-    """What the guidance did in one block, over all guided forwards.
+    """Counts of one block over all guided forwards.
 
     Attributes:
         block: name of the block.
@@ -50,7 +50,7 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class GuidanceSummary:
-    """What the guidance did since it was applied or last reset; `print` shows a table.
+    """Counts of a guidance since it was applied or last reset; `print` shows a table.
 
     Attributes:
         rows: one entry for each guided block, in the order in which they ran.
@@ -116,7 +116,7 @@ class GuidanceSummary:
 
 
 class Seen(NamedTuple):
-    """What one call of `apply` found, kept until many are counted together.
+    """Findings of one call of `apply`, kept until many are counted together.
 
     Attributes:
         block, grid: of the call.
@@ -213,7 +213,7 @@ class Statistics:
 
 
 def sums_of(seen: Sequence[Seen]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of K calls of one kind: numbers (K, 3) of tokens compared, matched and pushed, and the sum
+    """Numbers (K, 3) of tokens compared, matched and pushed in K calls of one kind, and the sums
     (K,) of their similarities."""
     similarity = torch.stack([one.similarity for one in seen]).detach()
     pushed = torch.stack([one.pushed for one in seen])

@@ -51,7 +51,7 @@ def dry_run(shapes: Sequence[Shape], dtype: str, arch: str, quick: bool) -> str:
 
 
 class Candidates:
-    """What is measured of a kernel for a problem: the table's own, and what compiles well."""
+    """Configurations to measure for a problem: the table's own, and those that compile well."""
 
     def __init__(self, arch: str, target: str, multiprocessors: int, keep: int) -> None:
         self.arch, self.target = arch, target
@@ -62,7 +62,7 @@ class Candidates:
         self.reports: Rows = {k: row for k, row in known.items() if compile_report.problems(row)}
 
     def own(self, kernel: str, problem: Problem) -> Key:
-        """What the table has for the problem."""
+        """The table's plan for the problem."""
         config = tuning.plan(self.arch, *problem).configuration(kernel)
         return kernel, problem.dtype, config
 

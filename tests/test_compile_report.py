@@ -71,7 +71,7 @@ def assert_nothing_is_wrong(rows: list[dict[str, Any]]) -> None:
 
 
 def section(name: str) -> str:
-    """What docs/kernels.md says between two markers."""
+    """Text of docs/kernels.md between two markers."""
     text = DOCUMENT.read_text(encoding="utf-8")
     return text.split(f"<!-- begin: {name} -->\n")[1].split("<!-- end")[0].rstrip("\n")
 

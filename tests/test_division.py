@@ -19,7 +19,7 @@ MOST = 2**31 - 1
 
 
 def divide(number: int, divisor: int) -> int:
-    """What `quotient` computes, in whole numbers of any size."""
+    """`quotient` in whole numbers of any size."""
     code = reciprocal(divisor)
     return (number * (code >> 6)) >> (code & 63)
 

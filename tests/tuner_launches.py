@@ -64,7 +64,7 @@ def checked(shape: Shape, reference: Any) -> object:
 
 
 def noted(keys: Any, call: Any) -> list[str]:
-    """What the launches of all configurations would have compiled."""
+    """Notes of what the launches of all configurations compile."""
     notes: list[str] = []
     for key in keys:
         with launches.noting(notes):

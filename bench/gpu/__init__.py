@@ -1,1 +1,1 @@
-"""What `bench/gpu_suite.py` runs: `smoke` and `full`, their stages, and the processes of these."""
+"""Parts of `bench/gpu_suite.py`: `smoke` and `full`, their stages, and the processes of these."""

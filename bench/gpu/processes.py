@@ -135,7 +135,7 @@ def together(calls: Sequence[Any], at_once: int) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What a process had written down, also one that was ended; None where there is nothing."""
+    """Read what a process had written, also one that was ended; None where there is nothing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

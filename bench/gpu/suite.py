@@ -101,7 +101,7 @@ def summary(stage: dict[str, Any]) -> str:
 
 
 def case_lines(results: dict[str, Any]) -> list[str]:
-    """What was measured, a line a shape: time, ratio to the bare matmul, and what was predicted."""
+    """Measurements, a line a shape: time, ratio to the bare matmul, and what was predicted."""
     rows = []
     for stage in results["stages"].values():
         for case in (stage.get("result") or {}).get("cases", ()):
@@ -136,7 +136,7 @@ def final_lines(results: dict[str, Any]) -> list[str]:
 
 
 def failures(stage: dict[str, Any]) -> list[tuple[str, str]]:
-    """What failed in a stage and the last line of why; the whole text is in the results."""
+    """Failures of a stage with the last line of why; the whole text is in the results."""
     found = [
         (f"{kind['kind']}, {check['check']}", check["error"])
         for kind in stage.get("kinds", {}).values()

@@ -119,7 +119,7 @@ def fits(x: Tensor, reference: Tensor, pairing: Pairing) -> bool:
 
 
 def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
-    """Of the tokens and scores of all products: tokens `(B, N, D)`, references of `length`."""
+    """Elements of all products: tokens `(B, N, D)`, references of `length`, and their scores."""
     (items, tokens, channels), width = shape, padded(max(length, shape[1]))
     pairs = items - pairing.groups if pairing.mode == "first" else items * pairing.slots
     if pairing.mode == "others":
@@ -440,7 +440,7 @@ def _choose(
     threshold: Tensor,
     combine: str,
 ) -> tuple[Tensor, _Choice]:
-    """What each token is to be pushed from, and the cosine of that."""
+    """The reference token that each token is pushed from, and its cosine."""
     (similarity, index), starts, slot = found, places.starts, None
     number = index
     if pairing.slots > 1 and combine == "nearest":

@@ -23,7 +23,7 @@ from .triton_launch import Launch
 #: For OVERLAP: the time of a token's push over that of its matching, times the reference tokens.
 #: 6 bytes a channel at 3 TB/s, against 2 operations a channel and reference token at 700 TFLOP/s.
 PUSH_BY_MATCHING = 700
-#: Where a mask's items and tokens lie, or None without a mask.
+#: Strides of a tensor.
 Strides = tuple[int, ...]
 
 
@@ -70,7 +70,7 @@ def programs(config: tuning.Config, tasks: int, device: torch.device) -> int:
 
 
 def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
-    """What the tuning table says for x (B, N, D) and references of M tokens, as it is now."""
+    """The tuning table's plan for x (B, N, D) and references of M tokens, as it is now."""
     arch = tuning.INTERPRETED if runtime.interpreting() else runtime.architecture(x.device.index)
     sources = pairing.items - pairing.groups if pairing.mode == "first" else pairing.items
     _, N, D = x.shape
@@ -118,7 +118,7 @@ class Geometry:
         self.source_scales = x.shape[0], self.scale_room(x.shape[1])
         self.items, self.N, self.D = x.shape
         self.M, self.slots, self.mode = reference.shape[1], pairing.slots, pairing.mode
-        self.group_size, self.groups = pairing.group_size, pairing.groups
+        self.group_size = pairing.group_size
         self.products = len(pairing.sources) * pairing.slots
         self.pairs = self.mode == "others"
         # Matches of every slot by itself, for a push that takes them all or another way round.

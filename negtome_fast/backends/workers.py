@@ -32,7 +32,7 @@ class _Cancelled(Exception):
 
 
 class _Modes(NamedTuple):
-    """What torch and the processor keep for each thread, and results could depend on."""
+    """Modes that torch and the processor keep for each thread, and results could depend on."""
 
     inference: bool
     flush_denormal: bool

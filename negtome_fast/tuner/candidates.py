@@ -95,7 +95,7 @@ def pruned(
 # Files
 # ---------------------------------------------------------------------------------------------
 def fingerprint(texts: Iterable[str]) -> str:
-    """What Python sources say, without comments, docstrings and layout, as 16 characters."""
+    """A hash of Python sources without comments, docstrings and layout, 16 characters."""
     digest = hashlib.sha256()
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
     for text in texts:

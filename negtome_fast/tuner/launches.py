@@ -100,7 +100,7 @@ def noting(notes: list[str]) -> Iterator[None]:
 
 
 def compiled(note: dict[str, Any], device: Sequence[Any]) -> Any:
-    """What Triton makes of a note for a device, by the same call as at the launch."""
+    """Compile a note for a device, by the same call as at the launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

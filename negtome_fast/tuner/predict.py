@@ -22,7 +22,7 @@ from .space import fits, is_hopper, shared_bytes, space
 
 
 class Rates(NamedTuple):
-    """What one multiprocessor does in a clock at best, and how many there are.
+    """Peak rates of one multiprocessor in a clock, and how many there are.
 
     Multiply-adds of 2-byte elements (tensor cores) and of fp32; bytes from the L2 cache; bytes from
     memory, where all multiprocessors read.
@@ -82,7 +82,7 @@ def _shared_traffic(config: Config, size: int) -> float:
 def tile(
     config: Config, kernel: str, problem: Problem, arch: str, multiprocessors: int, residents: int
 ) -> Tile:
-    """What one tile of a matching kernel costs; `residents` programs share a multiprocessor."""
+    """Clocks of one tile of a matching kernel; `residents` programs share a multiprocessor."""
     rates, target = RATES[arch], aot.TARGETS[arch]
     size = tuning.element_size(problem.dtype)
     area, edge = config.BLOCK_M * config.BLOCK_N, config.BLOCK_M + config.BLOCK_N

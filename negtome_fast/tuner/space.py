@@ -24,7 +24,7 @@ class Shape:
     groups: int = 1
 
     def problem(self, dtype: str, others: bool = False) -> Problem:
-        """What the tables are asked: in mode "first", or "others"."""
+        """The problem that tables are asked for: in mode "first", or "others"."""
         size = self.items // self.groups
         products = self.groups * (size * (size - 1) if others else size - 1)
         return Problem(dtype, products, self.tokens, self.tokens, self.channels)

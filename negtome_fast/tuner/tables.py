@@ -16,7 +16,7 @@ from ..kernels.tuning import Problem
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement was made on."""
+    """Machine, versions and commit of a measurement."""
     import subprocess
 
     def output(*command: str) -> str | None:
