@@ -46,7 +46,7 @@ format: $(VENV)/installed-all
 	$(BIN)/ruff format .
 
 compile-check compile-tables: compile-%: $(VENV)/installed-all other-triton
-	$(BIN)/python -m negtome_fast.kernels.compile_report --also $(OTHER_TRITON) \
+	$(BIN)/python -m negtome_fast.tuner.compile_report --also $(OTHER_TRITON) \
 		--$(if $(filter tables,$*),write,check) docs/kernels.md
 
 candidates: $(VENV)/installed-all other-triton

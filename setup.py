@@ -81,7 +81,7 @@ setup(
     package_dir={"negtome_fast.kernels": "kernels"},
     package_data={
         "negtome_fast": ["py.typed"],
-        "negtome_fast.export": ["template.h"],
+        "negtome_fast.integrations.export": ["template.h"],
         "negtome_fast.integrations.hf_kernel": ["files/*"],
         "negtome_fast.models": [
             "tiny_flux_avatars/**/*.json",

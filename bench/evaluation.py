@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from negtome_fast.evaluation.studies import STUDIES
-from negtome_fast.evaluation.studies.study import load, write
+from negtome_fast.studies.studies import STUDIES
+from negtome_fast.studies.studies.study import load, write
 
 from ._path import ROOT
 from .marked import NOTHING, PART, fill, update

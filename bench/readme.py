@@ -245,7 +245,7 @@ def families_table() -> str:
     try:
         modules = [
             importlib.import_module(name)
-            for name in ("pipeline_families", "pipeline_families_video")
+            for name in ("helpers.pipeline_families", "helpers.pipeline_families_video")
         ]
     finally:
         sys.path.remove(str(ROOT / "tests"))

@@ -40,7 +40,7 @@ def readings(rng: np.random.Generator, shares: np.ndarray, groups: int, spread: 
 
 def simulate(groups: int, spread: bool, runs: int) -> dict[str, Any]:
     """`runs` studies with `groups` groups a prompt, of which each has an interval."""
-    from negtome_fast.evaluation.bootstrap import AttributeEntropy, paired_bootstrap
+    from negtome_fast.studies.intervals import AttributeEntropy, paired_bootstrap
 
     rng = np.random.default_rng(0)
     diverse, skewed = (float(-np.dot(p, np.log(p))) for p in (DIVERSE, SKEWED))

@@ -28,15 +28,15 @@ DEMO = "nudging-demo.json"
 
 
 def study_table(result: dict[str, Any]) -> str:
-    from negtome_fast.evaluation.studies import nudging
+    from negtome_fast.studies.studies import nudging
 
     return nudging.table(result)
 
 
 def goal_table(result: dict[str, Any]) -> str:
     """The goal's parts, a model a row, for `nudge` and `both`."""
-    from negtome_fast.evaluation.studies import nudging
-    from negtome_fast.evaluation.studies.tables import markdown
+    from negtome_fast.studies.studies import nudging
+    from negtome_fast.studies.studies.tables import markdown
 
     rows: list[list[str]] = []
     header: list[str] = []
@@ -64,13 +64,13 @@ def chance_line(result: dict[str, Any]) -> str:
 
 
 def cost_table(result: dict[str, Any]) -> str:
-    from negtome_fast.evaluation.studies import nudging
+    from negtome_fast.studies.studies import nudging
 
     return nudging.table_cost(result)
 
 
 def demo_table(record: dict[str, Any]) -> str:
-    from negtome_fast.evaluation.studies.tables import markdown
+    from negtome_fast.studies.studies.tables import markdown
 
     rows = [
         [
@@ -106,7 +106,7 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 def draw() -> None:
     """The figures of the study's result."""
-    from negtome_fast.evaluation.studies import nudging
+    from negtome_fast.studies.studies import nudging
 
     path = RESULTS / "nudging.json"
     if path.is_file():

@@ -56,7 +56,7 @@ def share(head: str, value: str) -> Callable[[list[Reading], list[np.ndarray]], 
 
 
 def diversity(readings: list[Reading], images: list[np.ndarray]) -> float:
-    from negtome_fast.evaluation.metrics import attribute_entropy
+    from negtome_fast.studies.measures import attribute_entropy
 
     return attribute_entropy(readings)
 

@@ -163,7 +163,7 @@ NAMED_SEED = 4242
 def conditions() -> dict[str, Any]:
     """The operator without and with guidance, and the forms, by name."""
     from negtome_fast import NegToMeConfig
-    from negtome_fast.evaluation.sampling import Condition
+    from negtome_fast.studies.sampler import Condition
 
     def guided(name: str, scale: float, alpha: float, **more: Any) -> Any:
         threshold = more.pop("threshold", THRESHOLD)
@@ -181,8 +181,8 @@ def conditions() -> dict[str, Any]:
 
 def named_groups(images: int) -> list[Any]:
     """Every image a person of its own, balanced, with all attributes in the prompt."""
-    from negtome_fast.evaluation.sampling import Group
     from negtome_fast.models.avatars import STYLES, prompt_for, sample_avatars
+    from negtome_fast.studies.sampler import Group
 
     people = [a for a in sample_avatars(8 * images, NAMED_SEED, "balanced") if not a.character]
     each = {
@@ -212,8 +212,8 @@ def by_rarity(scores: Any) -> list[list[int]]:
 
 def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
     """Entropy less that of the operator's frontier at the same precision: [estimate, interval]."""
-    from negtome_fast.evaluation.frontier import at
-    from negtome_fast.evaluation.scores import drawn, plan_of, triple
+    from negtome_fast.studies.frontier import at
+    from negtome_fast.studies.scores import drawn, plan_of, triple
 
     plan = plan_of(scores.samples)
     (level, levels), (own, own_drawn) = (drawn(scores, m, plan) for m in ("precision", "entropy"))
@@ -231,12 +231,12 @@ def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
 
 def measure(images: int, store: Path) -> dict[str, Any]:
     """Draws everything that the store does not have."""
-    from negtome_fast import machine
-    from negtome_fast.evaluation.metrics import prompt_hits
-    from negtome_fast.evaluation.sampling import Condition, Laboratory
-    from negtome_fast.evaluation.scores import record
-    from negtome_fast.evaluation.studies.study import SCHEMA, Run, Sizes
+    from negtome_fast import provenance
     from negtome_fast.models.avatars import STYLES, prompt_for
+    from negtome_fast.studies.measures import prompt_hits
+    from negtome_fast.studies.sampler import Condition, Laboratory
+    from negtome_fast.studies.scores import record
+    from negtome_fast.studies.studies.study import SCHEMA, Run, Sizes
 
     run = Run(Laboratory(store), Sizes(images), DOCS)
     samples = run.samples(list(conditions().values()))
@@ -262,7 +262,7 @@ def measure(images: int, store: Path) -> dict[str, Any]:
         "command": f"python docs/make_variants.py --samples {images}",
         "sizes": {"images": images, "group": run.sizes.group, "steps": run.sizes.steps}
         | {"real": run.sizes.real},
-        **machine.describe(),
+        **provenance.describe(),
         "conditions": [record(one) for one in scores.values()],
         "at_matched_precision": {
             form.label: compared(scores[form.label], operator) for form in FORMS
@@ -278,7 +278,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(one: dict[str, Any], measure: str) -> str:
-    from negtome_fast.evaluation.studies.tables import measure_cell
+    from negtome_fast.studies.studies.tables import measure_cell
 
     return measure_cell(one, measure)
 
@@ -342,8 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare the page with the file only")
     options = parser.parse_args(argv)
     if not options.check:
-        from negtome_fast.evaluation.sampling import STORE
-        from negtome_fast.evaluation.studies.study import save
+        from negtome_fast.studies.sampler import STORE
+        from negtome_fast.studies.studies.study import save
 
         save(FILE, measure(options.samples, options.store or STORE))
     result = json.loads(FILE.read_text(encoding="utf-8"))

@@ -2,7 +2,3 @@
 
 Importing this package does not import Triton; the modules that hold kernels do.
 """
-
-from .pairing import Pairing
-
-__all__ = ["Pairing"]

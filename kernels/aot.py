@@ -59,7 +59,7 @@ _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 # Argument types that do not follow the inputs' dtype.
 _FIXED = {
     "mask_ptr": "*u8",
-    "movable_ptr": "*u8",
+    "source_mask_ptr": "*u8",
     "scale_ptr": "*fp32",
     "x_scale_ptr": "*fp32",
     "reference_scale_ptr": "*fp32",
@@ -126,7 +126,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
     """
     rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M, "BLOCK_K": config.BLOCK_K}
     tile = {**rows, "BLOCK_N": config.BLOCK_N, "INTERPRETED": False}
-    pipelines = {"MODE": "first", "NUMBERS": True, "INPLACE": True, "movable_ptr": None}
+    pipelines = {"MODE": "first", "NUMBERS": True, "INPLACE": True, "source_mask_ptr": None}
     pipelines["INTERPRETED"] = False
     others = {"MODE": "others", "NUMBERS": False, "INPLACE": False, "INTERPRETED": False}
     if kernel == "scale":
@@ -135,7 +135,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
         blocks = tile if kernel == "rows" else rows
         variants = {"first, in place": {**blocks, **pipelines}, "others": {**blocks, **others}}
     elif kernel in ("tiles", "pairs"):
-        tile |= {"GROUP": config.GROUP, "FLATTEN": bool(config.FLATTEN)}
+        tile |= {"GROUP_M": config.GROUP_M, "FLATTEN": bool(config.FLATTEN)}
         tile |= {"row_descriptor": None, "column_descriptor": None}
         mode, pairs = ("others", True) if kernel == "pairs" else ("first", False)
         union = {**tile, "MODE": mode, "OFFICIAL": False, "PAIRS": pairs, "UNION": True}
@@ -181,22 +181,22 @@ def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str,
     blocks |= {"BLOCK_K": config.BLOCK_K, "MODE": "first", "INTERPRETED": False}
     if kernel == "score":
         return {"listed": {**blocks, "SPLIT": 2}}
-    blocks["GROUP"] = config.GROUP
+    blocks["GROUP_M"] = config.GROUP_M
     pointers = {**blocks, "row_values_descriptor": None, "column_values_descriptor": None}
     return {"descriptors": blocks} if config.DESCRIPTORS else {"pointers": pointers}
 
 
 def _function(kernel: str) -> Any:
-    from . import coarse, match, nudge, push, rows
+    from . import coarse, fused, match, nudge, push
 
     if kernel in tuning.COARSE:
         return getattr(coarse, f"{kernel}_kernel")
     return {
         "scale": match.scale_kernel,
-        "rows": rows.rows_kernel,
-        "tiles": match.tile_kernel,
-        "pairs": match.tile_kernel,
-        "finish": push.finish_kernel,
+        "rows": fused.fused_kernel,
+        "tiles": match.tiled_match_kernel,
+        "pairs": match.tiled_match_kernel,
+        "finish": push.push_from_keys_kernel,
         "resolve": match.resolve_kernel,
         "push": push.push_kernel,
         "nudge": nudge.nudge_kernel,

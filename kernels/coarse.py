@@ -8,8 +8,9 @@ of at most 127, and e and f are what rounding to them leaves. For the columns b 
 where a . c is the same for all columns. `bound_kernel` keeps, of every row and block of columns,
 the largest upper bound of a . b - a . c, and of every row the largest lower bound. `select_kernel`
 lists the rows of each block whose upper bound reaches the row's lower bound: no other block holds
-the best column. `score_kernel` multiplies the listed rows and blocks as `tile_kernel` does and
-raises the same keys. Where the bounds tell nothing apart, it gets all blocks: slow, and as exact.
+the best column. `score_kernel` multiplies the listed rows and blocks as `tiled_match_kernel` does
+and raises the same keys. Where the bounds tell nothing apart, it gets all blocks: slow, and as
+exact.
 
 Why the bounds hold on a GPU, u = 2^-24 being half a unit in the last place of fp32, and D < 2^15:
 
@@ -286,7 +287,7 @@ def bound_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     """Bounds of all tiles: upper (products, column blocks, rows) fp32, lower (sources, rows) int32.
 
@@ -296,7 +297,7 @@ def bound_kernel(
     number s * slots + slot is that of source s and the reference it meets in `slot`, which is row
     `reference item // reference_every` of column_values. lower is over all slots, as `ordered`.
 
-    Tiles are walked as tile_kernel walks them.
+    Tiles are walked as tiled_match_kernel walks them.
     """
     row_blocks = tl.cdiv(row_count, BLOCK_M)
     column_blocks = tl.cdiv(M, BLOCK_N)
@@ -310,9 +311,9 @@ def bound_kernel(
         other = reference_item(owner, product % slots, group_size, reference_step, MODE)
         reference = other // reference_every
         tile = task % tiles
-        band = tile // (GROUP * column_blocks) * GROUP
-        height = tl.minimum(row_blocks - band, GROUP)
-        within = tile % (GROUP * column_blocks)
+        band = tile // (GROUP_M * column_blocks) * GROUP_M
+        height = tl.minimum(row_blocks - band, GROUP_M)
+        within = tile % (GROUP_M * column_blocks)
         first_row = (band + within % height) * BLOCK_M
         column_block = within // height
         first_column = column_block * BLOCK_N

@@ -2,9 +2,10 @@
 
     j*(i) = argmax over allowed j of <x_i, r_j> / max(|r_j|, 1e-12)
 
-`tile_kernel` walks the tiles of all similarity matrices and raises one 64-bit key a source token to
-the best (score, token) of each tile: the maximum does not depend on the order in which tiles
-finish. `rows.py` holds the kernel in which a program owns its rows; docs/kernels.md says why both.
+`tiled_match_kernel` walks the tiles of all similarity matrices and raises one 64-bit key a source
+token to the best (score, token) of each tile: the maximum does not depend on the order in which
+tiles finish. `fused.py` holds the kernel in which a program owns its rows; docs/kernels.md says why
+both.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def scale_kernel(
 # Tiles
 # ---------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
-def tile_kernel(
+def tiled_match_kernel(
     row_ptr,
     column_ptr,
     row_descriptor,
@@ -162,7 +163,7 @@ def tile_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """Raise the keys (B, C, N), or (B, 1, N) with UNION, to the best candidates of all tiles.
@@ -177,15 +178,15 @@ def tile_kernel(
     UNION:    one key for all slots, whose token is slot * M + token (paper only).
 
     The matrices `first_product`, ... `first_product + products - 1` are cut into tiles, and program
-    p takes the tiles p, p + programs, ...; within a matrix GROUP blocks of rows go through all
+    p takes the tiles p, p + programs, ...; within a matrix GROUP_M blocks of rows go through all
     columns before the next ones, so that programs that run together share both sides in the L2
-    cache. The codes divide (division.py): by the tiles of a matrix; by those of GROUP blocks of
-    rows; by the blocks of rows after the last whole GROUP; and as product_items says.
+    cache. The codes divide (division.py): by the tiles of a matrix; by those of GROUP_M blocks of
+    rows; by the blocks of rows after the last whole GROUP_M; and as product_items says.
     """
     row_blocks = tl.cdiv(N, BLOCK_M)
     column_blocks = tl.cdiv(M, BLOCK_N)
     tiles = row_blocks * column_blocks
-    whole_rows = row_blocks // GROUP * GROUP
+    whole_rows = row_blocks // GROUP_M * GROUP_M
     # Loads by pointers lose their pipeline in a flattened loop.
     FLAT: tl.constexpr = FLATTEN and row_descriptor is not None
     for task in tl.range(tl.program_id(0), products * tiles, tl.num_programs(0), flatten=FLAT):
@@ -215,10 +216,10 @@ def tile_kernel(
         # Which tile
         tile = task - product * tiles
         band = quotient(tile, band_code)
-        within = tile - band * (GROUP * column_blocks)
-        band *= GROUP
-        height = tl.where(band == whole_rows, row_blocks - whole_rows, GROUP)
-        column_block = tl.where(band == whole_rows, quotient(within, tail_code), within // GROUP)
+        within = tile - band * (GROUP_M * column_blocks)
+        band *= GROUP_M
+        height = tl.where(band == whole_rows, row_blocks - whole_rows, GROUP_M)
+        column_block = tl.where(band == whole_rows, quotient(within, tail_code), within // GROUP_M)
         row_block = within - column_block * height
         first_row = (band + row_block) * BLOCK_M
         first_column = column_block * BLOCK_N

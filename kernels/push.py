@@ -3,8 +3,8 @@
     nearest: y_i = x_i + [s_c > threshold_c] alpha_c (x_i - r_c), c the slot of largest similarity
     sum:     y_i = x_i + sum over slots c of [s_c > threshold_c] alpha_c (x_i - r_c)
 
-`finish_kernel` ends the matching of tile_kernel: nearest, paper matching. `push_kernel` takes
-similarities and indices, for official matching and combine="sum".
+`push_from_keys_kernel` ends the matching of tiled_match_kernel: nearest, paper matching.
+`push_kernel` takes similarities and indices, for official matching and combine="sum".
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .shared import RUNTIME_SIZES, of_slot, push_match, reference_item, round_to
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
-def finish_kernel(
+def push_from_keys_kernel(
     x_ptr,
     reference_ptr,
     reference_scale_ptr,
     key_ptr,
     alpha_ptr,
     threshold_ptr,
-    movable_ptr,
+    source_mask_ptr,
     out_ptr,
     similarity_ptr,
     pushed_ptr,
@@ -57,7 +57,7 @@ def finish_kernel(
 ):
     """Push from keys (B, 1, N) of the union of all slots.
 
-    Program (i, b) owns BLOCK_M tokens of item `first_item` + b. Arguments as for rows_kernel. The
+    Program (i, b) owns BLOCK_M tokens of item `first_item` + b. Arguments as for fused_kernel. The
     cosine that meets the threshold is recomputed in fp32 from the two tokens, so that it does not
     depend on the tiles.
     """
@@ -73,7 +73,7 @@ def finish_kernel(
         reference_scale_ptr,
         alpha_ptr,
         threshold_ptr,
-        movable_ptr,
+        source_mask_ptr,
         out_ptr,
         similarity_ptr,
         pushed_ptr,
@@ -117,7 +117,7 @@ def push_kernel(
     match_index_ptr,
     alpha_ptr,
     threshold_ptr,
-    movable_ptr,
+    source_mask_ptr,
     out_ptr,
     similarity_ptr,
     pushed_ptr,
@@ -152,7 +152,7 @@ def push_kernel(
 
     x, out (B, N, D), reference (P, M, D), any strides; match_similarity (B, C, N) fp32 and
     match_index (B, C, N) int64, contiguous, -1 where no match; alpha, threshold fp32 with stride
-    0 or 1 over the slots, or numbers with NUMBERS; movable (B, N) uint8 or None. SUM: pushed
+    0 or 1 over the slots, or numbers with NUMBERS; source_mask (B, N) uint8 or None. SUM: pushed
     (B, C, N), similarity_ptr is not written; nearest: similarity (B, 1, N) fp32, pushed (B, 1, N).
     pushed is int64, slot * M + token, -1 where not pushed. INPLACE writes only the rows that
     change.
@@ -165,13 +165,13 @@ def push_kernel(
     row_pointers = x_ptr + wide_item * stride_xb + rows.to(tl.int64) * stride_xn
     out_pointers = out_ptr + wide_item * stride_ob + rows.to(tl.int64) * stride_on
     may_move = row_inside
-    if movable_ptr is not None:
-        movable = tl.load(
-            movable_ptr + wide_item * stride_vb + rows.to(tl.int64) * stride_vn,
+    if source_mask_ptr is not None:
+        source_mask = tl.load(
+            source_mask_ptr + wide_item * stride_vb + rows.to(tl.int64) * stride_vn,
             mask=row_inside,
             other=0,
         )
-        may_move = may_move & (movable != 0)
+        may_move = may_move & (source_mask != 0)
 
     # Threshold; a slot at a time, keeping the best one or all
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)

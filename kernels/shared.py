@@ -45,7 +45,7 @@ RUNTIME_SIZES = [
 
 
 # ---------------------------------------------------------------------------------------------
-# Pairing, as kernels/pairing.py defines it
+# Pairing, as negtome_fast/pairing.py defines it
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def source_item(program, group_size, MODE: tl.constexpr):
@@ -298,7 +298,7 @@ def push_match(
     reference_scale_ptr,
     alpha_ptr,
     threshold_ptr,
-    movable_ptr,
+    source_mask_ptr,
     out_ptr,
     similarity_ptr,
     pushed_ptr,
@@ -364,11 +364,13 @@ def push_match(
     threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
     # -inf never exceeds a finite threshold, and thresholds that are not finite are refused.
     moved = found & (similarity > threshold)
-    if movable_ptr is not None:
-        movable = tl.load(
-            movable_ptr + wide_item * stride_vb + wide_rows * stride_vn, mask=row_inside, other=0
+    if source_mask_ptr is not None:
+        source_mask = tl.load(
+            source_mask_ptr + wide_item * stride_vb + wide_rows * stride_vn,
+            mask=row_inside,
+            other=0,
         )
-        moved = moved & (movable != 0)
+        moved = moved & (source_mask != 0)
     output = wide_item * N + rows
     pushed = tl.where(moved, slot.to(tl.int64) * M + token, -1)
     tl.store(similarity_ptr + output, similarity, mask=row_inside)

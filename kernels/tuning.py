@@ -39,10 +39,10 @@ SCALE_BLOCK = 256
 class Config(NamedTuple):
     """BLOCK_M rows by BLOCK_N columns, BLOCK_K channels a step; the rest is for tiles and pairs.
 
-    GROUP blocks of rows go through all columns before the next ones. RESIDENT programs are launched
-    for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow them.
-    FLATTEN makes one loop of the tiles and their channels, so that the loads of the next tile start
-    before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the last items
+    GROUP_M blocks of rows go through all columns before the next ones. CTAS_PER_SM programs are
+    launched for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow
+    them. FLATTEN makes one loop of the tiles and their channels, so that the loads of the next tile
+    start before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the last items
     by themselves and pushes the others meanwhile.
     """
 
@@ -51,17 +51,17 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    GROUP: int = 8
-    RESIDENT: int = 1
+    GROUP_M: int = 8
+    CTAS_PER_SM: int = 1
     DESCRIPTORS: int = 0
     FLATTEN: int = 0
     OVERLAP: int = 0
 
     def cap(self) -> dict[str, int]:
-        """The launch option, on NVIDIA, that lets RESIDENT programs share the 65,536 registers."""
-        if self.RESIDENT == 1:
+        """Launch option on NVIDIA that lets CTAS_PER_SM programs share the 65,536 registers."""
+        if self.CTAS_PER_SM == 1:
             return {}
-        return {"maxnreg": 65536 // (self.RESIDENT * self.num_warps * 32) // 8 * 8}
+        return {"maxnreg": 65536 // (self.CTAS_PER_SM * self.num_warps * 32) // 8 * 8}
 
     def meta(self, *names: str) -> dict[str, int]:
         """Keyword arguments of a launch: the named fields, `num_warps` and `num_stages`."""
@@ -128,8 +128,8 @@ _INTERPRETED = Plan(
     "rows",
     scale=Config(64, 0, 128, 1, 1),
     rows=Config(64, 64, 128, 1, 1),
-    tiles=Config(64, 64, 128, 1, 1, GROUP=2),
-    pairs=Config(64, 64, 128, 1, 1, GROUP=2),
+    tiles=Config(64, 64, 128, 1, 1, GROUP_M=2),
+    pairs=Config(64, 64, 128, 1, 1, GROUP_M=2),
     finish=Config(64, 0, 128, 1, 1),
     resolve=Config(64, 0, 128, 1, 1),
     push=Config(64, 0, 128, 1, 1),
@@ -137,7 +137,7 @@ _INTERPRETED = Plan(
     centre=Config(64, 0, 128, 1, 1),
     round=Config(64, 0, 128, 1, 1),
     bias=Config(1, 64, 128, 1, 1),
-    bound=Config(64, 64, 128, 1, 1, GROUP=2),
+    bound=Config(64, 64, 128, 1, 1, GROUP_M=2),
     select=Config(64, 16, 0, 1, 1),
     score=Config(64, 64, 128, 1, 1),
 )
@@ -164,7 +164,7 @@ _COARSE = {
     ),
     "sm_90": (
         Config(128, 256, 128, 8, 3, DESCRIPTORS=1),
-        Config(128, 128, 64, 8, 3, RESIDENT=2),
+        Config(128, 128, 64, 8, 3, CTAS_PER_SM=2),
         Config(64, 64, 16, 8, 2),
     ),
     "sm_100": (
@@ -219,8 +219,8 @@ def _config(value: Any, where: str) -> Config:
         number = getattr(config, name)
         if number & (number - 1) or (number == 0 and name != "BLOCK_N"):
             raise ValueError(f"{where}: {name} must be a power of two, got {number}")
-    if min(config.num_stages, config.GROUP, config.RESIDENT) < 1:
-        raise ValueError(f"{where}: num_stages, GROUP and RESIDENT must be at least 1")
+    if min(config.num_stages, config.GROUP_M, config.CTAS_PER_SM) < 1:
+        raise ValueError(f"{where}: num_stages, GROUP_M and CTAS_PER_SM must be at least 1")
     if max(config.BLOCK_M, config.BLOCK_N) > SCALE_BLOCK:
         raise ValueError(f"{where}: BLOCK_M and BLOCK_N must be at most {SCALE_BLOCK}")
     return config

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .guidance import Guidance
     from .nudging import ReferenceBank, generate_with_nudging, nudge
     from .pipelines import Reference, apply_negtome, negtome_guidance, remove_negtome
-    from .prepare import warmup
+    from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _LAZY = {
     "Reference": ".pipelines",
     "generate_with_nudging": ".nudging",
     "ReferenceBank": ".nudging",
-    "warmup": ".prepare",
+    "warmup": ".warmup",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import small
-from .kernels.pairing import Pairing
+from .pairing import Mode, Pairing
 
 Reference = Literal["first", "others"] | Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -127,7 +127,7 @@ def guide_tokens(
             the external ones in order, for `"others"` the other items of the group in order.
     """
     given = None if isinstance(reference, str) else reference
-    unwatched = ops.nothing_watches(x, given, reference_mask, source_mask)
+    unwatched = ops.can_skip_dispatcher(x, given, reference_mask, source_mask)
     # Exact types only: True is equal to 1, and no number of groups.
     plain = type(reference) is str and type(matching) is str and type(groups) is int
     if unwatched and reference_mask is None and plain:
@@ -137,9 +137,9 @@ def guide_tokens(
     check_combine(combine)
     strength = _parameter("alpha", alpha, x, problem.slots, unwatched)
     limit = _parameter("threshold", threshold, x, problem.slots, unwatched)
-    movable = None
+    source_mask = None
     if not (source_mask is None and generator is None and type(dropout) is float and dropout == 0):
-        movable = movable_tokens(x, source_mask, dropout, generator)
+        source_mask = draw_source_mask(x, source_mask, dropout, generator)
     ops.check_backend_name(backend)
     if problem.mode == "first" and x.shape[0] == groups:
         _warn_nothing_to_push(x.shape, groups)
@@ -151,7 +151,7 @@ def guide_tokens(
         if inplace and not x.is_contiguous():
             _check_writable(x, reference)
         out = x if inplace else x.new_empty(x.shape)
-        done = small.guide_from_first(x, strength, limit, movable, out)
+        done = small.guide_from_first(x, strength, limit, source_mask, out)
         if done is not None:
             return out, *done
     call = ops.Call(
@@ -160,7 +160,7 @@ def guide_tokens(
         strength,
         limit,
         problem.mask,
-        movable,
+        source_mask,
         problem.mode,
         int(groups),
         problem.per_item,
@@ -247,7 +247,7 @@ class Problem:
 
     reference: Tensor | None
     mask: Tensor | None
-    mode: str
+    mode: Mode
     per_item: bool
     slots: int
     #: `small.elements` where `small.guide_from_first` could do it, else 0.
@@ -460,11 +460,11 @@ def _is_real(value: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
-def movable_tokens(
+def draw_source_mask(
     x: Tensor, source_mask: Tensor | None, dropout: float, generator: torch.Generator | None
 ) -> Tensor | None:
     items, tokens = x.shape[:2]
-    movable = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
+    source_mask = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
     if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -476,8 +476,8 @@ def movable_tokens(
         given = {} if generator is None else {"generator": generator}
         drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
         kept = (drawn > dropout).to(x.device)
-        movable = kept if movable is None else movable & kept
-    return movable
+        source_mask = kept if source_mask is None else source_mask & kept
+    return source_mask
 
 
 def _untouched(x: Tensor, slots: int, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:

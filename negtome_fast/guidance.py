@@ -20,15 +20,7 @@ import torch
 from .config import NegToMeConfig
 from .functional import guide_tokens, mark_checked
 from .ops import BACKEND_VARIABLE
-from .summary import (
-    SEEN_TOKENS,
-    BlockRow,
-    Grid,
-    GuidanceSummary,
-    Seen,
-    Statistics,
-    sums_of,
-)
+from .statistics import SEEN_TOKENS, BlockRow, Grid, GuidanceSummary, Seen, Statistics, sums_of
 
 if TYPE_CHECKING:
     from .pipelines.parallel import TokenShards
@@ -39,7 +31,7 @@ T = TypeVar("T")
 _counting = threading.Lock()
 
 
-class Here(threading.local):
+class ThreadState(threading.local):
     """What `PerThread` attributes of one object hold; a copy of it holds nothing."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -177,7 +169,7 @@ class Guidance:
         self.references = tuple(references)
         self.configure(config)
         self._masks: dict[tuple[int, Grid, torch.device], torch.Tensor] = {}
-        self._here = Here()
+        self._here = ThreadState()
         self._warned: set[str] = set()
         self.reference_mask: Callable[[Grid], torch.Tensor] | None = None
         self.reset()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference as reference_backend
+from . import naive
 from .backends import torch_backend
-from .kernels.pairing import Pairing
+from .pairing import Mode, Pairing
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
@@ -70,7 +70,7 @@ def _backend(name: str, x: Tensor) -> ModuleType:
         from .backends import triton_backend
 
         return triton_backend
-    return reference_backend if name == "reference" else torch_backend
+    return naive if name == "reference" else torch_backend
 
 
 class Call(NamedTuple):
@@ -81,8 +81,8 @@ class Call(NamedTuple):
     alpha: Tensor
     threshold: Tensor
     reference_mask: Tensor | None
-    movable: Tensor | None
-    pairing_mode: str
+    source_mask: Tensor | None
+    pairing_mode: Mode
     groups: int
     per_item: bool
     matching: str
@@ -103,7 +103,7 @@ class Call(NamedTuple):
             self.alpha,
             self.threshold,
             self.reference_mask,
-            self.movable,
+            self.source_mask,
             self.matching,
             self.combine,
             out,
@@ -115,7 +115,7 @@ class Call(NamedTuple):
 
 
 def _pairing(
-    x: Tensor, reference: Tensor | None, pairing_mode: str, groups: int, per_item: bool
+    x: Tensor, reference: Tensor | None, pairing_mode: Mode, groups: int, per_item: bool
 ) -> Pairing:
     items = x.shape[0]
     # Not where the size is symbolic.
@@ -144,7 +144,7 @@ def _run(backend: str, x: Tensor, function: str, *arguments: Any) -> tuple[Tenso
 def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Similarity and index as a backend would return them, uninitialised."""
     shape = (x.shape[0], slots, x.shape[1])
-    dtype = reference_backend.compute_dtype(x.dtype)
+    dtype = naive.compute_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
@@ -155,7 +155,7 @@ _tracing = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
-def nothing_watches(*tensors: Any) -> bool:
+def can_skip_dispatcher(*tensors: Any) -> bool:
     """Whether an operator may run without torch's dispatcher, which costs more than a small match.
 
     Nobody would see it: nothing is compiled, traced, differentiated or transformed, no mode is on,
@@ -183,8 +183,8 @@ def nothing_watches(*tensors: Any) -> bool:
 
 _PAIRING = "str pairing_mode, int groups, bool per_item, str matching"
 _ARGUMENTS = (
-    "Tensor? reference, Tensor alpha, Tensor threshold, Tensor? reference_mask, Tensor? movable, "
-    f"{_PAIRING}, str combine, str backend"
+    "Tensor? reference, Tensor alpha, Tensor threshold, Tensor? reference_mask, "
+    f"Tensor? source_mask, {_PAIRING}, str combine, str backend"
 )
 
 
@@ -198,7 +198,7 @@ def match(
     x: Tensor,
     reference: Tensor | None,
     reference_mask: Tensor | None,
-    pairing_mode: str,
+    pairing_mode: Mode,
     groups: int,
     per_item: bool,
     matching: str,
@@ -261,7 +261,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     pushed, alpha = ctx.saved_tensors
     pairing, (items, tokens, channels) = ctx.pairing, ctx.reference_shape
-    dtype = reference_backend.compute_dtype(grad.dtype)
+    dtype = naive.compute_dtype(grad.dtype)
     wide = grad.to(dtype)
     slot, token = pushed.clamp_min(0) // tokens, pushed.clamp_min(0) % tokens
     strengths = alpha.to(grad.device, dtype).expand(pairing.slots)
@@ -289,7 +289,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 def run_at_once(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the backend without torch's dispatcher; only where `nothing_watches`."""
+    """Run the backend without torch's dispatcher; only where `can_skip_dispatcher`."""
     if torch.is_grad_enabled():
         with torch.no_grad():
             result = call.run(out)

@@ -1,25 +1,13 @@
-"""Test-wide settings: without a GPU, Triton's kernels run under its interpreter on the CPU."""
+"""Fixtures of all tests; `helpers.device` chooses the device before a kernel is imported."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
-import torch
 
+import helpers.device  # noqa: F401
 from bench.gpu import poison
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton reads this when it decorates the kernels, so it must be set before they are imported.
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-BACKENDS = ["reference", "torch", *(["triton"] if find_spec("triton") else [])]
-# On a GPU the suite asks for the kernels alone: the other backends were tested elsewhere.
-if chosen := os.environ.get("NEGTOME_FAST_TEST_BACKENDS"):
-    BACKENDS = [backend for backend in BACKENDS if backend in chosen.split(",")]
 
 
 @pytest.fixture

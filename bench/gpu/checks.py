@@ -48,11 +48,11 @@ class Work:
 
 
 def oracle() -> Any:
-    """`tests/oracle.py`."""
+    """`tests/helpers/oracle.py`."""
     folder = str(ROOT / "tests")
     sys.path.insert(0, folder)
     try:
-        return importlib.import_module("oracle")
+        return importlib.import_module("helpers.oracle")
     finally:
         sys.path.remove(folder)
 
@@ -100,7 +100,7 @@ def _match(x: Tensor, name: str, **arguments: Any) -> Work:
 
 def _scale(x: Tensor, name: str) -> Work:
     from negtome_fast.backends.triton_coarse import column_scales
-    from negtome_fast.kernels.pairing import Pairing
+    from negtome_fast.pairing import Pairing
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         # Beyond the tokens there is room that says so, to whole blocks.

@@ -23,23 +23,23 @@ MOST_WORKERS = 14
 TEST_SECONDS = 120
 #: The tests of the kernels, then others that run on a GPU; those that are missing are left out.
 KERNEL_TESTS = (
-    "test_on_device.py",
-    "test_triton_kernels.py",
-    "test_tile_launches.py",
-    "test_operator.py",
-    "test_nudge.py",
-    "test_ties.py",
-    "test_division.py",
-    "test_triton_coarse.py",
+    "operator/test_on_device.py",
+    "operator/test_triton_kernels.py",
+    "operator/test_tile_launches.py",
+    "operator/test_operator.py",
+    "nudging/test_nudge.py",
+    "operator/test_ties.py",
+    "operator/test_division.py",
+    "operator/test_triton_coarse.py",
 )
 OTHER_TESTS = (
-    "test_tuning.py",
-    "test_torch_library.py",
-    "test_gradients.py",
-    "test_compat.py",
-    "test_export.py",
+    "operator/test_tuning.py",
+    "operator/test_torch_library.py",
+    "operator/test_gradients.py",
+    "integrations/test_compat.py",
+    "integrations/test_export.py",
 )
-REHEARSED_TESTS = ("test_on_device.py",)
+REHEARSED_TESTS = ("operator/test_on_device.py",)
 #: A few of them, so that a rehearsal stays short.
 REHEARSED_CHOICE = "test_in_place_gives_the_same_bits and first"
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import NOTHING, compute_dtype
+from ..naive import NOTHING, compute_dtype
 from .workers import Team
 
 #: Where everything lies, and what is not a whole number; the caller's defaults may be others.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.pairing import Pairing
+from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_coarse import (
     MOST_CHANNELS,

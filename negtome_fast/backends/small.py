@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.pairing import Pairing
-from ..reference import NOTHING, compute_dtype
+from ..naive import NOTHING, compute_dtype
+from ..pairing import Pairing
 from .coarse import EPSILON, RUN, padded
 
 #: Elements of tokens and scores of all pairs up to which a problem is small.
@@ -292,7 +292,7 @@ def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Ten
 def match(
     x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None, matching: str
 ) -> tuple[Tensor, Tensor]:
-    """See `negtome_fast.reference.match`."""
+    """See `negtome_fast.naive.match`."""
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
     places = _places(pairing, matching, x.shape[1], reference.shape[1])
@@ -308,15 +308,15 @@ def guide(
     alpha: Tensor,
     threshold: Tensor,
     mask: Tensor | None,
-    movable: Tensor | None,
+    source_mask: Tensor | None,
     matching: str,
     combine: str,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `negtome_fast.reference.guide`; `out` may be `x`."""
+    """See `negtome_fast.naive.guide`; `out` may be `x`."""
     plain = pairing.mode == "first" and pairing.groups == 1 and mask is None
     if plain and matching == "paper" and alpha.numel() == threshold.numel() == 1:
-        done = guide_from_first(x, alpha, threshold, movable, out)
+        done = guide_from_first(x, alpha, threshold, source_mask, out)
         if done is not None:
             return done
     sources = _read(x)
@@ -328,8 +328,8 @@ def guide(
     alpha, threshold = (v if v.dtype == dtype else v.to(dtype) for v in (alpha, threshold))
     similarity, choice = _choose(found, pairing, places, alpha, threshold, combine)
     pushed = choice.pushed
-    if movable is not None:
-        pushed &= _moving(movable, pairing).reshape(-1, 1, x.shape[1])
+    if source_mask is not None:
+        pushed &= _moving(source_mask, pairing).reshape(-1, 1, x.shape[1])
     number = torch.where(pushed, choice.number, places.none)
     table = references.wide.view(-1, x.shape[2])
     own = None if pairing.mode == "external" else places.own
@@ -370,7 +370,7 @@ def _flat(items: int, tokens: int) -> _Flat:
 
 
 def guide_from_first(
-    x: Tensor, alpha: Tensor, threshold: Tensor, movable: Tensor | None, out: Tensor
+    x: Tensor, alpha: Tensor, threshold: Tensor, source_mask: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """`guide` for one group and "first", without a mask; None where tokens are not finite.
 
@@ -392,8 +392,8 @@ def guide_from_first(
     value, index = _maximum(scores, False) if tokens > DIRECT and not ragged else scores.max(1)
     similarity = value.div_(source_norm)
     pushed = similarity > threshold
-    if movable is not None:
-        pushed &= movable.reshape(-1)[tokens:]
+    if source_mask is not None:
+        pushed &= source_mask.reshape(-1)[tokens:]
 
     step = wide.index_select(0, index.where(pushed, flat.own))
     if alpha.item() < 0:

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.pairing import Pairing
-from ..reference import NOTHING, compute_dtype, is_finite, per_slot
+from ..naive import NOTHING, compute_dtype, is_finite, per_slot
+from ..pairing import Pairing
 from . import coarse, small
 from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows, slices
 from .workers import ALONE, Team, conduct
@@ -147,7 +147,7 @@ def match(
     reference_mask: Tensor | None,
     matching: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `negtome_fast.reference.match`."""
+    """See `negtome_fast.naive.match`."""
     if small.fits(x, reference, pairing):
         return small.match(x, reference, pairing, reference_mask, matching)
     arguments = (x, reference, pairing, reference_mask, matching)
@@ -235,13 +235,13 @@ def guide(
     alpha: Tensor,
     threshold: Tensor,
     reference_mask: Tensor | None,
-    movable: Tensor | None,
+    source_mask: Tensor | None,
     matching: str,
     combine: str,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `negtome_fast.reference.guide`."""
-    arguments = (x, reference, pairing, alpha, threshold, reference_mask, movable)
+    """See `negtome_fast.naive.guide`."""
+    arguments = (x, reference, pairing, alpha, threshold, reference_mask, source_mask)
     if small.fits(x, reference, pairing):
         return small.guide(*arguments, matching, combine, out)
     return _conduct(partial(_guide, *arguments, matching, combine, out), x)
@@ -254,7 +254,7 @@ def _guide(
     alpha: Tensor,
     threshold: Tensor,
     reference_mask: Tensor | None,
-    movable: Tensor | None,
+    source_mask: Tensor | None,
     matching: str,
     combine: str,
     out: Tensor,
@@ -263,7 +263,7 @@ def _guide(
     if out is x and pairing.mode != "first" and _shares_memory(x, reference):
         # A token that has moved must not serve as a reference of the next item.
         moved = torch.empty_like(x)
-        arguments = (x, reference, pairing, alpha, threshold, reference_mask, movable)
+        arguments = (x, reference, pairing, alpha, threshold, reference_mask, source_mask)
         result = _guide(*arguments, matching, combine, moved, team)
         parts = _parts(x, range(pairing.items))
         team.each(len(parts), lambda _, number: x[parts[number]].copy_(moved[parts[number]]))
@@ -275,8 +275,8 @@ def _guide(
     threshold = per_slot(threshold, x, pairing.slots)
     similarity, index = _match(x, reference, pairing, reference_mask, matching, team)
     pushed = similarity > threshold[:, None]
-    if movable is not None:
-        pushed &= movable[:, None]
+    if source_mask is not None:
+        pushed &= source_mask[:, None]
     flat = index
     if pairing.slots > 1:
         slots = torch.arange(pairing.slots, device=x.device)[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.pairing import Pairing
+from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_descriptors import with_tokens
 from .triton_geometry import Geometry, Push, geometry
@@ -119,20 +119,20 @@ class _Matching:
 
 
 def _push(
-    match: _Matching, numbers: tuple[Any, ...], movable: Any, out: Tensor
+    match: _Matching, numbers: tuple[Any, ...], source_mask: Any, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Match and push; similarity (B, S, N) fp32 and what was pushed, int64."""
     shape, x, reference = match.shape, match.x, match.reference
-    movable = _bytes(movable)
+    source_mask = _bytes(source_mask)
     size = shape.items, shape.result_slots, shape.N
-    aligned = match.aligned and _aligned(*numbers, movable, out)
+    aligned = match.aligned and _aligned(*numbers, source_mask, out)
     if shape.by_slot:
         found, index = match.by_slot()
         similarity = found if shape.total else x.new_empty(size, dtype=torch.float32)
     else:
         similarity = x.new_empty(size, dtype=torch.float32)
     pushed = torch.empty_like(similarity, dtype=torch.int64)
-    results = (*numbers, movable, out, similarity, pushed)
+    results = (*numbers, source_mask, out, similarity, pushed)
     if shape.N == 0:
         pass
     elif shape.by_slot:
@@ -197,7 +197,7 @@ def guide(
     alpha: Tensor,
     threshold: Tensor,
     reference_mask: Tensor | None,
-    movable: Tensor | None,
+    source_mask: Tensor | None,
     matching: str,
     combine: str,
     out: Tensor,
@@ -207,7 +207,7 @@ def guide(
     Args:
         x, reference, pairing, reference_mask, matching: as for `match`.
         alpha, threshold: fp32, shape () or (C,), on any device.
-        movable: (B, N) bool or None, True where a source token may move.
+        source_mask: (B, N) bool or None, True where a source token may move.
         combine: `"nearest"` (S = 1) or `"sum"` (S = C).
         out: (B, N, D), any strides, written completely; or `x` for in-place, where only tokens
             that move are written.
@@ -230,13 +230,13 @@ def guide(
         _same_view(target, x),
         isinstance(numbers[0], float),
         strides,
-        None if movable is None else movable.stride(),
+        None if source_mask is None else source_mask.stride(),
     )
     official, total = matching == "official", combine == "sum"
     shape = geometry(x, reference, pairing, reference_mask, official, total, push)
     with runtime.launch_device(x):
         match = _Matching(shape, x, reference, reference_mask)
-        results = _push(match, numbers, movable, target)
+        results = _push(match, numbers, source_mask, target)
         if hazard:
             out.copy_(target)
     return results

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.pairing import Pairing
+from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_descriptors import descriptors
-from .triton_geometry import blocks, geometry, programs, reference_step
+from .triton_geometry import cdiv, geometry, programs, reference_step
 
 #: The most memory for what grows with the number of source tokens at a time; at least one block of
 #: rows of all items is taken at a time, whatever it needs.
@@ -62,7 +62,7 @@ class _Layout:
     def width(self) -> int:
         """Bytes of a rounded token."""
         step = max(STEP, self.bound.BLOCK_K)
-        return blocks(self.channels, step) * step
+        return cdiv(self.channels, step) * step
 
     @property
     def sources(self) -> int:
@@ -75,7 +75,7 @@ class _Layout:
 
     @property
     def rounded(self) -> int:
-        return blocks(self.references, self.item_step)
+        return cdiv(self.references, self.item_step)
 
     @property
     def centre_steps(self) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class _Layout:
 
     @property
     def column_blocks(self) -> int:
-        return blocks(self.columns, self.bound.BLOCK_N)
+        return cdiv(self.columns, self.bound.BLOCK_N)
 
     @property
     def lists(self) -> int:
@@ -103,12 +103,12 @@ class _Layout:
         each = self.sources * (self.width + 16) + self.lists * 8
         block = self.bound.BLOCK_M
         most = max(SCRATCH_BYTES // each // block, 1) * block
-        parts = blocks(self.tokens, most)
-        return min(blocks(blocks(self.tokens, parts), block) * block, self.tokens)
+        parts = cdiv(self.tokens, most)
+        return min(cdiv(cdiv(self.tokens, parts), block) * block, self.tokens)
 
     def tiles(self, rows: int) -> int:
         """The most tasks that a list of `rows` rows makes."""
-        return blocks(rows, self.score.BLOCK_M)
+        return cdiv(rows, self.score.BLOCK_M)
 
 
 class _Rounded(NamedTuple):
@@ -219,7 +219,7 @@ def _centres(reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Pla
     count = layout.references // each
     D = layout.channels
     centre = torch.empty((count, D), dtype=torch.float32, device=reference.device)
-    centre_kernel[(blocks(D, plan.centre.BLOCK_K), count)](
+    centre_kernel[(cdiv(D, plan.centre.BLOCK_K), count)](
         reference,
         scale,
         centre,
@@ -247,7 +247,7 @@ def _round(
 
     lines, count = into.values.shape[:2]
     config = plan.round
-    round_kernel[(blocks(count, config.BLOCK_M), lines)](
+    round_kernel[(cdiv(count, config.BLOCK_M), lines)](
         tokens,
         scale,
         centre,
@@ -292,7 +292,7 @@ def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -
         **plan.bias.meta("BLOCK_K"),
     )
     products = layout.sources * pairing.slots
-    tasks = products * layout.column_blocks * blocks(count, config.BLOCK_M)
+    tasks = products * layout.column_blocks * cdiv(count, config.BLOCK_M)
     bound_kernel[(programs(config, tasks, rows.values.device),)](
         rows.values,
         columns.values,
@@ -315,7 +315,7 @@ def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -
         layout.rounded,
         MODE=pairing.mode,
         INTERPRETED=runtime.interpreting(),
-        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"),
+        **config.meta("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
         **({} if runtime.interpreting() or torch.version.hip else config.cap()),
     )
 
@@ -326,7 +326,7 @@ def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
 
     config, count = plan.select, part.lower.shape[1]
     block = min(config.BLOCK_M, layout.score.BLOCK_M)
-    select_kernel[(blocks(count, block), layout.sources)](
+    select_kernel[(cdiv(count, block), layout.sources)](
         part.upper,
         part.lower,
         part.counts,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tuning
-from ..kernels.pairing import Pairing
+from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_descriptors import template
 from .triton_launch import Launch
@@ -50,10 +50,10 @@ class Push:
     inplace: bool
     numbers: bool
     strides: Strides
-    movable: Strides | None
+    source_mask: Strides | None
 
 
-def blocks(length: int, block: int) -> int:
+def cdiv(length: int, block: int) -> int:
     """How many blocks cover `length`."""
     return -(-length // block)
 
@@ -66,7 +66,7 @@ def reference_step(pairing: Pairing) -> int:
 def programs(config: tuning.Config, tasks: int, device: torch.device) -> int:
     """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
     multiprocessors = 3 if runtime.interpreting() else runtime.multiprocessors(device.index)
-    return min(tasks, multiprocessors * config.RESIDENT)
+    return min(tasks, multiprocessors * config.CTAS_PER_SM)
 
 
 def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
@@ -159,7 +159,7 @@ class Geometry:
     @staticmethod
     def scale_room(tokens: int) -> int:
         """Scales of an item of `tokens` tokens, in whole blocks."""
-        return blocks(tokens, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
+        return cdiv(tokens, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
 
     def _scale(self, tokens: Tokens, mask: Strides | None, item_step: int, keys: int) -> Launch:
         from ..kernels.match import scale_kernel
@@ -167,7 +167,7 @@ class Geometry:
         (items, length, _), config = tokens.shape, self.plan.scale
         return Launch(
             scale_kernel,
-            (blocks(self.scale_room(length), config.BLOCK_M), blocks(items, item_step)),
+            (cdiv(self.scale_room(length), config.BLOCK_M), cdiv(items, item_step)),
             (length, self.D, item_step, keys, *tokens.strides, *(mask or (0, 0))),
             (config.BLOCK_M, config.BLOCK_K),
             config.options(),
@@ -214,11 +214,11 @@ class Geometry:
 
     def _tiles(self, first_product: int, products: int) -> Launch | None:
         from ..kernels.division import reciprocal
-        from ..kernels.match import tile_kernel
+        from ..kernels.match import tiled_match_kernel
 
         config = self.config
-        row_blocks = blocks(self.N, config.BLOCK_M)
-        column_blocks = blocks(self.M, config.BLOCK_N)
+        row_blocks = cdiv(self.N, config.BLOCK_M)
+        column_blocks = cdiv(self.M, config.BLOCK_N)
         tasks = products * row_blocks * column_blocks
         if tasks == 0:
             return None
@@ -228,15 +228,15 @@ class Geometry:
             divisor = self.group_size - 1 if self.mode == "first" else self.slots
         rows, columns = (self.reference, self.x) if self.official else (self.x, self.reference)
         return Launch(
-            tile_kernel,
+            tiled_match_kernel,
             (programs(config, tasks, self.device), 1),
             (
                 *self._sizes[:4],
                 *(first_product, products),
                 *self._sizes[4:],
                 reciprocal(row_blocks * column_blocks),
-                reciprocal(config.GROUP * column_blocks),
-                reciprocal(row_blocks % config.GROUP or 1),
+                reciprocal(config.GROUP_M * column_blocks),
+                reciprocal(row_blocks % config.GROUP_M or 1),
                 reciprocal(divisor),
                 reciprocal(self.group_size),
                 *rows.strides,
@@ -244,7 +244,7 @@ class Geometry:
             ),
             (
                 *(self.mode, self.official, self.pairs, not self.by_slot, self.interpreted),
-                *(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP),
+                *(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M),
                 bool(config.FLATTEN),
             ),
             config.options(cap=not (self.interpreted or torch.version.hip)),
@@ -258,7 +258,7 @@ class Geometry:
         config = self.plan.resolve
         return Launch(
             resolve_kernel,
-            (blocks(self.N, config.BLOCK_M), self.items),
+            (cdiv(self.N, config.BLOCK_M), self.items),
             (*self._sizes, *self.x.strides, *self.reference.strides),
             (self.mode, self.official, config.BLOCK_M, config.BLOCK_K),
             config.options(),
@@ -279,8 +279,8 @@ class Geometry:
         strides = (*self.x.strides, *self.reference.strides, *push.out, *push.strides)
         return Launch(
             kernel,
-            (blocks(self.N, config.BLOCK_M), items),
-            (*self._sizes, *number, *strides, *(push.movable or (0, 0))),
+            (cdiv(self.N, config.BLOCK_M), items),
+            (*self._sizes, *number, *strides, *(push.source_mask or (0, 0))),
             (
                 *(self.mode, push.numbers, *constant, push.inplace, self.interpreted),
                 *(config.BLOCK_M, *columns, config.BLOCK_K),
@@ -291,18 +291,18 @@ class Geometry:
     @functools.cached_property
     def rows(self) -> Launch:
         """Match and push in one launch, in which programs own rows."""
-        from ..kernels.rows import rows_kernel
+        from ..kernels.fused import fused_kernel
 
         config = self.plan.rows
-        return self._pushing(rows_kernel, config, self.items, columns=(config.BLOCK_N,))
+        return self._pushing(fused_kernel, config, self.items, columns=(config.BLOCK_N,))
 
     @functools.cached_property
     def finish(self) -> tuple[Launch, ...]:
         """The push after tiles: a launch for each part."""
-        from ..kernels.push import finish_kernel
+        from ..kernels.push import push_from_keys_kernel
 
         return tuple(
-            self._pushing(finish_kernel, self.plan.finish, items, number=(first,))
+            self._pushing(push_from_keys_kernel, self.plan.finish, items, number=(first,))
             for first, items in self.parts
         )
 

@@ -20,9 +20,9 @@ def interpreting() -> bool:
     """Whether the kernels are interpreted: settled when Triton first decorates them."""
     from triton.runtime import JITFunction
 
-    from ..kernels.match import tile_kernel
+    from ..kernels.match import tiled_match_kernel
 
-    return not isinstance(tile_kernel, JITFunction)
+    return not isinstance(tiled_match_kernel, JITFunction)
 
 
 @functools.cache

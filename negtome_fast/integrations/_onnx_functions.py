@@ -120,8 +120,7 @@ def _numbers(count):
 
 
 def _table(x, reference, pairing_mode, groups, per_item):
-    """Which reference item every item meets in each slot (B, C), as kernels/pairing.py; and which
-    items have references (B, 1)."""
+    """The reference item of each item and slot (B, C), as `pairing.Pairing`; has it any (B, 1)."""
     items = _length(x, 0)
     item = op.Unsqueeze(_numbers(items), op.Constant(value_ints=[1]))
     every = op.Expand(op.Cast(op.Constant(value_int=1), to=_BOOL), op.Shape(item))
@@ -185,7 +184,7 @@ def guide(
     alpha,
     threshold,
     reference_mask,
-    movable,
+    source_mask,
     pairing_mode: str,
     groups: int,
     per_item: bool,
@@ -216,8 +215,8 @@ def guide(
         item = op.Unsqueeze(table, second)
     none = op.Constant(value_int=-1)
     pushed = op.And(op.Greater(similarity, limit), op.Greater(index, none))
-    if movable is not None:
-        pushed = op.And(pushed, op.Unsqueeze(movable, first))
+    if source_mask is not None:
+        pushed = op.And(pushed, op.Unsqueeze(source_mask, first))
     columns = _length(others, 1)
     channels = _length(others, 2)
     token = op.Max(index, op.Constant(value_int=0))

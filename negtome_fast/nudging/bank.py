@@ -53,7 +53,7 @@ class Encoder:
 
 def default_encoder() -> Encoder:
     """EfficientNet-lite0 at 96 px with ImageNet weights, which come with the extra `demo`."""
-    from ..evaluation.metrics import FEATURE_SIZE, FeatureExtractor
+    from ..studies.measures import FEATURE_SIZE, FeatureExtractor
 
     return Encoder(f"efficientnet-lite0@{FEATURE_SIZE}", FeatureExtractor())
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..ops import resolve_backend
-from . import reference, torch_backend
+from .backends import naive, torch_backend
 
 
 def _backend(name: str, latents: Tensor) -> ModuleType:
     name = resolve_backend(name, latents.device, latents.dtype)
     if name == "triton":
-        from . import triton_backend
+        from .backends import triton_backend
 
         return triton_backend
     if name == "reference":
@@ -47,7 +47,7 @@ def run(
     ):
         return nudge(latents, *problem, traced, backend)
     out, trace = _empty(latents, alpha, steps, traced)
-    results = reference.nudge(latents, *problem, out, trace if traced else None)
+    results = naive.nudge(latents, *problem, out, trace if traced else None)
     return out, *results, trace
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import NegToMeConfig
 from ..guidance import Guidance, GuidanceSummary
 from .block_caches import check_cache
-from .hooks import ModelHooks, PipelineClock, find_hooks, hooks_by_pipeline, refuse_cache
+from .hooks import ModelHooks, PipelineSchedule, find_hooks, hooks_by_pipeline, refuse_cache
 from .layouts import UNKNOWN, layout_of
 from .parallel import refuse_tensor_parallel, refuse_unknown_sharding
 from .references import Reference, References
@@ -177,7 +177,7 @@ def apply_negtome(
         loaded = [entry.load() for entry in _listed(reference)]
         references = References(loaded, layouts[0], name)
         references.check(pipe if is_pipeline else None)
-    clock = PipelineClock(pipe) if is_pipeline else None
+    clock = PipelineSchedule(pipe) if is_pipeline else None
     hooks: list[ModelHooks] = []
     for model, layout in zip(models, layouts, strict=True):
         peer = hooks[0] if hooks else None

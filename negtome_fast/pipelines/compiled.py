@@ -20,7 +20,7 @@ ROOM = 4
 blocks whose input has other strides than the first."""
 
 
-class OwnForward:
+class ForwardOverride:
     """The class's `forward` as a module's own, until `remove`; it computes the same.
 
     Nothing is done where the module has one already, from an offload hook or a compiler, say.
@@ -70,7 +70,7 @@ def forget_all() -> None:
         dynamo.reset()
 
 
-def make_room(model: nn.Module) -> None:
+def free_recompile_slots(model: nn.Module) -> None:
     """Drops compiled code of the model of which dynamo would make few more variants.
 
     A frame that exceeds the limit is not compiled any more, and is an error with `fullgraph`.

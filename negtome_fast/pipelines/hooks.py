@@ -24,9 +24,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..config import NOISE, NegToMeConfig
-from ..guidance import Guidance, Here, PerThread, read_timestep
+from ..guidance import Guidance, PerThread, ThreadState, read_timestep
 from .block_caches import CacheWatch, check_cache, skips_blocks
-from .compiled import OwnForward, forget_all, is_compiled, make_room, nothing_compiles
+from .compiled import (
+    ForwardOverride,
+    forget_all,
+    free_recompile_slots,
+    is_compiled,
+    nothing_compiles,
+)
 from .layouts import UNKNOWN, ImageTokens, Layout, is_attention
 from .parallel import (
     TokenShards,
@@ -48,7 +54,7 @@ _installed: weakref.WeakSet[ModelHooks] = weakref.WeakSet()
 _installing = threading.RLock()
 
 
-class PipelineClock:
+class PipelineSchedule:
     """What the pipeline knows about the run: the scheduler's timesteps and its guidance.
 
     A model is given a timestep that may have been rounded to bf16 and scaled; the scheduler has
@@ -119,10 +125,10 @@ class PipelineClock:
                 setattr(scheduler, name, value)
         return scheduler, scheduler.timesteps[index : index + 1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineClock | None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule | None:
         """The clock of the copied pipeline, or none where the model was copied alone."""
         copied = memo.get(id(self._pipe()))
-        return None if copied is None else PipelineClock(copied)
+        return None if copied is None else PipelineSchedule(copied)
 
     @property
     def run(self) -> Any:
@@ -216,7 +222,7 @@ class PipelineClock:
         return self._timesteps
 
 
-class RunWatch:
+class RunTracker:
     """Tells the runs apart. The denoisers of a pipeline share one: they take part in one run."""
 
     number = PerThread(0)
@@ -224,7 +230,7 @@ class RunWatch:
     _last_timestep = PerThread(-1.0)
 
     def __init__(self) -> None:
-        self._here = Here()
+        self._here = ThreadState()
 
     def notice(self, timestep: float, schedule: Any, own: Callable[[], bool]) -> bool:
         """Whether a run begins with this forward.
@@ -275,7 +281,7 @@ class ModelHooks:
         model: nn.Module,
         layout: Layout,
         config: NegToMeConfig,
-        clock: PipelineClock | None,
+        clock: PipelineSchedule | None,
         peer: ModelHooks | None = None,
         references: References | None = None,
     ) -> None:
@@ -295,9 +301,9 @@ class ModelHooks:
         self._set_blocks(self.choose_blocks(config))
         self._projections: dict[nn.Module, nn.Module] = {}
         self._projection_handles: dict[nn.Module, RemovableHandle] = {}
-        self._own_forwards: dict[nn.Module, OwnForward] = {}
-        self._runs: RunWatch = peer._runs if peer else RunWatch()
-        self._here = Here()
+        self._own_forwards: dict[nn.Module, ForwardOverride] = {}
+        self._runs: RunTracker = peer._runs if peer else RunTracker()
+        self._here = ThreadState()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
         memo[id(self)] = copied = object.__new__(type(self))
@@ -335,7 +341,7 @@ class ModelHooks:
         unseen = not all(own.seen for own in self._own_forwards.values())
         if unseen and (self._compiled or is_compiled(model)):
             forget_all()
-        make_room(model)
+        free_recompile_slots(model)
 
     def remove(self) -> None:
         """Takes every hook away; what `guidance` has counted stays readable."""
@@ -354,7 +360,7 @@ class ModelHooks:
         self._own_forwards.clear()
         with _installing:
             _installed.discard(self)
-        make_room(self._model)
+        free_recompile_slots(self._model)
 
     def choose_blocks(self, config: NegToMeConfig) -> dict[nn.Module, str]:
         """The blocks that these settings guide; raises as `apply_negtome`."""
@@ -382,7 +388,7 @@ class ModelHooks:
     def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
         self._handles.append(handle)
         if module not in self._own_forwards:
-            self._own_forwards[module] = OwnForward(module)
+            self._own_forwards[module] = ForwardOverride(module)
 
     def _discard_hooks(self, module: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -568,7 +574,7 @@ class ModelHooks:
                 # What replaces a module may take its hooks over: quantization does so, and the
                 # other thread that was here first.
                 self._discard_hooks(projection)
-                self._own_forwards[projection] = OwnForward(projection)
+                self._own_forwards[projection] = ForwardOverride(projection)
                 hook = projection.register_forward_pre_hook(BlockHook(self, number))
                 self._projection_handles[block] = hook
                 self._projections[block] = projection

@@ -24,12 +24,12 @@ from ..functional import (
     check_combine,
     check_problem,
     check_tokens,
+    draw_source_mask,
     guide_tokens,
     match_tokens,
-    movable_tokens,
     parameter_tensor,
 )
-from ..reference import NOTHING, compute_dtype, is_finite
+from ..naive import NOTHING, compute_dtype, is_finite
 from .layouts import ImageTokens, Layout
 
 Item = TypeVar("Item")
@@ -268,8 +268,8 @@ class TokenShards:
         check_combine(combine)
         strength = parameter_tensor("alpha", alpha, x, problem.slots)
         limit = parameter_tensor("threshold", threshold, x, problem.slots)
-        movable = movable_tokens(everywhere, source_mask, dropout, generator)
-        movable = None if movable is None else movable[:, self.own]
+        source_mask = draw_source_mask(everywhere, source_mask, dropout, generator)
+        source_mask = None if source_mask is None else source_mask[:, self.own]
 
         slots = problem.slots if combine == "sum" else 1
         shape = (x.shape[0], slots, x.shape[1])
@@ -277,7 +277,7 @@ class TokenShards:
         pushed = x.new_full(shape, -1, dtype=torch.int64)
         pieces, done = [], 0
         for items, references, allowed in self._parts(x, problem, groups):
-            kept = None if movable is None else movable[items]
+            kept = None if source_mask is None else source_mask[items]
             if matching == "paper":
                 guided, similarity[items], pushed[items] = guide_tokens(
                     x[items],
@@ -380,7 +380,7 @@ def _push(
     index: Tensor,
     alpha: Tensor,
     threshold: Tensor,
-    movable: Tensor | None,
+    source_mask: Tensor | None,
     combine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Items `(B, n, D)` pushed away from the tokens `index` `(B, R, n)` of references `(R, N, D)`.
@@ -390,8 +390,8 @@ def _push(
     number, tokens = references.shape[:2]
     alpha, threshold = alpha.expand(number), threshold.expand(number)
     pushed = (similarity > threshold[:, None]) & (index >= 0)
-    if movable is not None:
-        pushed &= movable[:, None]
+    if source_mask is not None:
+        pushed &= source_mask[:, None]
     slots = torch.arange(number, device=x.device)[:, None]
     if combine == "nearest":
         pushed &= slots == similarity.argmax(dim=1, keepdim=True)

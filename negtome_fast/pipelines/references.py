@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..guidance import Here, PerThread, ReferenceSettings
+from ..guidance import PerThread, ReferenceSettings, ThreadState
 from .layouts import ImageTokens, Layout
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class References:
         self._references = tuple(references)
         self._layout = layout
         self._model = model
-        self._here = Here()
+        self._here = ThreadState()
 
     @property
     def settings(self) -> tuple[ReferenceSettings, ...]:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kernels import aot, compile_report, tuning
+from ..kernels import aot, tuning
 from ..kernels.tuning import Config, Problem
+from . import compile_report
 from .predict import RATES, ordered
 from .space import SHAPES
 
@@ -53,9 +54,9 @@ def wanted(
 ) -> list[Key]:
     """The `keep` most promising configurations of a kernel that are not known to be bad.
 
-    Bad are errors, spills, too much shared memory, a lack of tensor cores, and fewer than RESIDENT
-    programs on a multiprocessor; `reports` holds what is known. With `spare` one more for each that
-    is known to be bad, as the next ones may be no better.
+    Bad are errors, spills, too much shared memory, a lack of tensor cores, and fewer than
+    CTAS_PER_SM programs on a multiprocessor; `reports` holds what is known. With `spare` one more
+    for each that is known to be bad, as the next ones may be no better.
     """
     found: list[Key] = []
     count = keep
@@ -227,7 +228,7 @@ def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
     config = key[2]
     parts = [f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}", f"{config.num_warps} warps"]
     parts += [f"{config.num_stages} stages"]
-    parts += [f"{config.RESIDENT} resident"] if config.RESIDENT > 1 else []
+    parts += [f"{config.CTAS_PER_SM} resident"] if config.CTAS_PER_SM > 1 else []
     parts += [name.lower() for name in ("DESCRIPTORS", "FLATTEN") if getattr(config, name)]
     wrong = {version: ", ".join(compile_report.problems(row)) for version, row in rows.items()}
     told = "; ".join(f"{version}: {text}" for version, text in wrong.items() if text)

@@ -23,10 +23,10 @@ from .candidates import Key
 
 #: The function that a tuned kernel is, by the name that Triton gives it.
 FUNCTIONS = {
-    "rows": "rows_kernel",
-    "tiles": "tile_kernel",
-    "pairs": "tile_kernel",
-    "finish": "finish_kernel",
+    "rows": "fused_kernel",
+    "tiles": "tiled_match_kernel",
+    "pairs": "tiled_match_kernel",
+    "finish": "push_from_keys_kernel",
 }
 #: Where their functions are, those that are called first.
 MODULES = ("division", "shared", "match", "rows", "push")

@@ -92,9 +92,9 @@ def tile(
     beside = [products, loads]
     if is_hopper(target) and size == 2:
         beside.append(_shared_traffic(config, size) / SHARED_MEMORY)
-    # Programs that run together read GROUP blocks of rows and what columns they need from memory.
+    # Programs that run together read GROUP_M blocks of rows and what columns they need from memory.
     together = multiprocessors * residents
-    rows = min(config.GROUP, -(-problem.N // config.BLOCK_M))
+    rows = min(config.GROUP_M, -(-problem.N // config.BLOCK_M))
     columns = min(-(-together // rows), -(-problem.M // config.BLOCK_N))
     unique = (rows * config.BLOCK_M + columns * config.BLOCK_N) * config.BLOCK_K * size
     beside.append(unique / together / rates.memory)
@@ -152,7 +152,7 @@ def predicted(
         return _finish(config, problem, arch, multiprocessors)
     row_blocks = -(-problem.N // config.BLOCK_M)
     column_blocks = -(-problem.M // config.BLOCK_N)
-    residents = config.RESIDENT
+    residents = config.CTAS_PER_SM
     if kernel == "rows":
         residents = _residents(config, problem.dtype, arch)
     tasks = problem.products * row_blocks * (1 if kernel == "rows" else column_blocks)

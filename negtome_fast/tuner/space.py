@@ -96,10 +96,10 @@ def shared_bytes(config: Config, dtype: str, arch: str) -> int:
 def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
     """Whether a configuration can be worth compiling, by arithmetic alone.
 
-    Shared memory of all stages, also of RESIDENT programs together; accumulators in at most half of
-    the registers, at least 4 of them a thread; at least 64 bytes of a token at a time; for tiles on
-    tensor cores 32 multiply-adds or more for each element read; descriptors where the hardware has
-    them, with blocks that fit their 128-byte swizzle.
+    Shared memory of all stages, also of CTAS_PER_SM programs together; accumulators in at most half
+    of the registers, at least 4 of them a thread; at least 64 bytes of a token at a time; for tiles
+    on tensor cores 32 multiply-adds or more for each element read; descriptors where the hardware
+    has them, with blocks that fit their 128-byte swizzle.
     """
     target = aot.TARGETS[arch]
     threads = config.num_warps * target.warp_size
@@ -110,10 +110,10 @@ def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
     shared = shared_bytes(config, dtype, arch)
     if shared > target.shared_limit:
         return False
-    if config.RESIDENT * (shared + target.shared_reserved) > target.shared_total:
+    if config.CTAS_PER_SM * (shared + target.shared_reserved) > target.shared_total:
         return False
     accumulators = config.BLOCK_M * config.BLOCK_N / threads
-    if not 4 <= accumulators <= 128 / config.RESIDENT or config.BLOCK_K * size < 64:
+    if not 4 <= accumulators <= 128 / config.CTAS_PER_SM or config.BLOCK_K * size < 64:
         return False
     reads = config.BLOCK_M + config.BLOCK_N
     if kernel != "rows" and size == 2 and 32 * reads > config.BLOCK_M * config.BLOCK_N:

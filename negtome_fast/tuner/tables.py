@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..files import write_atomically
-from ..info import version_of
 from ..kernels import tuning
 from ..kernels.tuning import Problem
+from ..provenance import version_of
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -26,11 +26,11 @@ NAME, VERSION, LICENSE = "negtome-fast", 0, "Apache-2.0"
 PYTHON_NAME = NAME.replace("-", "_")
 BACKENDS = ("cpu", "cuda", "rocm")
 #: What is copied as it is, and the one file whose operators get a name of their own in every build.
-MODULES = ("functional.py", "module.py", "reference.py")
+MODULES = ("functional.py", "module.py", "naive.py", "pairing.py")
 BACKEND_MODULES = tuple(sorted(path.name for path in (PACKAGE / "backends").glob("*.py")))
 KERNEL_MODULES = (
-    *("__init__.py", "pairing.py", "tuning.py"),
-    *("division.py", "shared.py", "match.py", "push.py", "rows.py", "coarse.py"),
+    *("__init__.py", "tuning.py"),
+    *("division.py", "shared.py", "match.py", "push.py", "fused.py", "coarse.py"),
 )
 _OPERATOR = re.compile(r'"negtome_fast::(\w+)"')
 _OPERATORS = 3

@@ -1,0 +1,150 @@
+"""Process that compiles the kernels of an `Operator` and writes all files of the export.
+
+Reads `[[fields of Operator, folder], ...]` as JSON from its standard input and prints the paths of
+the files, a list for each operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...kernels import aot
+from . import DESCRIPTION, HEADER, SCHEMA, Launch, Operator, launches
+from .header import render
+
+#: What Triton appends to the arguments of every kernel; null where they need no memory.
+SCRATCH = ("global_scratch", "profile_scratch")
+_TYPES = {"i32": "int32", "i64": "int64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TYPES |= {"u8": "uint8"}
+
+
+def _argument(name: str, kind: str, divisible: bool) -> dict[str, Any]:
+    """One entry of the description's arguments."""
+    pointer = kind.startswith("*")
+    entry: dict[str, Any] = {"name": name, "type": "pointer" if pointer else _TYPES[kind]}
+    if pointer:
+        entry |= {"to": _TYPES[kind[1:]], "bytes": 8}
+    else:
+        entry["bytes"] = 8 if kind == "i64" else 4
+    # A promise that the caller makes: of a pointer its address, of a number its value.
+    return entry | ({"multiple_of": 16} if divisible else {})
+
+
+def describe(launch: Launch, compiled: Any, file: str) -> dict[str, Any]:
+    """One kernel of the description, from what the compiler was told and made."""
+    source, metadata = compiled.src, compiled.metadata
+    if getattr(metadata, "global_scratch_size", 0) or metadata.profile_scratch_size:
+        raise RuntimeError(f"{launch.name} needs scratch memory that the header does not allocate")
+    names = list(source.signature)
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    promised = {names[path[0]] for path, attributes in source.attrs.items() if attributes}
+    arguments = [
+        _argument(name, kind, name in promised)
+        for name, kind in source.signature.items()
+        if kind != "constexpr"
+    ]
+    scratch = [{"name": name, "type": "pointer", "to": "void", "bytes": 8} for name in SCRATCH]
+    return {
+        "name": launch.name,
+        "file": file,
+        "symbol": metadata.name,
+        "parameters": names,
+        "arguments": [*arguments, *scratch],
+        "constants": constants,
+        "grid": list(launch.grid),
+        "block": [metadata.num_warps * metadata.warp_size, 1, 1],
+        "shared": metadata.shared,
+    }
+
+
+def write(operator: Operator, folder: Path, assembly: bool) -> list[Path]:
+    """Compile `operator` and write its files, the header and the description last."""
+    import triton
+
+    target = aot.TARGETS[operator.target]
+    binary, text = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
+    kernels, files = [], []
+    for launch in launches(operator):
+        compiled = aot.compile_kernel(
+            launch.kernel,
+            operator.dtype,
+            launch.config,
+            launch.constants,
+            target,
+            divisible=operator.divisor == 16,
+        )
+        if compiled.metadata.shared > target.shared_limit:
+            raise ValueError(
+                f"{launch.name} needs {compiled.metadata.shared} bytes of shared memory, "
+                f"{operator.target} has {target.shared_limit}"
+            )
+        path = folder / f"{launch.name}.{binary}"
+        path.write_bytes(compiled.asm[binary])
+        files.append(path)
+        if assembly:
+            path = folder / f"{launch.name}.{text}"
+            path.write_text(compiled.asm[text], encoding="utf-8")
+            files.append(path)
+        kernels.append(
+            describe(launch, compiled, f"{launch.name}.{binary}")
+            | {"config": launch.config._asdict()}
+        )
+    description = {
+        "schema": SCHEMA,
+        "negtome_fast": __version__,
+        "triton": triton.__version__,
+        "operator": asdict(operator),
+        "kind": operator.plan().kind,
+        "kernels": kernels,
+        "sizes": {
+            "B": "items",
+            "N": "tokens",
+            "M": "reference tokens; N unless the reference is external",
+            "P": "reference items; B unless the reference is external",
+            "item_step": "items of a group for reference first, else 1",
+            "products": "pairs of a source and a reference item that are multiplied",
+            "first_product, first_item": "0: a launch of the whole problem",
+            "..._code": "negtome_reciprocal (see the header) of a divisor; tile: tiles of a "
+            "product; band: GROUP_M times the blocks of columns; tail: blocks of rows after the "
+            "last whole GROUP_M, or 1; product: products of a group (reference first, others), or "
+            "references (external); circle: items of a group",
+            "multiprocessors": "of the device",
+        },
+    }
+    for name, content in (
+        (HEADER, render(operator, description)),
+        (DESCRIPTION, json.dumps(description, indent=1) + "\n"),
+    ):
+        (folder / name).write_text(content, encoding="utf-8")
+        files.append(folder / name)
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's docstring; 2 and one line where it fails."""
+    parser = argparse.ArgumentParser(
+        prog="negtome_fast.integrations.export.compile", description=__doc__
+    )
+    parser.add_argument("--assembly", action="store_true")
+    options = parser.parse_args(argv)
+    try:
+        written = [
+            [str(path) for path in write(Operator(**fields), Path(folder), options.assembly)]
+            for fields, folder in json.load(sys.stdin)
+        ]
+    except (ValueError, OSError, RuntimeError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps(written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+"""Measures on images through one interface: embedded, by your own encoder, or by other libraries.
+
+DreamSim and torchmetrics' FID, inception score, CLIPScore and LPIPS need the extra `metrics` and
+download their weights when they are first used. Images are `(N, 3, H, W)` in [0, 1] throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.features import Encoder, FeatureExtractor, encode, require_images
+from . import measures
+
+#: What a metric may need beside the images.
+Need = Literal["prompts", "real", "target"]
+
+#: DreamSim's models take squares of this many pixels.
+DREAMSIM_SIZE = 224
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is measured.
+
+    Attributes:
+        images: `(N, 3, H, W)` in [0, 1].
+        prompts: one for each image; pairs of images are then taken within a prompt only.
+        real: images to compare the distribution with, `(M, 3, H', W')`.
+        target: images not to resemble, `(M, 3, H', W')` or one `(3, H', W')`.
+
+    Raises:
+        ValueError: other shapes or counts, or values outside of [0, 1].
+    """
+
+    images: Tensor
+    prompts: Sequence[str] | None = None
+    real: Tensor | None = None
+    target: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.target.dim() == 3:
+            object.__setattr__(self, "target", self.target[None])
+        for name in ("images", "real", "target"):
+            images = getattr(self, name)
+            if images is None:
+                continue
+            require_images(images)
+            if not len(images) or not bool(((images >= 0) & (images <= 1)).all()):
+                raise ValueError(f"{name} must be one or more images with values in [0, 1]")
+        if self.prompts is not None and len(self.prompts) != len(self.images):
+            raise ValueError(f"{len(self.images)} images need as many prompts")
+
+    def within_prompts(self) -> Iterator[Tensor]:
+        """Indices of the images of each prompt; of all images where there are no prompts."""
+        prompts = self.prompts if self.prompts is not None else [""] * len(self.images)
+        for prompt in dict.fromkeys(prompts):
+            yield torch.tensor([item for item, other in enumerate(prompts) if other == prompt])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure with a name.
+
+    Attributes:
+        name: as in tables.
+        better: the direction that is an improvement: more diverse, closer to the real images,
+            truer to the prompt, or less like the target.
+        measure: of a batch.
+        needs: parts of the batch beside the images.
+    """
+
+    name: str
+    better: Literal["lower", "higher"]
+    measure: Callable[[Batch], float]
+    needs: tuple[Need, ...] = ()
+
+    def __call__(self, batch: Batch) -> float:
+        """The measure of `batch`.
+
+        Raises:
+            ValueError: the batch lacks a part, or has too few images.
+        """
+        missing = [need for need in self.needs if getattr(batch, need) is None]
+        if missing:
+            raise ValueError(f"{self.name} needs {' and '.join(missing)} in the batch")
+        return self.measure(batch)
+
+
+# By an encoder
+
+
+def encoder_metrics(encoder: Encoder, name: str = "") -> list[Metric]:
+    """Measures on the features of any encoder, see `encode`.
+
+    Pairwise cosine and Vendi score (means over prompts), Frechet distance, precision and recall
+    against real images, and the mean cosine to the closest target.
+
+    Args:
+        encoder: `(b, 3, H, W)` in [0, 1] -> `(b, C)`.
+        name: put before the names of the metrics.
+    """
+    prefix = f"{name} " if name else ""
+
+    def of(images: Tensor | None) -> Tensor:
+        assert images is not None  # `needs` was looked at
+        return encode(encoder, images)
+
+    def mean_in_prompts(statistic: Callable[[Tensor], float]) -> Callable[[Batch], float]:
+        def measure(batch: Batch) -> float:
+            features = of(batch.images)
+            values = [statistic(features[items]) for items in batch.within_prompts()]
+            return sum(values) / len(values)
+
+        return measure
+
+    def precision(batch: Batch) -> float:
+        return float(measures.inside_manifold(of(batch.real), of(batch.images)).double().mean())
+
+    def recall(batch: Batch) -> float:
+        return float(measures.inside_manifold(of(batch.images), of(batch.real)).double().mean())
+
+    def frechet(batch: Batch) -> float:
+        return measures.frechet_distance(of(batch.images), of(batch.real))
+
+    def likeness(batch: Batch) -> float:
+        return float(measures.feature_cosine(of(batch.images), of(batch.target)).mean())
+
+    return [
+        Metric(f"{prefix}pairwise cosine", "lower", mean_in_prompts(measures.mean_pairwise_cosine)),
+        Metric(f"{prefix}Vendi score", "higher", mean_in_prompts(measures.vendi_score)),
+        Metric(f"{prefix}Frechet distance", "lower", frechet, ("real",)),
+        Metric(f"{prefix}precision", "higher", precision, ("real",)),
+        Metric(f"{prefix}recall", "higher", recall, ("real",)),
+        Metric(f"{prefix}cosine to target", "lower", likeness, ("target",)),
+    ]
+
+
+def embedded_metrics() -> list[Metric]:
+    """`encoder_metrics` of EfficientNet-lite0 and the inception-style score of its logits.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    extractor = FeatureExtractor()
+
+    def inception_style(batch: Batch) -> float:
+        return measures.inception_score(extractor.logits(encode(extractor, batch.images)))
+
+    return [
+        *encoder_metrics(extractor),
+        Metric("inception-style score", "higher", inception_style),
+    ]
+
+
+# By other libraries
+
+
+def _missing(what: str, error: ImportError) -> ImportError:
+    return ImportError(
+        f"{what} needs the extra 'metrics': pip install 'negtome-fast[metrics]' ({error})"
+    )
+
+
+def _as_bytes(images: Tensor, device: torch.device | str) -> Tensor:
+    # Rounded: torchmetrics' own conversion truncates, which darkens stored images by up to 1/255.
+    return (images * 255).round().to(device, torch.uint8)
+
+
+def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> Encoder:
+    """DreamSim's embedding `(B, 3, H, W)` in [0, 1] -> `(B, C)` (Fu et al., arXiv 2306.09344).
+
+    Args:
+        device: of the model; images are moved there.
+        options: of `dreamsim.dreamsim`, such as `dreamsim_type`; `cache_dir` is a folder in
+            torch.hub's by default.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    try:
+        from dreamsim import dreamsim
+    except ImportError as error:
+        raise _missing("DreamSim", error) from error
+    folder = Path(options.setdefault("cache_dir", str(Path(torch.hub.get_dir()) / "dreamsim")))
+    folder.parent.mkdir(parents=True, exist_ok=True)  # it makes the last folder alone
+    # Its second value prepares PIL images; tensors are resized here in the same way.
+    model, _ = dreamsim(pretrained=True, device=str(device), **options)
+    size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
+
+    def embed(images: Tensor) -> Tensor:
+        images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        return model.embed(images.to(device))
+
+    return embed
+
+
+def dreamsim_metrics(device: torch.device | str = "cpu", **options: Any) -> list[Metric]:
+    """Mean DreamSim similarity of pairs within a prompt, and to the closest target.
+
+    Similarity is 1 less DreamSim's distance, the cosine of its embeddings: the paper's measures of
+    diversity and of likeness to a protected image, lower is better for both.
+    """
+    of_encoder = {m.name: m for m in encoder_metrics(dreamsim_encoder(device, **options))}
+    pairs, target = of_encoder["pairwise cosine"], of_encoder["cosine to target"]
+    return [
+        Metric("DreamSim between outputs", "lower", pairs.measure),
+        Metric("DreamSim to target", "lower", target.measure, ("target",)),
+    ]
+
+
+def fid(device: torch.device | str = "cpu", feature: int | nn.Module = 2048) -> Metric:
+    """torchmetrics' FID to the real images, of which as many are needed as of outputs.
+
+    Args:
+        device: of the network.
+        feature: layer of Inception v3, or a module `uint8 (B, 3, H, W) -> (B, C)`.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        metric = FrechetInceptionDistance(feature=feature).to(device)
+    except ImportError as error:
+        raise _missing("FID", error) from error
+
+    def measure(batch: Batch) -> float:
+        assert batch.real is not None  # `needs` was looked at
+        if len(batch.real) != len(batch.images):
+            raise ValueError(
+                f"FID needs the same number of images on both sides, got {len(batch.images)} "
+                f"and {len(batch.real)} real ones; its bias depends on the number"
+            )
+        metric.reset()
+        for images, real in ((batch.real, True), (batch.images, False)):
+            for part in images.split(_BATCH):
+                metric.update(_as_bytes(part, device), real=real)
+        return float(metric.compute())
+
+    return Metric("FID", "lower", measure, ("real",))
+
+
+def inception_score(
+    device: torch.device | str = "cpu", feature: str | nn.Module = "logits_unbiased"
+) -> Metric:
+    """torchmetrics' inception score over all images at once: no random splits.
+
+    Args:
+        device: of the network.
+        feature: layer of Inception v3, or a module `uint8 (B, 3, H, W) -> logits (B, classes)`.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    try:
+        from torchmetrics.image.inception import InceptionScore
+
+        metric = InceptionScore(feature=feature, splits=1).to(device)
+    except ImportError as error:
+        raise _missing("the inception score", error) from error
+
+    def measure(batch: Batch) -> float:
+        metric.reset()
+        for part in batch.images.split(_BATCH):
+            metric.update(_as_bytes(part, device))
+        return float(metric.compute()[0])
+
+    return Metric("inception score", "higher", measure)
+
+
+def clip_score(
+    device: torch.device | str = "cpu", model: Any = "openai/clip-vit-large-patch14"
+) -> Metric:
+    """torchmetrics' CLIPScore of the images with their prompts, 0 to 100.
+
+    Args:
+        device: of the model.
+        model: name of a CLIP model, or what `CLIPScore` takes in its place.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    try:
+        from torchmetrics.multimodal.clip_score import CLIPScore
+
+        metric = CLIPScore(model_name_or_path=model).to(device)
+    except ImportError as error:
+        raise _missing("CLIPScore", error) from error
+    metric.model = _Projections(metric.model)
+
+    def measure(batch: Batch) -> float:
+        assert batch.prompts is not None  # `needs` was looked at
+        metric.reset()
+        for start in range(0, len(batch.images), _BATCH):
+            part = slice(start, start + _BATCH)
+            # Its processor divides by 255.
+            metric.update(_as_bytes(batch.images[part], device), list(batch.prompts[part]))
+        return float(metric.compute())
+
+    return Metric("CLIPScore", "higher", measure, ("prompts",))
+
+
+class _Projections(nn.Module):
+    """A CLIP model as torchmetrics 1.9 expects it: transformers 5 wraps features in an output."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, *args: Any) -> Tensor:
+        return self._tensor(self.model.get_image_features(*args))
+
+    def get_text_features(self, *args: Any) -> Tensor:
+        return self._tensor(self.model.get_text_features(*args))
+
+    @staticmethod
+    def _tensor(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def lpips(
+    device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
+) -> Metric:
+    """The first of `lpips_metrics`: between the outputs of a prompt; higher is more diverse."""
+    return lpips_metrics(device, net_type)[0]
+
+
+def lpips_metrics(
+    device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
+) -> list[Metric]:
+    """torchmetrics' LPIPS, mean over all pairs of images of a prompt, and to the closest target.
+
+    Both are distances: higher is more diverse, and less like the target. Targets are stretched to
+    the size of the images.
+
+    Args:
+        device: of the network.
+        net_type: its backbone.
+
+    Raises:
+        ImportError: names the extra to install.
+    """
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=net_type, normalize=True)
+    except ImportError as error:
+        raise _missing("LPIPS", error) from error
+    metric = metric.to(device)
+
+    def distance(first: Tensor, second: Tensor) -> float:
+        """Mean over images `(B, 3, H, W)` of both sides."""
+        metric.reset()
+        for parts in zip(first.split(_BATCH), second.split(_BATCH), strict=True):
+            metric.update(*(part.float().to(device) for part in parts))
+        return float(metric.compute())
+
+    def in_prompt(images: Tensor) -> float:
+        if len(images) < 2:
+            raise ValueError("LPIPS between outputs needs 2 images of each prompt")
+        pairs = torch.combinations(torch.arange(len(images)))
+        return distance(images[pairs[:, 0]], images[pairs[:, 1]])
+
+    def between(batch: Batch) -> float:
+        values = [in_prompt(batch.images[items]) for items in batch.within_prompts()]
+        return sum(values) / len(values)
+
+    def to_target(batch: Batch) -> float:
+        assert batch.target is not None  # `needs` was looked at
+        size = batch.images.shape[-2:]
+        targets = F.interpolate(batch.target.float(), size, mode="bilinear", antialias=True)
+        values = [
+            min(distance(image, target) for target in targets.clamp(0, 1).split(1))
+            for image in batch.images.split(1)
+        ]
+        return sum(values) / len(values)
+
+    return [
+        Metric("LPIPS between outputs", "higher", between),
+        Metric("LPIPS to target", "higher", to_target, ("target",)),
+    ]
+
+
+#: What makes each kind of metric; all but `embedded` take a device and need the extra.
+METRICS: dict[str, Callable[..., Metric | list[Metric]]] = {
+    "embedded": embedded_metrics,
+    "dreamsim": dreamsim_metrics,
+    "fid": fid,
+    "inception": inception_score,
+    "clip": clip_score,
+    "lpips": lpips_metrics,
+}

@@ -1,0 +1,385 @@
+"""Other methods that need no training and promise diversity, as small baselines for studies.
+
+Each is the formula of its paper in the terms of rectified flow, where x_t = (1 - sigma) x_0 +
+sigma * noise, the model gives v = noise - x_0, and so x_0 = x_t - sigma * v. They act on a
+`FluxPipeline` from outside, and leave it as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..models.avatars import IMAGE_SIZE
+from ..models.features import FeatureExtractor
+
+_MISSING = object()
+
+Call = dict[str, Any]
+"""Arguments for the pipeline's call."""
+
+
+class Baseline(Protocol):
+    """A method that changes how a pipeline samples, while its context is open.
+
+    The items of a batch are ordered prompt by prompt; images of one prompt are a group, and a
+    method that lets images see each other keeps to the groups.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def applied(
+        self, pipe: Any, *, prompts: int, images_per_prompt: int
+    ) -> AbstractContextManager[Call]:
+        """Changes `pipe` for one call, to whose arguments what it yields must be added."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowerScale:
+    """Classifier-free guidance at another scale, the cheapest way to more diversity.
+
+    Attributes:
+        scale: of the guidance; 1 switches it off.
+    """
+
+    name: ClassVar[str] = "guidance scale"
+    scale: float
+
+    @contextmanager
+    def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
+        yield {"true_cfg_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class IntervalGuidance:
+    """Classifier-free guidance in an interval of noise levels only (arXiv 2404.07724).
+
+        v = v_c + (w - 1) (v_c - v_u)   where   low < sigma <= high,   else   v = v_c
+
+    Outside of the interval the unconditional forward is not computed, which is where the method
+    saves time. The paper's noise levels s, of x_0 + s * noise, are sigma = s / (1 + s) here: its
+    (0.28, 2.9] for ImageNet is (0.22, 0.74], its (0.28, 5.42] for SD-XL is (0.22, 0.84].
+
+    Attributes:
+        low, high: of sigma, 0 (image) to 1 (noise).
+    """
+
+    name: ClassVar[str] = "interval guidance"
+    low: float = 0.22
+    high: float = 0.84
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"needs 0 <= low <= high <= 1, not {self.low} and {self.high}")
+
+    def guides(self, sigma: float) -> bool:
+        """Whether the two velocities are combined at this noise level."""
+        return self.low < sigma <= self.high
+
+    @contextmanager
+    def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
+        transformer = pipe.transformer
+        forward = transformer.forward
+        passes = _Passes()
+        conditional: Any = None
+        skipped = False
+
+        def before(module: nn.Module, args: Any, kwargs: Call) -> None:
+            nonlocal skipped
+            is_conditional, sigma = passes.begin(kwargs)
+            skipped = not is_conditional and not self.guides(sigma)
+
+        def shortened(*args: Any, **kwargs: Any) -> Any:
+            # With equal velocities the pipeline's combination is v_c exactly.
+            return conditional if skipped else forward(*args, **kwargs)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal conditional, skipped
+            conditional, skipped = output, False
+
+        with (
+            _replaced(transformer, "forward", shortened),
+            _removed(transformer.register_forward_pre_hook(before, with_kwargs=True)),
+            _removed(transformer.register_forward_hook(after)),
+        ):
+            yield {}
+
+
+@dataclass(frozen=True)
+class CADS:
+    """Condition-annealed diffusion sampling (arXiv 2310.17347).
+
+        y' = sqrt(gamma) y + s sqrt(1 - gamma) n          n normal, drawn anew in every step
+        y" = psi ((y' - mean y') / std y' * std y + mean y) + (1 - psi) y'
+        gamma(t) = 1 for t <= tau1, (tau2 - t) / (tau2 - tau1), 0 for t >= tau2
+
+    The time t is sigma. Noise goes to the embeddings of the prompt, those of single words and the
+    pooled one; the negative prompt stays as it is. Mean and standard deviation are an image's. The
+    noise of an image follows from its initial latents, so that it does not depend on its place.
+
+    Attributes:
+        scale: s.
+        tau1, tau2: where annealing ends and begins; 1, 1 adds no noise. Authors: 0.6 and 0.9.
+        psi: share of the rescaled condition. Authors: 1.
+        seed: for other noise from the same latents.
+    """
+
+    name: ClassVar[str] = "CADS"
+    scale: float = 0.25
+    tau1: float = 0.6
+    tau2: float = 0.9
+    psi: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau1 <= self.tau2 <= 1:
+            raise ValueError(f"needs 0 <= tau1 <= tau2 <= 1, not {self.tau1} and {self.tau2}")
+        if self.scale < 0 or not 0 <= self.psi <= 1:
+            raise ValueError(f"needs scale >= 0, 0 <= psi <= 1, not {self.scale} and {self.psi}")
+
+    def gamma(self, sigma: float) -> float:
+        """Share of the condition that is left: 0 at pure noise, 1 at the end."""
+        if sigma <= self.tau1:
+            return 1.0
+        return max(0.0, (self.tau2 - sigma) / (self.tau2 - self.tau1)) if sigma < self.tau2 else 0.0
+
+    def corrupt(self, condition: Tensor, noise: Tensor, gamma: float) -> Tensor:
+        """The annealed condition, item by item of `(B, ...)`."""
+        axes = tuple(range(1, condition.dim()))
+        noised = math.sqrt(gamma) * condition + self.scale * math.sqrt(1 - gamma) * noise
+        mean, std = (f(condition, dim=axes, keepdim=True) for f in (torch.mean, torch.std))
+        own_mean, own_std = (f(noised, dim=axes, keepdim=True) for f in (torch.mean, torch.std))
+        rescaled = (noised - own_mean) / own_std.clamp_min(_TINY) * std + mean
+        return self.psi * rescaled + (1 - self.psi) * noised
+
+    @contextmanager
+    def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
+        passes = _Passes()
+        generators: list[torch.Generator] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Call) -> tuple[Any, Call] | None:
+            conditional, sigma = passes.begin(kwargs)
+            if not generators:
+                generators.extend(_generators(kwargs["hidden_states"], self.seed))
+            gamma = self.gamma(sigma)
+            if not conditional or gamma == 1:
+                return None
+            changed = {
+                name: self.corrupt(kwargs[name], _normal_like(kwargs[name], generators), gamma)
+                for name in ("encoder_hidden_states", "pooled_projections")
+            }
+            return args, {**kwargs, **changed}
+
+        with _removed(pipe.transformer.register_forward_pre_hook(before, with_kwargs=True)):
+            yield {}
+
+
+@dataclass(frozen=True)
+class ParticleGuidance:
+    """Particle guidance with a fixed potential (arXiv 2310.13102).
+
+        v_i' = v_i - strength * sum_j 2 k_ij / h_i * (f_i - f_j) df_i/dx
+        k_ij = exp(-|f_i - f_j|^2 / h_i),   h_i = median_j |f_i - f_j|^2 / log n
+
+    over the n images of a group, so that each goes down the potential sum_j k_ij while sigma is
+    above `sigma_min`. The paper leaves the weight of the potential's gradient in the score free
+    for every time; here it is (1 - sigma) / sigma, which makes the gradient a constant part of the
+    velocity. As in the authors' code, the model is not differentiated.
+
+    Attributes:
+        strength: 0 changes nothing.
+        space: what f is. `"features"`: EfficientNet-lite0's of the decoded x_0, in place of the
+            authors' DINO, with gradients through the decoder; `"clean"`: the latents of x_0
+            themselves; `"noisy"`: those of x_t, the authors' variant without features.
+        sigma_min: no guidance at or below; the authors' code stops at noise levels of 3 (features)
+            and 1 (latents), which are 0.75 and 0.5 here.
+    """
+
+    name: ClassVar[str] = "particle guidance"
+    strength: float
+    space: Literal["features", "clean", "noisy"] = "features"
+    sigma_min: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.space not in ("features", "clean", "noisy"):
+            raise ValueError(f"space must be 'features', 'clean' or 'noisy', not {self.space!r}")
+
+    @contextmanager
+    def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
+        def change(velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
+            if sigma <= self.sigma_min:
+                return velocity
+            if self.space == "noisy":
+                return velocity - self.strength * _repulsion(sample, prompts).to(velocity.dtype)
+            clean = sample.float() - sigma * velocity.float()
+            if self.space == "clean":
+                return velocity - self.strength * _repulsion(clean, prompts).to(velocity.dtype)
+            with torch.enable_grad():
+                clean = clean.detach().requires_grad_()
+                features = _features(pipe, clean)
+                push = _repulsion(features.detach(), prompts)
+                (gradient,) = torch.autograd.grad((features * push).sum(), clean)
+            return velocity - self.strength * gradient.to(velocity.dtype)
+
+        with _velocity_changed(pipe, change):
+            yield {}
+
+
+@dataclass(frozen=True)
+class SPELL:
+    """Sparse repellency within a group (arXiv 2410.06025).
+
+        x_0' = x_0 + lambda * sum_k relu(r / |x_0 - z_k| - 1) (x_0 - z_k)
+        v' = v - (x_0' - x_0) / sigma
+
+    Predictions of clean latents that come closer to another's than the radius are pushed out to
+    the surface of its shell; others are not changed. The z_k are the other images' predictions in
+    the same step. A prediction that equals z_k has no direction and is not pushed away from it.
+
+    Attributes:
+        radius: r, the distance of two images' latents in the Euclidean norm; 0 changes nothing.
+        overcompensation: lambda. Authors: 1.6.
+    """
+
+    name: ClassVar[str] = "SPELL"
+    radius: float
+    overcompensation: float = 1.6
+
+    def __post_init__(self) -> None:
+        if self.radius < 0 or self.overcompensation < 0:
+            raise ValueError(
+                f"needs radius and overcompensation >= 0, not {self.radius} and "
+                f"{self.overcompensation}"
+            )
+
+    @contextmanager
+    def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[Call]:
+        def change(velocity: Tensor, sample: Tensor, sigma: float) -> Tensor:
+            clean = sample.float() - sigma * velocity.float()
+            return velocity - (self.push(clean, prompts) / sigma).to(velocity.dtype)
+
+        with _velocity_changed(pipe, change):
+            yield {}
+
+    def push(self, clean: Tensor, groups: int) -> Tensor:
+        """What is added to x_0 `(B, ...)`, whose items are `groups` equal parts."""
+        difference, squared = _pairs(clean, groups)
+        distance = squared.sqrt()
+        excess = (self.radius / distance.clamp_min(_TINY) - 1).clamp_min(0) * (distance > 0)
+        push = torch.einsum("gij,gijd->gid", excess, difference)
+        return self.overcompensation * push.reshape(clean.shape)
+
+
+_TINY = 1e-12
+
+
+def _pairs(points: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """p_i - p_j `(groups, n, n, D)` of `(B, ...)`, and its squared length `(groups, n, n)`."""
+    flat = points.reshape(groups, len(points) // groups, -1)
+    difference = flat[:, :, None] - flat[:, None]
+    return difference, difference.square().sum(-1)
+
+
+def _repulsion(points: Tensor, groups: int) -> Tensor:
+    """sum_j 2 k_ij / h_i * (p_i - p_j) of `(B, ...)`: the way down the potential."""
+    difference, squared = _pairs(points, groups)
+    count = squared.shape[1]
+    if count < 2:
+        return torch.zeros_like(points)
+    others = squared[:, ~torch.eye(count, dtype=torch.bool, device=points.device)]
+    median = others.view(len(squared), count, count - 1).sqrt().median(-1, keepdim=True).values
+    bandwidth = (median.square() / math.log(count)).clamp_min(_TINY)
+    weight = 2 / bandwidth * torch.exp(-squared / bandwidth)
+    return torch.einsum("gij,gijd->gid", weight, difference).reshape(points.shape)
+
+
+@cache
+def _network() -> nn.Module:
+    return FeatureExtractor().requires_grad_(False)
+
+
+def _features(pipe: Any, clean: Tensor) -> Tensor:
+    """Features of packed latents, `(B, tokens, channels)` -> `(B, 1280)`, with gradients."""
+    latents = pipe._unpack_latents(clean, IMAGE_SIZE, IMAGE_SIZE, pipe.vae_scale_factor)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    images = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    # The extractor switches gradients off, which is right for everything but this.
+    return inspect.unwrap(FeatureExtractor.forward)(_network(), images / 2 + 0.5)
+
+
+class _Passes:
+    """Tells the forwards of a step apart: the conditional one is the first of a timestep."""
+
+    def __init__(self) -> None:
+        self._sigma: float | None = None
+
+    def begin(self, kwargs: Call) -> tuple[bool, float]:
+        """Whether this forward is the conditional one, and its sigma."""
+        sigma = float(kwargs["timestep"][0])
+        first = sigma != self._sigma
+        self._sigma = sigma
+        return first, sigma
+
+
+@contextmanager
+def _velocity_changed(
+    pipe: Any, change: Callable[[Tensor, Tensor, float], Tensor]
+) -> Iterator[None]:
+    """The scheduler steps along `change(velocity, sample, sigma)`."""
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    def changed(model_output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **kw: Any) -> Any:
+        sigma = float(timestep) / scheduler.config.num_train_timesteps
+        return step(change(model_output, sample, sigma), timestep, sample, *rest, **kw)
+
+    with _replaced(scheduler, "step", changed):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this object alone, as it was afterwards."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _generators(latents: Tensor, seed: int) -> list[torch.Generator]:
+    """One for each item, seeded by its initial latents."""
+    return [
+        torch.Generator().manual_seed(
+            seed + zlib.crc32(item.detach().float().cpu().numpy().tobytes())
+        )
+        for item in latents
+    ]
+
+
+def _normal_like(condition: Tensor, generators: list[torch.Generator]) -> Tensor:
+    drawn = [torch.randn(condition.shape[1:], generator=generator) for generator in generators]
+    return torch.stack(drawn).to(condition)

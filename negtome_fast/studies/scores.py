@@ -1,0 +1,310 @@
+"""What is said of a condition: its measures with intervals, and the scores of each sample.
+
+Images of a group are drawn together and prompts apart, see `bootstrap`. Precision, recall and
+Frechet distance are against balanced real images, the world without the training set's bias; recall
+and Frechet distance at equal counts, precision against all of them, since it depends on which real
+images happen to lie beside the few modes of a model that repeats itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.avatars import OPEN_ATTRIBUTES
+from ..models.reader import HEADS
+from . import measures
+from .intervals import (
+    AttributeEntropy,
+    FrechetTo,
+    InceptionScore,
+    Interval,
+    Mean,
+    PairwiseCosine,
+    Plan,
+    is_biased,
+)
+from .sampler import Samples
+
+
+@dataclass(frozen=True)
+class Real:
+    """Balanced real images to compare with, in features fp32 (N, 1280).
+
+    Attributes:
+        features: as rendered.
+        decoded: after the model's VAE, the best that the model could draw.
+    """
+
+    features: Tensor = field(repr=False)
+    decoded: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The samples of a condition beside real images; made by `scores_of`.
+
+    Attributes:
+        samples: what was drawn.
+        real: balanced real images.
+        logits: of the features (N, classes), for the inception-style score.
+        inside: which samples lie in the manifold of the real images, bool (N,).
+        inside_decoded: the same for the real images after the model's VAE.
+    """
+
+    samples: Samples
+    real: Real
+    logits: Tensor = field(repr=False)
+    inside: Tensor = field(repr=False)
+    inside_decoded: Tensor = field(repr=False)
+
+    @cached_property
+    def features(self) -> Tensor:
+        return torch.from_numpy(self.samples.features)
+
+    @cached_property
+    def hits(self) -> Tensor:
+        """Which samples show all that their prompt names, bool (N,)."""
+        return measures.prompt_hits(self.samples.readings, self.samples.prompts)
+
+    @cached_property
+    def as_many_real(self) -> Tensor:
+        """Features of as many real images as samples, for Frechet distance and recall."""
+        if len(self.samples) > len(self.real.features):
+            raise ValueError(
+                f"{len(self.samples)} samples of a condition need as many real images, there are "
+                f"{len(self.real.features)}"
+            )
+        return self.real.features[: len(self.samples)]
+
+    @cached_property
+    def _drawn(self) -> dict[str, tuple[float, np.ndarray]]:
+        """Of the measures that were drawn, with the plan of `plan_of(samples, draws)`."""
+        return {}
+
+    def drawn(self, measure: str) -> tuple[float, np.ndarray]:
+        """A measure of `MEASURES`, of the samples and of each of its draws, (draws,)."""
+        if measure not in self._drawn:
+            self._drawn[measure] = drawn(self, measure, _plan(self, measure))
+        return self._drawn[measure]
+
+    @cached_property
+    def likeness(self) -> np.ndarray:
+        """Mean cosine of each sample with the others of its prompt, (N,)."""
+        likeness = np.empty(len(self.samples))
+        for prompt in dict.fromkeys(self.samples.prompts):
+            at = [i for i, other in enumerate(self.samples.prompts) if other == prompt]
+            unit = torch.nn.functional.normalize(self.features[at].double(), dim=-1)
+            cosines = unit @ unit.T
+            likeness[at] = ((cosines.sum(1) - 1) / max(1, len(at) - 1)).numpy()
+        return likeness
+
+
+def scores_of(
+    samples: Mapping[str, Samples], real: Real, logits: Callable[[Tensor], Tensor]
+) -> dict[str, Scores]:
+    """Of several conditions at once, since the manifold of many real images takes a while."""
+    features = [torch.from_numpy(one.features) for one in samples.values()]
+    together, counts = torch.cat(features), [len(one) for one in features]
+    inside, decoded = (
+        measures.inside_manifold(manifold, together).split(counts)
+        for manifold in (real.features, real.decoded)
+    )
+    return {
+        name: Scores(one, real, logits(own), a, b)
+        for (name, one), own, a, b in zip(samples.items(), features, inside, decoded, strict=True)
+    }
+
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a condition.
+
+    Attributes:
+        label: for tables and axes.
+        values: what the statistic is computed of, N items.
+        statistic: of these; it may depend on the real images.
+        within: computed in each prompt and averaged over prompts; otherwise over all samples.
+        digits: after the point.
+        better: the direction that is meant to be good.
+        draws: of the bootstrap.
+    """
+
+    label: str
+    values: Callable[[Scores], Any]
+    statistic: Callable[[Scores], Callable[[Any], float]]
+    within: bool
+    digits: int
+    better: Literal["higher", "lower"]
+    draws: int = DRAWS
+
+
+def _mean(scores: Scores) -> Mean:
+    return Mean()
+
+
+#: With intervals.
+MEASURES: dict[str, Measure] = {
+    "entropy": Measure(
+        "attribute entropy, nats",
+        lambda s: s.samples.readings,
+        lambda s: AttributeEntropy(OPEN_ATTRIBUTES),
+        True,
+        2,
+        "higher",
+    ),
+    "cosine": Measure(
+        "pairwise cosine", lambda s: s.features, lambda s: PairwiseCosine(), True, 3, "lower"
+    ),
+    "precision": Measure("precision", lambda s: s.inside.double(), _mean, False, 3, "higher"),
+    "precision_decoded": Measure(
+        "precision, real after the VAE",
+        lambda s: s.inside_decoded.double(),
+        _mean,
+        False,
+        3,
+        "higher",
+    ),
+    "agreement": Measure("prompt kept", lambda s: s.hits.double(), _mean, False, 3, "higher"),
+    "inception": Measure(
+        "inception-style score", lambda s: s.logits, lambda s: InceptionScore(), False, 2, "higher"
+    ),
+    # A draw takes the eigenvalues of a matrix as large as the samples are many.
+    "frechet": Measure(
+        "Frechet distance",
+        lambda s: s.features,
+        lambda s: FrechetTo(s.as_many_real),
+        False,
+        0,
+        "lower",
+        draws=500,
+    ),
+}  # fmt: skip
+
+#: Without intervals: repeated samples, which the bootstrap makes, bias them.
+POINT_MEASURES: dict[str, tuple[str, int]] = {
+    "recall": ("recall", 3),
+    "vendi": ("Vendi score", 2),
+}
+
+
+def plan_of(samples: Samples, draws: int = DRAWS) -> Plan:
+    """Draw i takes the same groups in every condition of the same prompts and seeds."""
+    blocks = samples.groups.tolist()
+    return Plan.of(len(samples), samples.prompts, blocks, draws, seed=0)
+
+
+def drawn(scores: Scores, measure: str, plan: Plan) -> tuple[float, np.ndarray]:
+    """A measure of the samples and of each draw, (draws,)."""
+    how = MEASURES[measure]
+    return plan.apply(how.statistic(scores), how.values(scores), how.within)
+
+
+def _plan(scores: Scores, measure: str) -> Plan:
+    return plan_of(scores.samples, MEASURES[measure].draws)
+
+
+def interval(scores: Scores, measure: str) -> Interval:
+    """A measure with its 95% interval."""
+    recentre = is_biased(MEASURES[measure].statistic(scores))
+    return _plan(scores, measure).interval(*scores.drawn(measure), recentre=recentre)
+
+
+def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -> Interval:
+    """The difference or ratio to another condition of the same plan, paired by seed."""
+    _check_paired(scores.samples, base.samples)
+    plan = _plan(scores, measure)
+    (a, drawn_a), (b, drawn_b) = (side.drawn(measure) for side in (scores, base))
+    if ratio:
+        return plan.ratio(a, b, drawn_a, drawn_b)
+    recentre = is_biased(MEASURES[measure].statistic(scores))
+    return plan.interval(a - b, drawn_a - drawn_b, no_change=0.0, recentre=recentre)
+
+
+def point_measures(scores: Scores) -> dict[str, float]:
+    """`POINT_MEASURES`, at equal counts of samples and real images where both enter."""
+    prompts = list(dict.fromkeys(scores.samples.prompts))
+    vendi = []
+    for prompt in prompts:
+        at = [i for i, other in enumerate(scores.samples.prompts) if other == prompt]
+        vendi.append(measures.vendi_score(scores.features[at]))
+    return {
+        "recall": float(
+            measures.inside_manifold(scores.features, scores.as_many_real).double().mean()
+        ),
+        "vendi": sum(vendi) / len(vendi),
+    }
+
+
+def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
+    """A condition for the result file: settings, measures, changes to `base`, samples."""
+    samples = scores.samples
+    measures: dict[str, Any] = {name: triple(interval(scores, name)) for name in MEASURES}
+    measures |= {name: round(value, 4) for name, value in point_measures(scores).items()}
+    result: dict[str, Any] = {
+        "name": samples.condition.name,
+        "settings": samples.condition.to_dict(),
+        "images": len(samples),
+        "pushed": _rounded(samples.pushed),
+        "similarity": _rounded(samples.similarity),
+        "measures": measures,
+    }
+    if base is not None and base is not scores:
+        changes = {name: change(scores, base, name) for name in MEASURES}
+        result["base"] = base.samples.condition.name
+        result["changes"] = {
+            name: [*triple(found), found.verdict] for name, found in changes.items()
+        }
+    result["samples"] = {
+        # One digit an image: the place of the value in HEADS, 0 or 1 for what holds.
+        **{head: _digits(samples.indices[:, i]) for i, head in enumerate(HEADS)},
+        "inside": _digits(scores.inside.int().numpy()),
+        "inside_decoded": _digits(scores.inside_decoded.int().numpy()),
+        "agreement": _digits(scores.hits.int().numpy()),
+        "likeness": [round(value, 3) for value in scores.likeness.tolist()],
+    }
+    return result
+
+
+def triple(found: Interval) -> list[Any]:
+    """[estimate, low, high] for JSON; None for an end that has no bound."""
+    return [
+        round(value, 4) if math.isfinite(value) else None
+        for value in (found.estimate, found.low, found.high)
+    ]
+
+
+def corrected(found: Interval | None) -> list[Any] | None:
+    """[estimate without its bias, low, high] of a ratio of entropies; see docs/measures.md."""
+    if found is None:
+        return None
+    _, low, high = triple(found)
+    # Where an end has no bound, some draws were none and the bias is not known.
+    estimate = found.corrected if high is not None else found.estimate
+    return [round(estimate, 4), low, high]
+
+
+def _rounded(value: float) -> float | None:
+    return None if value != value else round(value, 4)
+
+
+def _digits(values: Sequence[int] | np.ndarray) -> str:
+    return "".join(str(int(value)) for value in values)
+
+
+def _check_paired(a: Samples, b: Samples) -> None:
+    if a.seeds != b.seeds or a.prompts != b.prompts or a.groups.tolist() != b.groups.tolist():
+        raise ValueError(
+            f"{a.condition.name} and {b.condition.name} were drawn from different seeds, prompts "
+            "or groups, so they cannot be compared image by image"
+        )

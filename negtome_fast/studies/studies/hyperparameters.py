@@ -1,0 +1,158 @@
+"""Alpha, threshold, window and guidance scale of `others`, and the preset that a rule chooses.
+
+Drawn from seeds of their own, so that what is reported elsewhere was not chosen on its own images.
+The rule: at the model's own guidance scale, of the settings that keep prompt agreement, the most
+attribute entropy x precision, which is diversity that is usable; among near equals the weakest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...config import NegToMeConfig
+from ...models import GUIDANCE_SCALE
+from ..sampler import Condition
+from ..scores import record
+from . import figures
+from .diversity import TOLERANCE
+from .figures import BLUE, COLOURS, GREY, MARKERS, Series
+from .study import TUNING_SEED, Run, Study
+from .tables import markdown, measures_table, origin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+TIE = 0.05
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the grid; the window begins at pure noise, timestep 1000."""
+
+    scale: float
+    alpha: float
+    threshold: float
+    t_end: float
+
+    @property
+    def name(self) -> str:
+        return (
+            f"scale {self.scale:g}, alpha {self.alpha:g}, threshold {self.threshold:g}, "
+            f"t >= {self.t_end:g}"
+        )
+
+    def condition(self) -> Condition:
+        config = NegToMeConfig(
+            alpha=self.alpha, threshold=self.threshold, t_end=self.t_end, reference="others"
+        )
+        return Condition(self.name, guidance_scale=self.scale, negtome=config)
+
+
+#: Around the setting of the proof of feasibility, one or two values changed at a time.
+GRID = (
+    Setting(1.0, 0.5, 0.65, 750),
+    Setting(1.5, 0.5, 0.65, 750),
+    Setting(2.5, 0.5, 0.65, 750),
+    Setting(3.5, 0.5, 0.65, 750),
+    Setting(5.0, 0.5, 0.65, 750),
+    Setting(2.5, 0.3, 0.65, 750),
+    Setting(3.5, 0.3, 0.65, 750),
+    Setting(1.0, 0.9, 0.65, 750),
+    Setting(1.5, 0.9, 0.65, 750),
+    Setting(2.5, 0.9, 0.65, 750),
+    Setting(1.5, 0.9, 0.85, 750),
+    Setting(2.5, 0.5, 0.65, 850),
+    Setting(1.5, 0.9, 0.65, 900),
+)
+OFF = (GUIDANCE_SCALE,)
+FEW = (GRID[1], GRID[2])
+
+
+def run(run: Run) -> dict[str, Any]:
+    grid = run.sizes.chosen(GRID, FEW)
+    wanted = [Condition(f"off {s:g}", guidance_scale=s) for s in OFF]
+    wanted += [setting.condition() for setting in grid]
+    scores = run.scores(run.samples(wanted, seed=TUNING_SEED))
+    records = [record(one) for one in scores.values()]
+    return {"conditions": records, "chosen": choose(records, grid)}
+
+
+def choose(records: Sequence[dict[str, Any]], grid: Sequence[Setting]) -> dict[str, Any]:
+    """The rule: the score of every setting that may be chosen, and the one that it takes."""
+    by_name = {one["name"]: one["measures"] for one in records}
+    off = by_name[f"off {GUIDANCE_SCALE:g}"]
+    usable = {
+        setting: by_name[setting.name]["entropy"][0] * by_name[setting.name]["precision"][0]
+        for setting in grid
+        if setting.scale == GUIDANCE_SCALE
+        and by_name[setting.name]["agreement"][0] >= off["agreement"][0] - TOLERANCE
+    }
+    best = max(usable.values(), default=0.0)
+    near = [setting for setting, value in usable.items() if value >= (1 - TIE) * best]
+    chosen = min(near, key=lambda setting: setting.alpha, default=None)
+    return {
+        "scale": GUIDANCE_SCALE,
+        "unguided": round(off["entropy"][0] * off["precision"][0], 4),
+        "usable": {setting.name: round(value, 4) for setting, value in usable.items()},
+        "setting": None if chosen is None else chosen.name,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    chosen = result["chosen"]
+    rows = [[name, f"{value:.3f}"] for name, value in chosen["usable"].items()]
+    rule = (
+        f"The rule: at the model's own guidance scale, {chosen['scale']:g}, and with prompt "
+        f"agreement within {TOLERANCE:g} of unguided, the most entropy x precision (unguided: "
+        f"{chosen['unguided']:.3f}), and of settings within {TIE:.0%} of the best the weakest: "
+        f"**{chosen['setting'] or 'none'}**."
+    )
+    return "\n\n".join(
+        [
+            measures_table(result["conditions"]),
+            rule,
+            markdown(["setting", "entropy x precision"], rows),
+            origin(result),
+        ]
+    )
+
+
+def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    frontier, grid = figures.panels(9.5, 6)
+    axes = grid[0][0]
+    records = result["conditions"]
+    off = [one for one in records if one["name"].startswith("off")]
+    series = [Series("unguided", off, GREY, "o", [one["name"].split()[1] for one in off])]
+    windows: dict[str, list[dict[str, Any]]] = {}
+    for one in records:
+        if one not in off:
+            _, alpha, threshold, window = one["name"].split(", ")
+            windows.setdefault(f"{alpha}, {threshold}, {window}", []).append(one)
+    palette = (BLUE, *COLOURS)
+    for number, (label, own) in enumerate(windows.items()):
+        notes = [one["name"].split(",")[0].split()[1] for one in own]
+        marker = (*MARKERS, "o")[number % (len(MARKERS) + 1)]
+        series.append(Series(label, own, palette[number % len(palette)], marker, notes))
+    figures.frontier(axes, series)
+    figures.tidy(
+        axes,
+        "Settings of `others`; numbers are guidance scales",
+        "precision",
+        "attribute entropy, nats",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8.5)
+    return {"frontier": frontier}
+
+
+STUDY = Study(
+    "hyperparameters",
+    "alpha x threshold x window x guidance scale, and the preset",
+    256,
+    run,
+    table,
+    draw,
+)

@@ -1,0 +1,215 @@
+"""Images of a condition, drawn a guidance group at a time with any pipeline, and kept in the store.
+
+They are kept under a hash of all that decides them, so that a run that is interrupted goes on where
+it was, and calls share what they have in common.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .... import generation
+from ....config import NegToMeConfig
+from ...sampler import Group, _digest, _load, _reference_identity, _save
+from .request import NAME, Condition, Request
+
+if TYPE_CHECKING:
+    from ....pipelines import Reference
+
+_WITHOUT_EFFECT = (
+    "--negative-prompt has no effect without classifier-free guidance: use a --guidance-scale "
+    "above 1, or for a distilled model --true-cfg-scale"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A condition at a guidance scale, for one pipeline.
+
+    Attributes:
+        condition: what is drawn.
+        scale: of classifier-free guidance; None is the pipeline's own.
+        call: arguments of the pipeline's call but for prompt, number of images and random numbers.
+        config: the whole configuration; None is without guidance.
+    """
+
+    condition: Condition
+    scale: float | None
+    call: Mapping[str, Any]
+    config: NegToMeConfig | None
+
+
+def plans(wanted: Request, pipe: Any) -> list[list[Plan]]:
+    """Those of every scale, in the order of the conditions.
+
+    Raises:
+        ValueError: an option does not fit the pipeline, or would change nothing.
+    """
+    found = []
+    for scale in wanted.scales:
+        of_scale = []
+        for condition in wanted.conditions():
+            settings = condition.settings(wanted.settings, scale)
+            call = generation.call_arguments(pipe, settings)
+            if wanted.settings.negative_prompt is not None:
+                _prepare_negative(pipe, call)
+            guided = condition.guidance is not None
+            config = generation.configuration(pipe, settings) if guided else None
+            of_scale.append(Plan(condition, scale, call, config))
+        found.append(of_scale)
+    calls = [of_scale[0].call for of_scale in found]
+    if any(call in calls[:number] for number, call in enumerate(calls)):
+        raise ValueError(
+            "--guidance-scale changes nothing: another option gives the pipeline the same argument"
+        )
+    return found
+
+
+def _prepare_negative(pipe: Any, call: dict[str, Any]) -> None:
+    """Sees to it that conditions differ in the negative prompt alone.
+
+    Pipelines with a true_cfg_scale have no classifier-free guidance at all without any; for other
+    pipelines see `check_differ`.
+    """
+    scale = inspect.signature(type(pipe).__call__).parameters.get("true_cfg_scale")
+    if scale is not None:
+        if call.get("true_cfg_scale", scale.default) <= 1:
+            raise ValueError(_WITHOUT_EFFECT)
+        call.setdefault("negative_prompt", "")
+
+
+def check_differ(plain: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]) -> None:
+    """Refuses a negative prompt that changed no pixel of a group.
+
+    The scale from which on a pipeline looks at it is a different one in some.
+    """
+    if np.array_equal(plain["images"], negative["images"]):
+        raise ValueError(_WITHOUT_EFFECT)
+
+
+class Drawing:
+    """Draws with one pipeline what the store does not have.
+
+    Args:
+        wanted: the request.
+        pipe: of its model.
+        store: folder of what was drawn.
+    """
+
+    def __init__(self, wanted: Request, pipe: Any, store: Path) -> None:
+        self._settings, self._pipe, self._store = wanted.settings, pipe, store / NAME
+        self._references = [entry.load() for entry in wanted.settings.references]
+        self._drafts = wanted.settings.preset == "sharpen"
+
+    def missing(self, plan: Plan, groups: Sequence[Group]) -> int:
+        """Images that would have to be drawn."""
+        return sum(len(g.seeds) for g in groups if not self._path(plan, g).is_file())
+
+    def group(
+        self, plan: Plan, group: Group, draft: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Images uint8 (N, H, W, 3), seconds an image, and the share of tokens that were pushed.
+
+        Args:
+            plan: how.
+            group: of which prompt and seeds.
+            draft: the group of the same plan without guidance, needed to sharpen.
+        """
+        path = self._path(plan, group)
+        if path.is_file():
+            return _load(path)
+        if self._drafts and plan.config is not None:
+            assert draft is not None  # of the same seeds
+            part = self._sharpened(plan, group, draft)
+        else:
+            part = self._drawn(plan, group.prompt, group.seeds, self._references)
+        _save(path, part, self._identity(plan))
+        return part
+
+    def _drawn(
+        self, plan: Plan, prompt: str, seeds: Sequence[int], references: Sequence[Reference]
+    ) -> dict[str, np.ndarray]:
+        from ....pipelines import negtome_guidance
+
+        began, pushed = time.perf_counter(), 0.0
+        if plan.config is None:
+            made = generation.draw(self._pipe, plan.call, prompt, seeds)
+        else:
+            reference = list(references) or None
+            with negtome_guidance(self._pipe, plan.config, reference=reference) as handle:
+                made = generation.draw(self._pipe, plan.call, prompt, seeds)
+                pushed = handle.summary().total.pushed
+        seconds = (time.perf_counter() - began) / len(made)
+        if not all(generation._is_image(image) for image in made):
+            raise ValueError(f"{type(self._pipe).__name__} makes videos; eval own measures images")
+        images = np.stack([np.asarray(image.convert("RGB")) for image in made])
+        return {"images": images, "seconds": np.array(seconds), "pushed": np.array(pushed)}
+
+    def _sharpened(
+        self, plan: Plan, group: Group, draft: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Every image away from its own blurred draft, whose time is part of it."""
+        from PIL import Image
+
+        from ....pipelines import Reference
+
+        parts = []
+        for seed, pixels in zip(group.seeds, draft["images"], strict=True):
+            blurred = generation._blurred(Image.fromarray(pixels), self._settings.blur)
+            parts.append(self._drawn(plan, group.prompt, [seed], [Reference(blurred)]))
+        joined = {name: np.array([part[name] for part in parts]) for name in ("seconds", "pushed")}
+        return {
+            "images": np.concatenate([part["images"] for part in parts]),
+            "seconds": np.array(joined["seconds"].mean() + draft["seconds"]),
+            "pushed": np.array(joined["pushed"].mean()),
+        }
+
+    def _path(self, plan: Plan, group: Group) -> Path:
+        folder = self._store / _digest(self._identity(plan))
+        return folder / f"{_digest([group.prompt, *group.seeds])}.npz"
+
+    def _identity(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides the images."""
+        identity = {
+            **self._origin,
+            "call": {name: generation._plain(value) for name, value in plan.call.items()},
+            "guidance": None if plan.config is None else plan.config.to_dict(),
+        }
+        if plan.config is not None and self._references:
+            identity["references"] = self._pictures
+        if plan.config is not None and self._drafts:
+            identity["blur"] = self._settings.blur
+        return identity
+
+    @cached_property
+    def _pictures(self) -> list[dict[str, Any]]:
+        return [_reference_identity(reference) for reference in self._references]
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        pipe, versions = self._pipe, generation.versions()
+        return {
+            "model": _model(self._settings.model),
+            "pipeline": type(pipe).__name__,
+            "dtype": str(getattr(pipe, "dtype", None)),
+            "device": str(getattr(pipe, "_execution_device", None)),
+            "versions": {name: versions.get(name) for name in ("torch", "diffusers")},
+        }
+
+
+def _model(name: str) -> Any:
+    """What tells a model from another: its name and, of a folder, its files' sizes and times."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    of_files = [[str(p.relative_to(folder)), s.st_size, s.st_mtime_ns] for p, s in files]
+    return [str(folder.resolve()), _digest(of_files)]

@@ -1,0 +1,246 @@
+"""The frame of all studies: sizes, sampling with a progress bar, scores, and files of results.
+
+A study draws its conditions, writes `NAME.json` with the scores of every sample, and tables and
+figures that are made of that file alone, so that they can be made again from a committed result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import provenance
+from ...files import write_atomically
+from ...models import STEPS
+from ...models.avatars import STYLES, prompt_for
+from ..sampler import GROUP, Condition, Group, Laboratory, Samples, groups_of
+from ..scores import Real, Scores, scores_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+SCHEMA = 1
+PROMPTS = tuple(prompt_for(style) for style in STYLES)
+"""They name the style and leave everything else open."""
+
+#: Seeds of the images that settings are chosen on, and of those that results are reported of.
+TUNING_SEED = 1_000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is drawn.
+
+    Attributes:
+        images: of each condition, all prompts together.
+        group: images of a prompt that are guided together.
+        steps: of the scheduler.
+        real: balanced real images that span the manifold of precision.
+        decoded: the same, after the model's VAE.
+        quick: a rehearsal: a few conditions, too few images for any conclusion.
+    """
+
+    images: int
+    group: int = GROUP
+    steps: int = STEPS
+    real: int = 4096
+    decoded: int = 1024
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        if self.images > self.real:
+            raise ValueError(
+                f"{self.images} images of a condition are more than the {self.real} real ones that "
+                "they are compared with"
+            )
+
+    @classmethod
+    def rehearsal(cls) -> Sizes:
+        return cls(images=16, group=2, steps=4, real=32, decoded=32, quick=True)
+
+    def to_dict(self, **changes: int) -> dict[str, int]:
+        """For the file of results; `changes` where a study has its own."""
+        values = {name: getattr(self, name) for name in ("images", "group", "steps", "real")}
+        return {**values, "real_decoded": self.decoded, **changes}
+
+    def chosen(self, whole: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
+        """The values of a sweep."""
+        return few if self.quick else whole
+
+
+@dataclass
+class Run:
+    """One run of a study: what it draws with, how much, and where the results go.
+
+    Attributes:
+        lab: pipeline, instruments and store.
+        sizes: how much is drawn.
+        out: folder of the results.
+        pictures: sheets of images, which are written with the figures.
+        progress: show a progress bar.
+    """
+
+    lab: Laboratory
+    sizes: Sizes
+    out: Path
+    pictures: dict[str, Image] = field(default_factory=dict)
+    progress: bool = True
+
+    def samples(
+        self,
+        conditions: Sequence[Condition],
+        prompts: Sequence[str] = PROMPTS,
+        *,
+        images: int | None = None,
+        group: int | None = None,
+        seed: int = SEED,
+    ) -> dict[str, Samples]:
+        """Every condition on the same prompts and seeds, by name; `images` a condition.
+
+        `group` is for conditions in which images do not see each other: at most so many.
+        """
+        sizes = self.sizes
+        count = images or sizes.images
+        size = min(group or sizes.group, sizes.group)
+        if count % (len(prompts) * size) or count < 2 * len(prompts) * size:
+            raise ValueError(
+                f"{count} images of a condition are not two or more groups of {size} for each of "
+                f"{len(prompts)} prompts; --samples must be a multiple of {sizes.images or 1}"
+            )
+        return self.drawn(
+            conditions, groups_of(prompts, count // len(prompts), size=size, seed=seed)
+        )
+
+    def drawn(self, conditions: Sequence[Condition], groups: Sequence[Group]) -> dict[str, Samples]:
+        """Every condition on these groups, by name, in the steps of this run."""
+        from tqdm import tqdm
+
+        names = [condition.name for condition in conditions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"conditions need names of their own, got {', '.join(names)}")
+        total = len(conditions) * sum(len(group.seeds) for group in groups)
+        found = {}
+        with tqdm(total=total, unit="image", disable=not self.progress) as bar:
+            for condition in conditions:
+                bar.set_description(condition.name)
+                wanted = replace(condition, steps=self.sizes.steps)
+                found[condition.name] = self.lab.sample(wanted, groups, tick=bar.update)
+        return found
+
+    def scores(self, samples: Mapping[str, Samples]) -> dict[str, Scores]:
+        """Beside balanced real images, as many in every study."""
+        sizes, lab = self.sizes, self.lab
+        real = Real(lab.real_features(sizes.real), lab.real_features(sizes.decoded, decoded=True))
+        return scores_of(samples, real, lab.features.logits)
+
+    def sheet(self, name: str, title: str, rows: Mapping[str, Samples], *, each: int = 4) -> None:
+        """A picture of the first `each` images of every prompt, a condition a row."""
+        from PIL import Image
+
+        from ...generation.contact_sheet import Row, sheet
+
+        shown = []
+        for heading, samples in rows.items():
+            kept: dict[str, list[Image.Image]] = {}
+            for prompt, pixels in zip(samples.prompts, samples.images, strict=True):
+                images = kept.setdefault(prompt, [])
+                if len(images) < each:
+                    images.append(Image.fromarray(pixels.transpose(1, 2, 0)))
+            images = [image for part in kept.values() for image in part]
+            shown.append(Row(heading, images, accent="NegToMe" in heading))
+        footer = "; ".join(dict.fromkeys(next(iter(rows.values())).prompts))
+        self.pictures[name] = sheet(title, shown, footer, tile=64)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study by name.
+
+    Attributes:
+        name: on the command line and of its files.
+        purpose: a line for users.
+        images: of each condition, where the command line says nothing.
+        run: draws and measures; returns what is special to the study, for its file.
+        table: Markdown of a result.
+        figures: of a result, by the end of their file names.
+    """
+
+    name: str
+    purpose: str
+    images: int
+    run: Callable[[Run], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    figures: Callable[[dict[str, Any]], dict[str, Figure]]
+
+
+def perform(study: Study, run: Run) -> dict[str, Any]:
+    """Runs a study and writes its files; returns the result."""
+    began = time.perf_counter()
+    # Written at the end only: an interrupted run leaves its images in the store, and goes on there.
+    body = study.run(run)
+    sizes = run.sizes
+    result = {
+        "schema": SCHEMA,
+        "study": study.name,
+        "command": f"negtome-fast eval {study.name}"
+        + (" --quick" if sizes.quick else f" --samples {sizes.images}"),
+        "sizes": sizes.to_dict(),
+        "seconds_of_this_run": round(time.perf_counter() - began),
+        **provenance.describe(),
+        **body,
+    }
+    save(run.out / f"{study.name}.json", result)
+    write(study, result, run.out)
+    for name, picture in run.pictures.items():
+        picture.save(run.out / f"{study.name}-{name}.png", optimize=True)
+    return result
+
+
+def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
+    """The table and the figures of a result; returns the figures' files."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{study.name}.md").write_text(study.table(result) + "\n", encoding="utf-8")
+    paths = []
+    for name, figure in study.figures(result).items():
+        paths.append(out / f"{study.name}-{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Replaces the file at once; lists of one condition's samples stay on a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (_json(result) + "\n").encode())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result of a study.
+
+    Raises:
+        ValueError: another file. OSError: none that can be read.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict) or not {"study", "schema"} <= result.keys():
+        raise ValueError(f"{path} is not the result of a study")
+    return result
+
+
+def _json(value: Any, depth: int = 0) -> str:
+    """Indented, but lists of plain values on one line: a result has many."""
+    inner, outer = " " * (depth + 1), " " * depth
+    if isinstance(value, dict) and value:
+        rows = [f"{inner}{json.dumps(k)}: {_json(v, depth + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{outer}}}"
+    if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
+        rows = [f"{inner}{_json(v, depth + 1)}" for v in value]
+        return "[\n" + ",\n".join(rows) + f"\n{outer}]"
+    return json.dumps(value)

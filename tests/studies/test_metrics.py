@@ -1,0 +1,535 @@
+"""The measures against closed forms, and the bootstrap against known distributions."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from negtome_fast.models.features import FeatureExtractor, encode
+from negtome_fast.studies import measures
+from negtome_fast.studies.intervals import (
+    AttributeEntropy,
+    FrechetTo,
+    InceptionScore,
+    Interval,
+    Mean,
+    PairwiseCosine,
+    Plan,
+    bootstrap,
+    paired_bootstrap,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(count: int, mean: Tensor, covariance: Tensor, seed: int = 0) -> Tensor:
+    """Rows whose sample mean and unbiased covariance are exactly those asked for."""
+    rows = torch.randn(count, len(mean), generator=generator(seed), dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    white = rows @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(rows.T))).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+# Frechet distance
+
+
+def test_frechet_distance_of_gaussians_with_one_basis() -> None:
+    variances_a, variances_b = torch.tensor([4.0, 1.0, 9.0]), torch.tensor([1.0, 1.0, 0.25])
+    mean = torch.tensor([1.0, -2.0, 0.5]).double()
+    a = gaussian(50, mean, variances_a.diag().double(), 1)
+    b = gaussian(50, torch.zeros(3).double(), variances_b.diag().double(), 2)
+    expected = mean.square().sum() + (variances_a.sqrt() - variances_b.sqrt()).square().sum()
+    assert measures.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_frechet_distance_of_gaussians_that_do_not_commute() -> None:
+    one = torch.tensor([[2.0, 0.9], [0.9, 1.0]]).double()
+    two = torch.tensor([[1.0, -0.5], [-0.5, 3.0]]).double()
+    zero = torch.zeros(2).double()
+    # Of 2 x 2 matrices, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2).
+    product = one @ two
+    root = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
+    expected = float(one.trace() + two.trace() - 2 * root)
+    found = measures.frechet_distance(gaussian(9, zero, one, 3), gaussian(9, zero, two, 4))
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("channels", [5, 200], ids=["more samples", "more channels"])
+def test_frechet_distance_knows_no_difference_between_bases(channels: int) -> None:
+    a, b = (torch.randn(20, 5, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    basis = torch.linalg.qr(torch.randn(channels, 5, generator=generator(2)).double()).Q
+    expected = measures.frechet_distance(a, 2 * b + 1)
+    assert measures.frechet_distance(a @ basis.T, (2 * b + 1) @ basis.T) == pytest.approx(expected)
+    assert measures.frechet_distance(a @ basis.T, a @ basis.T) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_is_that_of_torchmetrics() -> None:
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 6))
+    a, b = (torch.rand(40, 3, 8, 8, generator=generator(s)) for s in (0, 1))
+    metric = fid.FrechetInceptionDistance(encoder, normalize=True, input_img_size=(3, 8, 8))
+    with torch.no_grad():
+        metric.update(a, real=True)
+        metric.update(b**2, real=False)
+        found = measures.frechet_distance(encoder(a), encoder(b**2))
+    assert found == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+def test_frechet_distance_wants_equal_counts() -> None:
+    rows = torch.rand(9, 3, generator=generator())
+    with pytest.raises(ValueError, match="same number of samples on both sides, got 9 and 8"):
+        measures.frechet_distance(rows, rows[:8])
+    with pytest.raises(ValueError, match="3 and 2 channels"):
+        measures.frechet_distance(rows, rows[:, :2])
+
+
+# Precision and recall
+
+
+def test_manifold_is_made_of_balls_to_the_kth_neighbour() -> None:
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    # Radii with k = 1 are 1, 1, 1, 8; with k = 2 they are 2, 1, 2, 9.
+    points = torch.tensor([[-0.9], [-1.1], [3.5], [17.9], [18.5], [1.5]])
+    one = measures.inside_manifold(real, points, k=1)
+    assert one.tolist() == [True, False, True, True, False, True]
+    two = measures.inside_manifold(real, points, k=2)
+    assert two.tolist() == [True, True, True, True, True, True]
+    assert (
+        measures.inside_manifold(real, torch.tensor([[19.1], [-2.1]]), k=2).tolist() == [False] * 2
+    )
+
+
+def test_precision_and_recall_of_a_mode_that_is_missing_and_one_that_is_invented() -> None:
+    noise = 0.1 * torch.randn(120, 4, generator=generator())
+    offsets = torch.eye(4)[:3] * 50
+    real = noise[:60] + offsets[[0, 1]].repeat_interleave(30, 0)
+    generated = noise[60:] + offsets[[0, 2]].repeat(30, 1)
+    precision, recall = measures.precision_recall(real, generated, k=5)
+    # Half of each side has no counterpart; of the other half most, not all, are covered.
+    assert 0.35 < precision <= 0.5
+    assert 0.35 < recall <= 0.5
+    assert measures.precision_recall(real, real.clone()) == (1.0, 1.0)
+
+
+def test_copies_are_inside_even_where_all_neighbours_are_copies() -> None:
+    point = torch.randn(1, 1280, generator=generator()) * 100 + 1000
+    real = torch.cat([point.expand(7, -1), point + 3])
+    assert measures.inside_manifold(real, point, k=5).tolist() == [True]
+
+
+def test_manifold_needs_more_rows_than_neighbours() -> None:
+    rows = torch.rand(5, 3, generator=generator())
+    with pytest.raises(ValueError, match=r"manifold of 5 neighbours needs .* at least 6 rows"):
+        measures.inside_manifold(rows, rows)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        measures.inside_manifold(rows, rows, k=0)
+
+
+# Scores
+
+
+def test_inception_score_of_known_predictions() -> None:
+    certain = 1e3 * torch.eye(10)
+    assert measures.inception_score(certain) == pytest.approx(10)
+    assert measures.inception_score(certain[[3] * 8]) == pytest.approx(1)
+    assert measures.inception_score(torch.zeros(6, 10)) == pytest.approx(1)
+    # p = (0.9, 0.1) and (0.1, 0.9): exp(log 2 - H(0.9)).
+    unsure = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    expected = 2 * 0.9**0.9 * 0.1**0.1
+    assert measures.inception_score(unsure) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("channels", [6, 40], ids=["more rows", "more channels"])
+def test_vendi_score_counts_what_differs(channels: int) -> None:
+    basis = torch.linalg.qr(torch.randn(channels, 6, generator=generator()).double()).Q.T
+    assert measures.vendi_score(basis) == pytest.approx(6)
+    assert measures.vendi_score(basis[:1] * torch.arange(1, 9)[:, None]) == pytest.approx(1)
+    # Orthogonal groups of 6, 3 and 1: the exponential of their entropy.
+    groups = basis[[0] * 6 + [1] * 3 + [2]]
+    shares = torch.tensor([0.6, 0.3, 0.1])
+    assert measures.vendi_score(groups) == pytest.approx(
+        float(torch.special.entr(shares).sum().exp())
+    )
+
+
+def test_prompts_are_kept_or_not_one_by_one() -> None:
+    red = {"style": "voxel art", "skin": "dark", "hair_color": "red", "hair_shape": "long"}
+    readings = [red, {**red, "hair_color": "black"}, red]
+    prompts = ["a voxel art person with red hair"] * 2 + ["a pixel art person"]
+    assert measures.prompt_hits(readings, prompts).tolist() == [True, False, False]
+    assert measures.prompt_agreement(readings, prompts) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="3 readings need as many prompts, got 2"):
+        measures.prompt_hits(readings, prompts[:2])
+
+
+def test_likeness_to_a_target() -> None:
+    features = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -3.0]])
+    one = measures.feature_cosine(features, torch.tensor([5.0, 0.0]))
+    torch.testing.assert_close(one, torch.tensor([1.0, math.sqrt(0.5), 0.0]).double())
+    closest = measures.feature_cosine(features, torch.tensor([[5.0, 0.0], [0.0, -1.0]]))
+    torch.testing.assert_close(closest, torch.tensor([1.0, math.sqrt(0.5), 1.0]).double())
+
+    latents = torch.zeros(2, 4, 3, 3)
+    latents[1] = 0.5
+    found = measures.latent_l2(latents, torch.zeros(4, 3, 3))
+    torch.testing.assert_close(found, torch.tensor([0.0, 3.0]).double())
+    with pytest.raises(ValueError, match=r"\(2, 4, 3, 3\) and \(4, 3\)"):
+        measures.latent_l2(latents, torch.zeros(4, 3))
+
+    readings = [{"character": name} for name in ("captain red", "none", "captain red")]
+    assert measures.recognised(readings, "captain red").tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        measures.mean_pairwise_cosine,
+        measures.vendi_score,
+        measures.inception_score,
+        lambda rows: measures.frechet_distance(rows, rows),
+        lambda rows: measures.inside_manifold(rows, rows, k=1),
+        lambda rows: measures.feature_cosine(rows, torch.ones(3)),
+    ],
+    ids=["cosine", "vendi", "inception", "frechet", "manifold", "likeness"],
+)
+def test_what_is_no_matrix_of_numbers_is_refused(measure: Callable[[Tensor], Any]) -> None:
+    rows = torch.rand(6, 3, generator=generator())
+    measure(rows)
+    broken = rows.clone()
+    broken[4, 1] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        measure(broken)
+    with pytest.raises(ValueError, match=r"\(N, C\)"):
+        measure(rows[None])
+    with pytest.raises(ValueError, match="rows"):
+        measure(rows[:0])
+
+
+def test_a_row_without_direction_is_refused() -> None:
+    rows = torch.eye(3)
+    rows[1] = 0
+    with pytest.raises(ValueError, match="row of zeros"):
+        measures.mean_pairwise_cosine(rows)
+
+
+def test_nothing_has_no_entropy_and_no_agreement() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        measures.entropy([])
+    with pytest.raises(ValueError, match="at least one attribute"):
+        measures.attribute_entropy([{"skin": "fair"}], ())
+    with pytest.raises(ValueError, match="at least one reading"):
+        measures.prompt_agreement([], "a pixel art person")
+
+
+# Features
+
+
+def test_logits_are_those_of_the_network() -> None:
+    extractor = FeatureExtractor()
+    images = torch.rand(2, 3, 96, 96, generator=generator())
+    with torch.no_grad():
+        expected = extractor.network(images * 2 - 1)
+    torch.testing.assert_close(extractor.logits(extractor(images)), expected)
+
+
+def test_any_encoder_gives_features() -> None:
+    images = torch.rand(5, 3, 8, 8, generator=generator())
+    rows = encode(lambda batch: batch.mean(dim=(2, 3)).double(), images, batch_size=2)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, images.mean(dim=(2, 3)))
+    torch.testing.assert_close(encode(torch.nn.Identity(), images, batch_size=2), rows)
+    with pytest.raises(
+        ValueError, match=r"must return \(2, C\) or \(2, C, h, w\), got \(2, 3, 8\)"
+    ):
+        encode(lambda batch: batch.mean(dim=3), images, batch_size=2)
+    with pytest.raises(ValueError, match="not finite"):
+        encode(lambda batch: batch.mean(dim=(2, 3)).log() * torch.inf, images)
+    with pytest.raises(ValueError, match="needs images"):
+        encode(torch.nn.Identity(), images[:0])
+
+
+# Bootstrap: what is drawn
+
+STRATA = [item // 24 for item in range(96)]
+BLOCKS = [item // 8 for item in range(96)]
+
+
+def test_a_common_offset_cancels() -> None:
+    noise = np.random.default_rng(0).normal(size=96) * 100
+    found = paired_bootstrap(Mean(), noise + 1, noise)
+    assert (found.estimate, found.low, found.high) == pytest.approx((1, 1, 1))
+    unpaired = paired_bootstrap(Mean(), noise + 1, noise[::-1].copy())
+    assert unpaired.high - unpaired.low > 20
+    assert found.verdict == "higher" and unpaired.verdict == "no change seen"
+
+
+def test_blocks_are_drawn_whole_and_strata_keep_their_size() -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    def spy(samples: list[int]) -> float:
+        drawn.append(tuple(samples))
+        return float(sum(samples))
+
+    paired_bootstrap(spy, list(range(96)), list(range(96)), strata=STRATA, blocks=BLOCKS, draws=50)
+    once, draws = drawn[0], drawn[1:51]
+    assert sorted(once) == list(range(96))
+    for draw in draws:
+        counts = np.bincount(draw, minlength=96)
+        by_block = counts.reshape(12, 8)
+        assert (by_block == by_block[:, :1]).all()
+        # One block fewer than the three of each stratum, see the module.
+        assert counts.reshape(4, 24).sum(1).tolist() == [16] * 4
+    assert len(set(draws)) > 40
+    # The other side is the same items, in the same order.
+    assert drawn[51] == once and drawn[52:] == draws
+
+
+def test_blocks_may_be_named_anew_in_every_stratum() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 96))
+    within = [block % 3 for block in BLOCKS]
+    kwargs: dict[str, Any] = {"strata": STRATA, "draws": 100}
+    assert paired_bootstrap(Mean(), *values, blocks=within, **kwargs) == paired_bootstrap(
+        Mean(), *values, blocks=BLOCKS, **kwargs
+    )
+
+
+def test_draws_follow_from_the_seed() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 96))
+    one, again, other = (paired_bootstrap(Mean(), *values, draws=200, seed=s) for s in (3, 3, 4))
+    assert one == again
+    assert one.estimate == other.estimate and one.low != other.low
+
+
+# Bootstrap: fast statistics
+
+
+def some_readings(seed: int, spread: float) -> list[dict[str, str]]:
+    rng = np.random.default_rng(seed)
+    draws = (rng.random((96, 2)) ** (1 / spread) * 4).astype(int)
+    return [{"skin": "abcd"[i], "hair_color": "wxyz"[j]} for i, j in draws]
+
+
+FEATURES = [torch.rand(96, 12, generator=generator(s), dtype=torch.float64) for s in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("statistic", "samples"),
+    [
+        (Mean(), [rows[:, 0] for rows in FEATURES]),
+        (AttributeEntropy(("skin", "hair_color")), [some_readings(0, 1), some_readings(1, 3)]),
+        (InceptionScore(), [10 * rows for rows in FEATURES]),
+    ],
+    ids=["mean", "entropy", "inception"],
+)
+@pytest.mark.parametrize("within", [False, True], ids=["pooled", "within prompts"])
+@pytest.mark.parametrize("compare", ["difference", "ratio"])
+def test_fast_statistics_equal_one_call_a_draw(
+    statistic: Any, samples: list[Any], within: bool, compare: Any
+) -> None:
+    kwargs: dict[str, Any] = {"strata": STRATA, "blocks": BLOCKS, "within_strata": within}
+    fast = paired_bootstrap(statistic, *samples, draws=40, compare=compare, **kwargs)
+    slow = paired_bootstrap(statistic.__call__, *samples, draws=40, compare=compare, **kwargs)
+    if isinstance(statistic, Mean) and compare == "difference":
+        # Of a plain function it is not known that it is not biased.
+        slow = replace(slow, low=slow.low + slow.bias, high=slow.high + slow.bias, bias=0.0)
+    for name in ("estimate", "low", "high", "bias"):
+        assert getattr(fast, name) == pytest.approx(getattr(slow, name), rel=1e-9, abs=1e-12)
+    assert fast.low < fast.high
+
+
+def test_pairwise_cosine_leaves_out_pairs_of_copies() -> None:
+    rows = FEATURES[0][:9]
+    blocks = torch.arange(9) // 3
+    cosines = torch.nn.functional.normalize(rows, dim=-1)
+    cosines = cosines @ cosines.T
+    # Blocks 0, 0, 2: pairs within each of the three, and of 0 with 2, twice; none of 0 with 0.
+    pairs = [
+        float(cosines[i, j])
+        for first, second in ((0, 0), (0, 0), (2, 2), (0, 2), (0, 2))
+        for i in range(3 * first, 3 * first + 3)
+        for j in range(3 * second, 3 * second + 3)
+        if first != second or i < j
+    ]
+    weighted = PairwiseCosine().weighted(rows, blocks)
+    found = weighted(torch.tensor([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0]]).double())
+    assert float(found[0]) == pytest.approx(sum(pairs) / len(pairs))
+    assert float(found[1]) == pytest.approx(measures.mean_pairwise_cosine(rows))
+
+
+@pytest.mark.parametrize("channels", [12, 300], ids=["more rows", "more channels"])
+def test_frechet_distance_of_a_draw_is_that_of_its_rows(channels: int) -> None:
+    a, real = (torch.rand(48, channels, generator=generator(s)).double() for s in (0, 1))
+    counts = torch.tensor([2, 0, 1, 1, 1, 1])
+    rows = a.repeat_interleave(counts.repeat_interleave(8), 0)
+    weighted = FrechetTo(real).weighted(a, torch.arange(48) // 8)
+    found = weighted(torch.stack([counts, torch.ones(6)]).double())
+    assert float(found[0]) == pytest.approx(measures.frechet_distance(rows, real), rel=1e-6)
+    assert float(found[1]) == pytest.approx(FrechetTo(real)(a), rel=1e-6)
+
+
+# Bootstrap: intervals
+
+
+def test_intervals_of_groups_cover_the_truth_and_those_of_single_images_do_not() -> None:
+    rng = np.random.default_rng(0)
+    hits, naive_hits, runs = 0, 0, 300
+    for run in range(runs):
+        # 4 prompts of 3 groups of 8 images, which have half of their variance in common.
+        common = rng.normal(size=(12, 1)).repeat(8, 1).ravel()
+        a, b = common + rng.normal(size=96) + 0.3, rng.normal(size=96)
+        grouped = paired_bootstrap(Mean(), a, b, strata=STRATA, blocks=BLOCKS, draws=200, seed=run)
+        naive = paired_bootstrap(Mean(), a, b, strata=STRATA, draws=200, seed=run)
+        hits += grouped.contains(0.3)
+        naive_hits += naive.contains(0.3)
+    # Of 300 runs a share of 95% has a standard deviation of 1.3%.
+    assert 0.91 <= hits / runs <= 0.98
+    assert naive_hits / runs < 0.8
+
+
+def test_intervals_of_a_ratio_of_entropies_cover_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    often, rare = [0.3, 0.25, 0.2, 0.15, 0.1], [0.9, 0.06, 0.02, 0.01, 0.01]
+    truth = float(np.divide(*(-np.dot(p, np.log(p)) for p in (often, rare))))
+    hits, centred, runs = 0, 0, 200
+    corrected: list[float] = []
+    plain: list[float] = []
+    strata, blocks = [i // 64 for i in range(256)], [i // 8 for i in range(256)]
+    statistic = AttributeEntropy(("skin",))
+    for run in range(runs):
+        a, b = ([{"skin": v} for v in rng.choice(list("abcde"), 256, p=p)] for p in (often, rare))
+        plan = Plan.of(256, strata, blocks, 300, run)
+        (value_a, drawn_a), (value_b, drawn_b) = (plan.apply(statistic, s, True) for s in (a, b))
+        found = plan.ratio(value_a, value_b, drawn_a, drawn_b)
+        hits += found.contains(truth)
+        low, high = np.quantile(drawn_a / drawn_b, (0.025, 0.975))
+        centred += low <= truth <= high
+        corrected.append(found.corrected)
+        plain.append(found.estimate)
+    assert 0.92 <= hits / runs <= 0.99
+    # The correction takes off more than half of the excess.
+    assert np.mean(plain) - truth > 2 * abs(np.mean(corrected) - truth)
+    # The bias of small entropies is what quantiles as they are do not see.
+    assert centred / runs < 0.9
+
+
+def test_verdicts() -> None:
+    def interval(low: float, high: float, no_change: float | None = 0.0) -> Interval:
+        return Interval((low + high) / 2, low, high, 96, 12, 100, 0.0, no_change)
+
+    assert interval(-1, 2).verdict == "no change seen"
+    assert interval(0, 2).verdict == "no change seen"
+    assert interval(0.1, 2).verdict == "higher"
+    assert interval(-2, -0.1).verdict == "lower"
+    assert interval(0.5, 0.9, 1.0).verdict == "lower"
+    assert interval(0.5, 1.2, 1.0).verdict == "no change seen"
+    with pytest.raises(ValueError, match="compares nothing"):
+        _ = interval(0, 1, None).verdict
+
+
+def test_one_image_that_changed_is_no_change_of_a_mean() -> None:
+    before = [1.0] * 64
+    for changed in range(64):
+        after = [1.0 - (i == changed) for i in range(64)]
+        found = paired_bootstrap(Mean(), after, before, seed=changed)
+        assert found.high == 0 and found.verdict == "no change seen"
+
+
+def test_one_condition_has_an_interval_too() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    found = bootstrap(Mean(), values, draws=2000)
+    error = values.std(ddof=1) / 20
+    assert (found.low, found.high) == pytest.approx(
+        (values.mean() - 1.966 * error, values.mean() + 1.966 * error), abs=0.15 * error
+    )
+    assert found.no_change is None and found.samples == found.blocks == 400
+
+
+def test_a_ratio_with_zeros_in_some_draws_keeps_to_quantiles() -> None:
+    rare = np.zeros(96)
+    rare[:3] = 1
+    found = paired_bootstrap(Mean(), rare, np.ones(96), compare="ratio")
+    assert found.estimate == pytest.approx(1 / 32)
+    assert found.low == 0 and 0 < found.high < 0.2
+    assert math.isinf(paired_bootstrap(Mean(), np.ones(96), rare, compare="ratio").high)
+    with pytest.raises(ValueError, match="nothing to nothing in some draws"):
+        paired_bootstrap(Mean(), rare, rare, compare="ratio")
+    with pytest.raises(ValueError, match="positive statistics, got 1 to 0"):
+        paired_bootstrap(Mean(), np.ones(96), np.zeros(96), compare="ratio")
+
+
+def test_draws_that_failed_do_not_move_the_interval() -> None:
+    plan = Plan.of(96, STRATA, BLOCKS, 100, 0)
+    failed = np.arange(100) < 20
+    drawn_a = np.where(failed, 1.0, 3.0 + 0.01 * np.arange(100))
+    moved = plan.ratio(3.5, 1.0, drawn_a, np.ones(100))
+    kept = plan.ratio(3.5, 1.0, drawn_a, np.ones(100), recentre=False)
+    assert moved.low > 1 and kept.low == 1
+    assert kept.high < 4 < moved.high
+    assert kept.corrected == kept.estimate == 3.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples_b": np.zeros(95)}, "as many on both sides, got 96 and 95"),
+        ({"strata": STRATA[:-1]}, "strata must name 96 samples, got 95"),
+        ({"blocks": BLOCKS[:-1]}, "blocks must name 96 samples, got 95"),
+        ({"blocks": STRATA}, "at least 2 independent blocks .* stratum 0 has 1 of 24 samples"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"compare": "product"}, "'difference' or 'ratio', got 'product'"),
+        ({"samples_b": np.full(96, np.nan)}, "not finite"),
+        ({"samples_b": np.zeros((96, 2))}, "one number a sample"),
+        ({"samples_a": [], "samples_b": [], "strata": [], "blocks": None}, "needs samples"),
+    ],
+    ids=["counts", "strata", "blocks", "one block", "draws", "compare", "nan", "shape", "none"],
+)
+def test_what_cannot_be_compared_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "samples_a": np.zeros(96),
+        "samples_b": np.ones(96),
+        "strata": STRATA,
+        "blocks": BLOCKS,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(Mean(), **arguments)
+
+
+# The page
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_page_shows_the_simulated_coverage_and_its_code_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("make_coverage", DOCS / "make_coverage.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (DOCS / "measures.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "measures.md", "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 5
+
+    assert script.main(["--check"]) == 0
+    found, file = tmp_path / "measures.md", tmp_path / "coverage.json"
+    found.write_text(page, encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", found)
+    monkeypatch.setattr(script, "FILE", file)
+    assert script.main(["--runs", "2"]) == 0 == script.main(["--check"])
+    assert found.read_text(encoding="utf-8") != page
+    found.write_text(page, encoding="utf-8")
+    assert script.main(["--check"]) == 1
