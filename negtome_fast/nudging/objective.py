@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..ops import check_backend_name
 from . import ops
+from .call import NudgeCall, Objective
 
-OBJECTIVES = ("paper", "squared", "cosine")
+OBJECTIVES = get_args(Objective)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: What stopped an item, by the code in `NudgeResult.stopped`.
@@ -65,7 +66,7 @@ def nudge(
     *,
     alpha: float | Tensor = 1.0,
     beta: float | Tensor = 1.0,
-    objective: Literal["paper", "squared", "cosine"] = "paper",
+    objective: Objective = "paper",
     steps: int = 20,
     step_size: float = 0.05,
     max_distance: float | Tensor | None = None,
@@ -110,34 +111,20 @@ def nudge(
         RuntimeError: `backend="triton"` where Triton cannot run.
     """
     _check_latents(latents)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    for name, value in (("step_size", step_size), ("tolerance", tolerance)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-        if not 0 <= value < float("inf") or (name == "step_size" and value == 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    _check_descent(objective, steps, step_size, tolerance)
     check_backend_name(backend)
-    points = [
-        _points(name, value, latents)
-        for name, value in (("desired", desired), ("undesired", undesired))
-    ]
-    if points == [None, None]:
+    toward = _points("desired", desired, latents)
+    away = _points("undesired", undesired, latents)
+    if toward is None and away is None:
         raise ValueError("nothing to steer by: hand over desired or undesired points, or both")
-    weights = [
-        _per_item(name, value, latents, positive=name == "max_distance")
-        for name, value in (
-            ("alpha", alpha),
-            ("beta", beta),
-            ("max_distance", float("inf") if max_distance is None else max_distance),
-        )
-    ]
-    moved, distance, taken, stopped, trace = ops.run(
+    radius = float("inf") if max_distance is None else max_distance
+    call = NudgeCall(
         latents.flatten(1),
-        *points,
-        *weights,
+        toward,
+        away,
+        _per_item("alpha", alpha, latents),
+        _per_item("beta", beta, latents),
+        _per_item("max_distance", radius, latents, positive=True),
         objective,
         int(steps),
         float(step_size),
@@ -145,6 +132,7 @@ def nudge(
         return_trace,
         backend,
     )
+    moved, distance, taken, stopped, trace = ops.run(call)
     return NudgeResult(
         moved.view(latents.shape), distance, taken, stopped, trace if return_trace else None
     )
@@ -160,6 +148,18 @@ def _check_latents(latents: Tensor) -> None:
         raise TypeError(f"latents must be one of {names}, got {latents.dtype}")
     if latents.numel() == 0:
         raise ValueError(f"latents are empty: {tuple(latents.shape)}")
+
+
+def _check_descent(objective: str, steps: int, step_size: float, tolerance: float) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    for name, value in (("step_size", step_size), ("tolerance", tolerance)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        if not 0 <= value < float("inf") or (name == "step_size" and value == 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
@@ -187,7 +187,9 @@ def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
     return points.flatten(2)
 
 
-def _per_item(name: str, value: float | Tensor, latents: Tensor, positive: bool) -> Tensor:
+def _per_item(
+    name: str, value: float | Tensor, latents: Tensor, *, positive: bool = False
+) -> Tensor:
     """A weight as `(B,)` in the dtype of the arithmetic, on the device of the latents."""
     items = latents.shape[0]
     dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import NudgeCall
+
 TINY = 1e-12
 CHUNK = 1 << 22
 """Numbers of the points that are held in the dtype of the arithmetic at once."""
 
 
 def mean_of_points(points: Tensor, dtype: torch.dtype, unit: bool) -> Tensor:
-    """Mean over K of points `(P, K, n)`, or of the points at length 1: `(P, n)` in `dtype`."""
+    """Mean over K of points `(P, K, n)`, scaled to length 1 if `unit`: `(P, n)` in `dtype`."""
     if not unit:
         return points.mean(dim=1, dtype=dtype)
     sets, count, width = points.shape
@@ -26,13 +28,12 @@ def mean_of_points(points: Tensor, dtype: torch.dtype, unit: bool) -> Tensor:
     return total / count
 
 
-def direction(
-    desired: Tensor | None, undesired: Tensor | None, alpha: Tensor, beta: Tensor, unit: bool
-) -> Tensor:
-    """g = -alpha * mean(D) + beta * mean(U), `(B, n)`."""
+def direction(call: NudgeCall) -> Tensor:
+    """Return g = -alpha * mean(D) + beta * mean(U), `(B, n)`."""
+    unit = call.objective == "cosine"
     parts = [
-        weight[:, None] * mean_of_points(points, alpha.dtype, unit)
-        for points, weight in ((desired, -alpha), (undesired, beta))
+        weight[:, None] * mean_of_points(points, call.alpha.dtype, unit)
+        for points, weight in ((call.desired, -call.alpha), (call.undesired, call.beta))
         if points is not None
     ]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -48,7 +49,7 @@ class Plane:
         self.gg = (g * g).sum(dim=1)
         self.finite = (self.ss + self.gg).isfinite() & self.sg.isfinite()
         self.norm = self.ss.sqrt()
-        # What a unit of |L - L0| costs.
+        # The cost of a unit of |L - L0|.
         self.slope = torch.ones_like(self.norm)
         if objective == "cosine":
             self.slope = 1 / self.norm.clamp_min(TINY)
@@ -68,10 +69,10 @@ class Plane:
         return product + self.slope * distance
 
     def gradient(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of the gradient; at L0, which is a kink, of its shortest subgradient."""
+        """Coefficients of the gradient, or of the shortest subgradient at L0, which is a kink."""
         on_start, on_g = torch.zeros_like(p), torch.ones_like(q)
         if self.objective == "squared":
-            return on_start, on_g / 2  # not the gradient: the way to the minimum
+            return on_start, on_g / 2  # the way to the minimum, which replaces the gradient
         if self.objective == "cosine":
             norm = self.length(1 + p, q).clamp_min(TINY)
             product = (1 + p) * self.sg + q * self.gg
@@ -86,41 +87,29 @@ class Plane:
         )
 
 
-def nudge(
-    latents: Tensor,
-    desired: Tensor | None,
-    undesired: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    radius: Tensor,
-    objective: str,
-    steps: int,
-    step_size: float,
-    tolerance: float,
-    out: Tensor,
-    trace: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes `out` and `trace`, returns distance, steps and reason, each `(B,)`."""
-    start = latents.to(alpha.dtype)
-    g = direction(desired, undesired, alpha, beta, objective == "cosine")
-    plane = Plane(start, g, objective)
+def nudge(call: NudgeCall, out: Tensor, trace: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Write `out` and `trace`; return distance, steps and reason, each `(B,)`."""
+    start = call.latents.to(call.alpha.dtype)
+    g = direction(call)
+    plane = Plane(start, g, call.objective)
+    squared = call.objective == "squared"
     p = q = torch.zeros_like(plane.norm)
     taken = torch.zeros_like(p, dtype=torch.int64)
     active, on_sphere = plane.finite, torch.zeros_like(plane.finite)
     converged = torch.zeros_like(active)
-    size = torch.full_like(p, 1.0 if objective == "squared" else step_size)
-    if objective == "cosine":
+    size = torch.full_like(p, 1.0 if squared else call.step_size)
+    if call.objective == "cosine":
         size = size * plane.ss
     if trace is not None:
         trace[:, :] = torch.where(active, plane.value(p, q), torch.nan)[:, None]
-    for number in range(1 if objective == "squared" else steps):
+    for number in range(1 if squared else call.steps):
         along_start, along_g = plane.gradient(p, q)
         next_p, next_q = p - size * along_start, q - size * along_g
         distance = plane.length(next_p, next_q)
-        outside = distance >= radius
-        shrink = torch.where(outside, radius / distance.clamp_min(TINY), 1.0)
+        outside = distance >= call.radius
+        shrink = torch.where(outside, call.radius / distance.clamp_min(TINY), 1.0)
         next_p, next_q = next_p * shrink, next_q * shrink
-        still = plane.length(next_p - p, next_q - q) <= tolerance * plane.norm
+        still = plane.length(next_p - p, next_q - q) <= call.tolerance * plane.norm
         converged = converged | (active & still)
         active = active & ~still
         p, q = torch.where(active, next_p, p), torch.where(active, next_q, q)
@@ -129,11 +118,11 @@ def nudge(
         if trace is not None:
             value = torch.where(active, plane.value(p, q), trace[:, number])
             trace[:, number + 1 :] = value[:, None]
-    if objective == "squared":
+    if squared:
         converged = torch.ones_like(converged)
     reason = torch.where(converged, 0, 1)
     reason = torch.where(on_sphere, 2, reason)
     moved = start + p[:, None] * start + q[:, None] * g
-    out.copy_(torch.where((taken > 0)[:, None], moved.to(out.dtype), latents))
+    out.copy_(torch.where((taken > 0)[:, None], moved.to(out.dtype), call.latents))
     distance = torch.where(plane.finite, plane.length(p, q), 0.0)
     return distance, taken, torch.where(plane.finite, reason, 3)
