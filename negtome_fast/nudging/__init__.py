@@ -4,33 +4,28 @@ Source: Zand and Nasr, "Avoiding Generative Model Writer's Block With Embedding 
 arXiv 2408.15450. `objective.py` says what of it is the paper's and what is this project's choice.
 """
 
-from .bank import Encoder, ReferenceBank, default_encoder
+from .attempts import Attempt, NudgedImages, NudgingFailed
+from .bank import ReferenceBank
+from .encoders import ImageEncoder, default_encoder
 from .filters import (
     CallableFilter,
     EncoderSimilarity,
-    Filter,
     LatentDistance,
     PerceptualHash,
     PixelDistance,
-    Verdict,
-    judge,
 )
-from .loop import (
-    Attempt,
-    NudgedImages,
-    NudgeSchedule,
-    NudgingFailed,
-    generate_with_nudging,
-)
+from .loop import generate_with_nudging
 from .objective import NudgeResult, nudge
+from .schedule import NudgeSchedule
 from .selection import select_nearest
+from .verdicts import Filter, Verdict, judge
 
 __all__ = [
     "Attempt",
     "CallableFilter",
-    "Encoder",
     "EncoderSimilarity",
     "Filter",
+    "ImageEncoder",
     "LatentDistance",
     "NudgeResult",
     "NudgeSchedule",

@@ -9,53 +9,19 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .filters import Filter
+from .encoders import ImageEncoder
+from .images import BATCH, named_images, resized, square
+from .verdicts import Filter, judge
 
 VERSION = 1
-BATCH = 32
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """An image encoder and the name by which a bank knows whose its features are.
-
-    Attributes:
-        name: says model and preprocessing; features of other names are not compared.
-        encode: `(B, 3, H, W)` in [0, 1] -> `(B, C)`; a callable or a torch module.
-    """
-
-    name: str
-    encode: Callable[[Tensor], Tensor]
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features `(B, C)` fp32, in batches of 32."""
-        parts = [self.encode(part) for part in images.split(BATCH)]
-        features = torch.cat([part.detach().float() for part in parts])
-        if features.dim() != 2 or len(features) != len(images):
-            raise ValueError(
-                f"the encoder {self.name!r} must return (B, C); for {len(images)} images it "
-                f"returned {tuple(features.shape)}"
-            )
-        return features
-
-
-def default_encoder() -> Encoder:
-    """EfficientNet-lite0 at 96 px with ImageNet weights, which come with the extra `demo`."""
-    from ..studies.measures import FEATURE_SIZE, FeatureExtractor
-
-    return Encoder(f"efficientnet-lite0@{FEATURE_SIZE}", FeatureExtractor())
 
 
 @dataclass(frozen=True)
@@ -108,7 +74,7 @@ class ReferenceBank:
         images: str | Path | Iterable[Any],
         *,
         size: int = 512,
-        encoder: Encoder | None = None,
+        encoder: ImageEncoder | None = None,
     ) -> ReferenceBank:
         """A bank from a folder (searched in depth) or from images.
 
@@ -128,7 +94,7 @@ class ReferenceBank:
         skipped: list[tuple[str, str]] = []
         for name, source in named_images(images):
             try:
-                kept.append(_square(source, size))
+                kept.append(square(source, size))
             except Exception as error:  # decoders of corrupt files raise whatever they like
                 skipped.append((name, str(error) or type(error).__name__))
                 continue
@@ -142,7 +108,7 @@ class ReferenceBank:
         built = cls(tuple(names), torch.stack(kept), skipped=tuple(skipped))
         return built if encoder is None else built.with_features(encoder)
 
-    def with_features(self, encoder: Encoder) -> ReferenceBank:
+    def with_features(self, encoder: ImageEncoder) -> ReferenceBank:
         """The bank with this encoder's features; itself where it has them."""
         if self.features is not None and self.encoder == encoder.name:
             return self
@@ -155,8 +121,6 @@ class ReferenceBank:
         Raises:
             ValueError: every image is flagged.
         """
-        from .filters import judge
-
         passed = []
         for part in self.images.split(BATCH):
             passed += [not rows[-1].triggered for rows in judge(filters, part.float() / 255)]
@@ -199,7 +163,7 @@ class ReferenceBank:
         os.replace(text, folder / "bank.json")
 
     @classmethod
-    def load(cls, folder: str | Path, encoder: Encoder | None = None) -> ReferenceBank:
+    def load(cls, folder: str | Path, encoder: ImageEncoder | None = None) -> ReferenceBank:
         """Reads a saved bank.
 
         Args:
@@ -238,52 +202,3 @@ class ReferenceBank:
             return cls(names, tensors["images"], tensors.get("features"), own, skipped)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{folder / 'bank.safetensors'} is corrupt: {error}") from error
-
-
-def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
-    size = (size, size) if isinstance(size, int) else size
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Names and sources of the images of a folder, searched in depth, or of an iterable."""
-    if isinstance(images, (str, Path)):
-        from ..pipelines.references import IMAGE_SUFFIXES
-
-        folder = Path(images)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                yield path.relative_to(folder).as_posix(), path
-        return
-    for number, image in enumerate(images):
-        if isinstance(image, tuple) and len(image) == 2 and isinstance(image[0], str):
-            yield image
-        else:
-            yield (str(image) if isinstance(image, (str, Path)) else str(number)), image
-
-
-def _square(source: Any, size: int) -> Tensor:
-    """The central square of an image, `(3, size, size)` uint8."""
-    from PIL import Image
-
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise TypeError(f"an array must be (H, W, 3) uint8, got {source.dtype} {source.shape}")
-        image = Image.fromarray(source)
-    elif isinstance(source, (str, Path)):
-        with Image.open(source) as opened:
-            image = opened.convert("RGB")
-    elif isinstance(source, Image.Image):
-        image = source.convert("RGB")
-    else:
-        raise TypeError(f"not an image: {type(source).__name__}")
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -9,45 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .bank import BATCH, Encoder, ReferenceBank, default_encoder, resized
+from .bank import ReferenceBank
+from .encoders import ImageEncoder, default_encoder
+from .images import BATCH, resized
 from .selection import select_nearest
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one filter says of one image.
-
-    Attributes:
-        filter: the filter's name.
-        score: of the image, in the filter's unit.
-        threshold: the filter's.
-        triggered: the score lies on the wrong side of the threshold.
-        nearest: name of the nearest reference, where the filter has references.
-        index: its row in the filter's bank, -1 where it has none.
-    """
-
-    filter: str
-    score: float
-    threshold: float
-    triggered: bool
-    nearest: str | None = None
-    index: int = -1
-
-
-class Filter(Protocol):
-    """What `judge` and `generate_with_nudging` need of a filter."""
-
-    @property
-    def name(self) -> str: ...
-
-    def judge(self, images: Tensor) -> list[Verdict]:
-        """A verdict for each of the images `(B, 3, H, W)` in [0, 1]."""
-        ...
+from .verdicts import Verdict, checked_images
 
 
 def _triggers(score: float, threshold: float, above: bool) -> bool:
@@ -95,7 +66,7 @@ class PixelDistance(_Nearest):
         self._points = bank.thumbnails(size)
 
     def judge(self, images: Tensor) -> list[Verdict]:
-        images = resized(_images(images), self.size)
+        images = resized(checked_images(images), self.size)
         score, index = select_nearest(images, self._points.to(images.device))
         return self._verdicts(score / images[0].numel() ** 0.5, index, above=False)
 
@@ -127,7 +98,7 @@ class LatentDistance(_Nearest):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> list[Verdict]:
-        images = _images(images)
+        images = checked_images(images)
         size = (self._size,) * 2 if self._size else tuple(images.shape[-2:])
         if size not in self._points:
             known = [
@@ -153,7 +124,7 @@ class EncoderSimilarity(_Nearest):
         self,
         bank: ReferenceBank,
         threshold: float,
-        encoder: Encoder | None = None,
+        encoder: ImageEncoder | None = None,
         *,
         name: str = "features",
     ) -> None:
@@ -162,7 +133,7 @@ class EncoderSimilarity(_Nearest):
         self.encoder = encoder
 
     def judge(self, images: Tensor) -> list[Verdict]:
-        features = self.encoder(_images(images))
+        features = self.encoder(checked_images(images))
         assert self.bank.features is not None
         points = self.bank.features.to(features.device)
         score, index = select_nearest(features, points, metric="cosine")
@@ -211,7 +182,7 @@ class PerceptualHash(_Nearest):
 
     def judge(self, images: Tensor) -> list[Verdict]:
         # Bits are 0 and 1: the squared distance counts those that differ.
-        score, index = select_nearest(self._bits(_images(images)), self._points)
+        score, index = select_nearest(self._bits(checked_images(images)), self._points)
         return self._verdicts(score.square().round(), index, above=False)
 
 
@@ -233,7 +204,7 @@ class CallableFilter:
 
     def judge(self, images: Tensor) -> list[Verdict]:
         with torch.no_grad():
-            scores = torch.as_tensor(self.function(_images(images))).flatten().tolist()
+            scores = torch.as_tensor(self.function(checked_images(images))).flatten().tolist()
         if len(scores) != len(images):
             raise ValueError(
                 f"the filter {self.name!r} must return a score for each of {len(images)} images, "
@@ -248,37 +219,6 @@ class CallableFilter:
             )
             for score in scores
         ]
-
-
-def judge(filters: Sequence[Filter], images: Tensor) -> list[tuple[Verdict, ...]]:
-    """The verdicts on every image, filter by filter in the order given.
-
-    An image that has triggered a filter is not shown to the later ones: put the cheap ones first.
-
-    Args:
-        filters: at least one.
-        images: `(B, 3, H, W)` in [0, 1].
-
-    Returns:
-        For each image its verdicts; the last has `triggered` where the image did not pass.
-    """
-    images = _images(images)
-    verdicts: list[list[Verdict]] = [[] for _ in images]
-    open_ = list(range(len(images)))
-    for one in filters:
-        if not open_:
-            break
-        for place, verdict in zip(open_, one.judge(images[open_]), strict=True):
-            verdicts[place].append(verdict)
-        open_ = [place for place in open_ if not verdicts[place][-1].triggered]
-    return [tuple(rows) for rows in verdicts]
-
-
-def _images(images: Tensor) -> Tensor:
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be (B, 3, H, W) in [0, 1], got {shape}")
-    return images.float()
 
 
 def _checked(threshold: float, low: float, high: float) -> float:

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines.layouts import Layout
-from .bank import resized
+from ..pipelines.api import _denoisers
+from ..pipelines.layouts import Layout, layout_of
+from .images import resized
+
+
+def layout_of_pipeline(pipe: Any) -> Layout:
+    """Layout of the pipeline's denoiser; the first one's where it has several."""
+    return layout_of(next(iter(_denoisers(pipe)[0])))
 
 
 class LatentPoints:

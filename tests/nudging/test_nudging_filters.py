@@ -16,8 +16,8 @@ from torch import Tensor
 
 from negtome_fast.nudging import (
     CallableFilter,
-    Encoder,
     EncoderSimilarity,
+    ImageEncoder,
     LatentDistance,
     PerceptualHash,
     PixelDistance,
@@ -27,7 +27,7 @@ from negtome_fast.nudging import (
     selection,
 )
 
-MEANS = Encoder("channel means", lambda images: images.mean(dim=(2, 3)))
+MEANS = ImageEncoder("channel means", lambda images: images.mean(dim=(2, 3)))
 RED, GREEN, BLUE = (np.full((20, 30, 3), c, np.uint8) for c in np.eye(3, dtype=np.uint8) * 255)
 
 
@@ -168,7 +168,7 @@ def test_images_are_cropped_to_the_centre() -> None:
 
 
 @pytest.mark.parametrize("encoder", [None, MEANS])
-def test_a_saved_bank_loads_as_it_was(tmp_path: Path, encoder: Encoder | None) -> None:
+def test_a_saved_bank_loads_as_it_was(tmp_path: Path, encoder: ImageEncoder | None) -> None:
     original = bank(encoder=encoder)
     original.save(tmp_path / "bank")
     original.save(tmp_path / "bank")
@@ -184,7 +184,7 @@ def test_a_saved_bank_loads_as_it_was(tmp_path: Path, encoder: Encoder | None) -
 def test_a_bank_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     bank(encoder=MEANS).save(tmp_path)
     with pytest.raises(ValueError, match=r"'channel means', not of 'other'"):
-        ReferenceBank.load(tmp_path, Encoder("other", MEANS.encode))
+        ReferenceBank.load(tmp_path, ImageEncoder("other", MEANS.encode))
     description = json.loads((tmp_path / "bank.json").read_text())
     (tmp_path / "bank.json").write_text(json.dumps({**description, "version": 99}))
     with pytest.raises(ValueError, match="version 99, this is version 1"):
@@ -299,4 +299,4 @@ def test_bad_filters_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="for each of 2 images, it returned 1"):
         CallableFilter(lambda images: [1.0], 0.5).judge(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"must return \(B, C\)"):
-        EncoderSimilarity(bank(), 0.5, Encoder("wrong", lambda images: images))
+        EncoderSimilarity(bank(), 0.5, ImageEncoder("wrong", lambda images: images))

@@ -22,8 +22,10 @@ from negtome_fast.nudging import (
     PixelDistance,
     ReferenceBank,
     generate_with_nudging,
-    loop,
+    points,
+    steering,
 )
+from negtome_fast.nudging.schedule import METHODS
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 16}
 NEVER = CallableFilter(lambda images: [0.0] * len(images), 1.0, "never")
@@ -97,7 +99,7 @@ def test_pictures_are_those_of_the_pipeline(pipe: Any, bank: ReferenceBank) -> N
     assert result.images[0].tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("method", loop.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_only_flagged_images_are_generated_again(
     pipe: Any, bank: ReferenceBank, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,16 +317,16 @@ def test_each_prompt_can_have_desired_images_of_its_own(pipe: Any, bank: Referen
 
 def test_desired_points_are_drawn_among_the_nearest_by_seed_and_attempt() -> None:
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 8, 8)
-    many = loop._Candidates(ReferenceBank(tuple("abcdefghij"), images.contiguous()))
+    many = points.BankSearch(ReferenceBank(tuple("abcdefghij"), images.contiguous()))
     flagged = torch.zeros(20, 3, 8, 8)
 
     def names(seeds: list[int], attempt: int = 1, pool: int = 4) -> list[str]:
         schedule = NudgeSchedule(pool=pool)
-        points = loop._choose(
+        found = points.choose_points(
             flagged[: len(seeds)], seeds, many, [many] * len(seeds), schedule, attempt
         )
-        assert all(point.undesired_names == ("a",) for point in points)
-        return [point.desired_names[0] for point in points]
+        assert all(point.undesired_names == ("a",) for point in found)
+        return [point.desired_names[0] for point in found]
 
     drawn = names(list(range(20)))
     assert set(drawn) == set("abcd")
@@ -337,13 +339,13 @@ def test_retries_move_latents_in_more_steps(
     pipe: Any, bank: ReferenceBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights: list[tuple[float, float]] = []
-    original = loop.nudge
+    original = steering.nudge
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         weights.append((kwargs["alpha"], kwargs["beta"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "nudge", counted)
+    monkeypatch.setattr(steering, "nudge", counted)
     schedule = NudgeSchedule(window=(0.5, 0.5001), extend=0.25, alpha=1.0, beta=3.0, escalation=2)
     run(pipe, filters=[ALWAYS], undesired=bank, max_attempts=4, schedule=schedule)
     # Of four steps: the second; the second and third; those and the last.

@@ -1,0 +1,64 @@
+"""Images of a bank: found in a folder, read as square tensors, and resized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..pipelines.references import IMAGE_SUFFIXES
+
+BATCH = 32
+"""Images that are converted, resized or encoded at once."""
+
+
+def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
+    size = (size, size) if isinstance(size, int) else size
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Names and sources of the images of a folder, searched in depth, or of an iterable."""
+    if isinstance(images, (str, Path)):
+        folder = Path(images)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+        return
+    for number, image in enumerate(images):
+        if isinstance(image, tuple) and len(image) == 2 and isinstance(image[0], str):
+            yield image
+        else:
+            yield (str(image) if isinstance(image, (str, Path)) else str(number)), image
+
+
+def square(source: Any, size: int) -> Tensor:
+    """The central square of an image, `(3, size, size)` uint8."""
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise TypeError(f"an array must be (H, W, 3) uint8, got {source.dtype} {source.shape}")
+        image = Image.fromarray(source)
+    elif isinstance(source, (str, Path)):
+        with Image.open(source) as opened:
+            image = opened.convert("RGB")
+    elif isinstance(source, Image.Image):
+        image = source.convert("RGB")
+    else:
+        raise TypeError(f"not an image: {type(source).__name__}")
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
