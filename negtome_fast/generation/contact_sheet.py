@@ -1,14 +1,17 @@
-"""Labelled sheets of images: rows with a heading each, a title above and the settings below."""
+"""Labelled sheets of images: rows with headings, a title above and the settings below."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from .settings import ReferenceFile
 
 ACCENT = "#0b57d0"
 GREY = "#444444"
@@ -16,7 +19,7 @@ GREY = "#444444"
 
 @dataclass(frozen=True)
 class Row:
-    """Images of one size beside each other, under a heading; `accent` marks the guided ones."""
+    """A row of images of one size under a heading; `accent` marks guided ones."""
 
     heading: str
     images: Sequence[Image]
@@ -24,7 +27,7 @@ class Row:
 
 
 def sheet(title: str, rows: Sequence[Row], footer: str, tile: int = 160) -> Image:
-    """All rows below each other, every image `tile` pixels high or, if wider than high, wide.
+    """Draw the rows below each other; the longer side of every image is `tile` pixels.
 
     Small images are enlarged without smoothing, so that their pixels stay visible.
     """
@@ -54,6 +57,22 @@ def sheet(title: str, rows: Sequence[Row], footer: str, tile: int = 160) -> Imag
     for number, line in enumerate(footer_lines):
         draw.text((margin, top + 8 + 20 * number), line, GREY, font=small)
     return picture
+
+
+def reference_rows(references: Sequence[ReferenceFile]) -> list[Row]:
+    """Rows of a sheet with every reference that is an image, and its mask."""
+    from PIL import Image
+
+    rows = []
+    for entry in references:
+        if Path(entry.image).is_file():
+            with Image.open(entry.image) as image:
+                shown = [image.convert("RGB")]
+            if entry.mask is not None and Path(entry.mask).is_file():
+                with Image.open(entry.mask) as mask:
+                    shown.append(mask.convert("RGB").resize(shown[0].size))
+            rows.append(Row("reference" + (" and mask" if entry.mask else ""), shown))
+    return rows
 
 
 def _fitted(image: Image, tile: int) -> Image:
