@@ -145,19 +145,3 @@ def test_info_says_why_an_override_cannot_run(
     monkeypatch.setenv("NEGTOME_FAST_BACKEND", "triton")
     assert main(["info"]) == 0
     assert "no GPU was found" in capsys.readouterr().out
-
-
-def test_bench_is_that_of_the_checkout(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "compare", "no-such-a.json", "no-such-b.json"]) == 2
-    assert "negtome-fast bench compare: " in capsys.readouterr().err
-    assert main(["bench", "dance"]) == 2
-    assert "none of run, compare" in capsys.readouterr().err
-
-
-def test_bench_without_a_checkout_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("negtome_fast.cli.__file__", str(tmp_path / "negtome_fast" / "cli.py"))
-    assert main(["bench", "run", "--quick"]) == 2
-    errors = capsys.readouterr().err
-    assert "checkout" in errors and len(errors.splitlines()) == 1

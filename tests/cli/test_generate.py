@@ -23,6 +23,7 @@ from helpers.pipelines_fixtures import flux_pipeline
 from negtome_fast import generation as generating
 from negtome_fast.cli import build_parser, main
 from negtome_fast.config import NegToMeConfig
+from negtome_fast.files import write_atomically
 from negtome_fast.generation import (
     APPLICATIONS,
     EMBEDDED,
@@ -31,9 +32,11 @@ from negtome_fast.generation import (
     call_arguments,
     encode_video,
     generate,
+    loading,
+    media,
     new_folder,
-    write_atomically,
 )
+from negtome_fast.generation import run as running
 from negtome_fast.generation.contact_sheet import Row, sheet
 from negtome_fast.models import model_folder
 
@@ -45,7 +48,7 @@ WIDE = ["--threshold", "0.1", "--t-end", "0"]
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The embedded model is loaded by one run and used by all."""
-    real = generating.load_pipeline
+    real = loading.load_pipeline
 
     def load(settings: Settings) -> Any:
         if settings.model != EMBEDDED or settings.dtype or settings.device or settings.offload:
@@ -54,7 +57,8 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
             _pipelines.append(real(settings))
         return _pipelines[0]
 
-    monkeypatch.setattr(generating, "load_pipeline", load)
+    for module in (generating, running):
+        monkeypatch.setattr(module, "load_pipeline", load)
 
 
 _pipelines: list[Any] = []
@@ -146,7 +150,7 @@ def test_another_run_is_not_overwritten_unasked(
     run(*QUICK, "--compare", "--output", folder)
     before = record_of(folder)
     run(*QUICK, "--output", folder, code=2)
-    assert "holds another run; choose another folder, or pass --overwrite" in (
+    assert "holds another run; choose another folder, or use --overwrite" in (
         capsys.readouterr().err
     )
     assert record_of(folder) == before
@@ -174,14 +178,14 @@ def test_what_was_finished_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder, real = tmp_path / "run", generating._Run._draw
+    folder, real = tmp_path / "run", running.GenerationRun._draw
 
     def draw(self: Any, prompt: str, seeds: Any, label: str) -> Any:
         if label == "guided":
             raise error("stop")
         return real(self, prompt, seeds, label)
 
-    monkeypatch.setattr(generating._Run, "_draw", draw)
+    monkeypatch.setattr(running.GenerationRun, "_draw", draw)
     stopped = error is KeyboardInterrupt
     run(*QUICK, "--compare", "--output", folder, code=130 if stopped else 2)
     record = record_of(folder)
@@ -212,13 +216,13 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate"], "--prompt is needed"),
+        (["generate"], "needs --prompt: what is to be made?"),
         (["generate", "--prompt", "a pixel art dragon"], "does not know 'dragon'"),
         ([*QUICK, "--negative-prompt", "castle"], "does not know 'castle'"),
         ([*QUICK, "--reference", "no/such.png"], "no/such.png"),
-        ([*QUICK, "--preset", "avoid"], "--preset avoid needs --reference IMAGE"),
+        ([*QUICK, "--preset", "avoid"], "--preset 'avoid' needs --reference"),
         ([*QUICK, "--preset", "magic"], "there are diversity, avoid, style, sharpen, interpolate"),
-        ([*QUICK, "-n", "1"], "-n 2 or more, or --reference IMAGE"),
+        ([*QUICK, "-n", "1"], "use 2 or more --images, or --reference"),
         ([*QUICK, "-n", "0"], "--images must be at least 1"),
         ([*QUICK, "--threshold", "3"], "threshold"),
         ([*QUICK, "--alpha", "nan"], "alpha"),
@@ -227,12 +231,12 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         ([*QUICK, "--blocks", "up_blocks"], "single_transformer_blocks"),
         ([*QUICK, "--frames", "8"], "--frames: FluxPipeline has no num_frames"),
         ([*QUICK, "--argument", "eta=0.5"], "--argument eta: FluxPipeline has no eta"),
-        ([*QUICK, "--argument", "generator=1"], "the command sets it itself"),
+        ([*QUICK, "--argument", "generator=1"], "--argument generator: the settings decide it"),
         ([*QUICK, "--model", "no/such/model"], "there is no model at no/such/model"),
         ([*QUICK, "--model", str(Path(__file__).parent)], "no model_index.json"),
         ([*QUICK, "--model", __file__], "is a file"),
         ([*QUICK, "--device", "gpu"], "--device gpu is not a device of torch"),
-        ([*QUICK, "--offload", "model", "--device", "cpu"], "--offload model needs a GPU"),
+        ([*QUICK, "--offload", "model", "--device", "cpu"], "--offload 'model' needs a GPU"),
         (["generate", "--from", "no.json"], "there is no record of a run at no.json"),
         (["generate", "--from", __file__], "is not the record of a run"),
     ],
@@ -338,7 +342,7 @@ def test_distilled_models_have_two_scales() -> None:
     pipe.transformer.register_to_config(guidance_embeds=True)
     assert call_arguments(pipe, distilled)["guidance_scale"] == 3.0
     negative = Settings(prompts=("x",), model="some/flux", negative_prompt="y")
-    with pytest.raises(ValueError, match=r"--negative-prompt has no effect.*--true-cfg-scale"):
+    with pytest.raises(ValueError, match=r"`negative_prompt` has no effect.*`true_cfg_scale`"):
         call_arguments(pipe, negative)
     arguments = {**negative.to_dict(), "prompts": ("x",), "references": (), "true_cfg_scale": 4.0}
     assert call_arguments(pipe, Settings(**arguments))["negative_prompt"] == "y"
@@ -351,7 +355,7 @@ class NoNegative:
 
 def test_an_argument_that_a_pipeline_lacks_is_named() -> None:
     settings = Settings(prompts=("x",), model="a/b", negative_prompt="y")
-    with pytest.raises(ValueError, match=r"^--negative-prompt: NoNegative has no negative_prompt$"):
+    with pytest.raises(ValueError, match=r"^`negative_prompt`: NoNegative has no negative_prompt$"):
         call_arguments(NoNegative(), settings)
     image_to_image = StableDiffusionImg2ImgPipeline.__new__(StableDiffusionImg2ImgPipeline)
     with pytest.raises(ValueError, match=r"StableDiffusionImg2ImgPipeline"):
@@ -386,8 +390,8 @@ def test_videos_are_mp4_or_gif(
     if ffmpeg and shutil.which("ffmpeg") is None:
         pytest.skip("no ffmpeg here")
     if not ffmpeg:
-        monkeypatch.setattr(generating.shutil, "which", lambda name: None)
-        monkeypatch.setattr(generating.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(media.shutil, "which", lambda name: None)
+        monkeypatch.setattr(media.util, "find_spec", lambda name: None)
     settings = Settings(prompts=("x",), model="a/b", images=2, frames=4, compare=True)
     generate(settings, tmp_path / "run", pipe=VideoPipeline(), progress=False)
     files = sorted((tmp_path / "run").glob("guided-*"))
@@ -401,7 +405,7 @@ def test_videos_are_mp4_or_gif(
 
 
 def test_a_video_that_cannot_be_written_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(media.shutil, "which", lambda name: sys.executable)
     with pytest.raises(RuntimeError, match="ffmpeg failed"):
         encode_video([Image.new("RGB", (4, 4))], 8)
 

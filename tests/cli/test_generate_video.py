@@ -114,7 +114,7 @@ def test_imageio_brings_the_encoder_where_the_system_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("imageio_ffmpeg")
-    monkeypatch.setattr("negtome_fast.generation.shutil.which", lambda name: None)
+    monkeypatch.setattr("negtome_fast.generation.media.shutil.which", lambda name: None)
     pictures = [Image.new("RGB", (33, 17), colour) for colour in ("red", "green", "blue")]
     suffix, content = encode_video(pictures, 8)
     assert suffix == ".mp4"

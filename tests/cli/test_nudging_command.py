@@ -14,7 +14,9 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from negtome_fast import cli
-from negtome_fast.cli import nudge
+from negtome_fast.cli.commands import bank, nudge
+from negtome_fast.generation import Settings, nudge_filters
+from negtome_fast.generation.nudged import NudgeRun, nudge_images
 from negtome_fast.nudging import CallableFilter, ReferenceBank
 
 RED, GREEN = (np.full((20, 30, 3), c, np.uint8) for c in ([255, 0, 0], [0, 255, 0]))
@@ -60,7 +62,7 @@ def test_a_bank_keeps_features_of_the_embedded_encoder(folder: Path, tmp_path: P
     pytest.importorskip("efficientnet_lite_pytorch")
     build = ("bank", "build", folder, "--out", tmp_path / "bank", "--size", "16", "--quiet")
     assert run(*build, "--encoder", "efficientnet") == 0
-    assert nudge.describe(tmp_path / "bank")["features"] == 1280
+    assert bank.describe(tmp_path / "bank")["features"] == 1280
 
 
 @pytest.mark.parametrize(
@@ -70,14 +72,14 @@ def test_a_bank_keeps_features_of_the_embedded_encoder(folder: Path, tmp_path: P
         (["bank", "build", "{tmp}", "--out", "{tmp}/pictures/red.png"], "is a file"),
         (["bank", "build", "{tmp}", "--out", "{tmp}/out", "--size", "0"], "--size must be"),
         (["bank", "info", "{tmp}"], "is not a reference bank"),
-        (["nudge", "--model", "{tmp}"], "--undesired DIR is needed"),
-        (["nudge", "--model", "{tmp}", "--undesired", "{tmp}"], "--prompt is needed"),
+        (["nudge", "--model", "{tmp}"], "needs --undesired: images"),
+        (["nudge", "--model", "{tmp}", "--undesired", "{tmp}"], "needs --prompt: what"),
         (["nudge", "--undesired", "{tmp}/nowhere", "--prompt", "a person"], "no folder"),
         (["nudge", "--filter", "taste:3"], "no filter 'taste'; there are pixels, latents"),
-        (["nudge", "--filter", "pixels"], "is not NAME:THRESHOLD"),
+        (["nudge", "--filter", "pixels"], "--filter pixels is not NAME:THRESHOLD"),
         (["nudge", "--filter", "pixels:7"], "threshold must lie between 0 and 1"),
         (["nudge", "--prompt", "a unicorn"], "does not know 'unicorn'"),
-        (["nudge", "-n", "0"], "-n must be at least 1, got 0"),
+        (["nudge", "-n", "0"], "--images must be at least 1, got 0"),
         (["nudge", "--max-attempts", "0"], "--max-attempts must be at least 1"),
         (["nudge", "--steps", "0"], "--steps must be at least 1"),
         (["nudge", "--seed", "-1"], "--seed must be between"),
@@ -93,17 +95,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     empty = ReferenceBank(("one",), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    monkeypatch.setattr(nudge, "own_characters", lambda pipe: empty)
+    monkeypatch.setattr(nudge_filters, "own_characters", lambda pipe: empty)
     assert run(*(argument.format(tmp=folder.parent) for argument in arguments)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("negtome-fast: error: ") and message in error
 
 
 def test_another_models_filters_are_checked_before_it_is_loaded(tmp_path: Path) -> None:
-    settings = nudge.Settings(prompts=("x",), model="somebody/model")
+    settings = Settings(prompts=("x",), model="somebody/model")
     with pytest.raises(ValueError, match="embedded model only"):
-        nudge.NudgeRun(settings, tmp_path, filters=("reader:0.5",))
-    assert nudge.NudgeRun(settings, tmp_path).parsed == (("pixels", 0.1),)
+        NudgeRun(settings, tmp_path, filters=("reader:0.5",))
+    assert NudgeRun(settings, tmp_path).parsed == (("pixels", 0.1),)
 
 
 # --------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def test_the_demonstration_nudges_what_the_filters_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One character, few steps: what is flagged before and after, and all files of the record."""
-    monkeypatch.setattr(nudge, "DESCRIBED", 2)
+    monkeypatch.setattr(nudge_filters, "DESCRIBED", 2)
     out = tmp_path / "run"
     arguments = ["nudge", "--prompt", "captain red", "-n", "2", "--steps", "4", "--output", out]
     code = run(*arguments, "--max-attempts", "2", "--quiet")
@@ -142,8 +144,8 @@ def test_images_that_pass_are_the_plain_ones_and_a_run_is_replaced(
     arguments = ["nudge", "--prompt", "a pixel art person", "-n", "1", "--steps", "2", "--quiet"]
     arguments += ["--undesired", folder, "--output", out]
     with pytest.warns(UserWarning, match=r"broken\.png"):
-        settings = nudge.Settings(("a pixel art person",), images=2, steps=2)
-        nudge.nudge_images(nudge.NudgeRun(settings, folder), out, progress=False)
+        settings = Settings(("a pixel art person",), images=2, steps=2)
+        nudge_images(NudgeRun(settings, folder), out, progress=False)
     assert (out / "after-0-001.png").is_file()
     assert run(*arguments) == 2
     assert run(*arguments, "--overwrite") == 0
@@ -159,7 +161,7 @@ def test_what_stays_flagged_is_marked_and_is_exit_code_1(
     def always(*_: Any) -> CallableFilter:
         return CallableFilter(lambda images: [1.0] * len(images), 0.5, "always")
 
-    monkeypatch.setattr(nudge, "build_filter", always)
+    monkeypatch.setattr(nudge_filters, "build_filter", always)
     arguments = ["nudge", "--prompt", "captain red", "-n", "1", "--steps", "2", "--quiet"]
     arguments += ["--undesired", folder, "--output", tmp_path / "run", "--max-attempts", "1"]
     assert run(*arguments) == 1
@@ -174,9 +176,9 @@ def test_every_filter_of_the_command_line_knows_its_own_images(name: str) -> Non
         pytest.importorskip("imagehash")
     pipe = models.load_pipeline()
     images = models.generate(pipe, "captain red", [0, 1], steps=8)
-    known = nudge._bank(("captain", "again"), images)
+    known = nudge_filters.bank_of(("captain", "again"), images)
     threshold = {"pixels": 0.05, "latents": 0.2, "features": 0.9, "hash": 8, "reader": 0.5}[name]
-    one = nudge.build_filter(name, threshold, known, pipe)
+    one = nudge_filters.build_filter(name, threshold, known, pipe)
     assert one.name == name
     assert [verdict.triggered for verdict in one.judge(images)] == [True, True]
     other = models.generate(pipe, "a big smile person", [0], steps=8)

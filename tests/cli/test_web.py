@@ -20,8 +20,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from negtome_fast import cli, generation, models
-from negtome_fast.cli import web
-from negtome_fast.cli.web import Request, Workshop, check_picture, drawn_mask
+from negtome_fast.cli.web import outcome, page, uploads
+from negtome_fast.cli.web.session import DrawRequest, WebSession
+from negtome_fast.cli.web.uploads import check_picture, drawn_mask
 from negtome_fast.pipelines.hooks import find_hooks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -40,8 +41,8 @@ QUICK = {"prompt": PROMPT, "count": 2, "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Workshop:
-    return Workshop()
+def session() -> WebSession:
+    return WebSession()
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +57,31 @@ def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_images_are_those_of_the_model_without_and_with_guidance(workshop: Workshop) -> None:
-    made = workshop.make(Request(**QUICK, seed=3, guidance={"alpha": 0.9, "t_end": 0}))
-    alone = models.generate(workshop.pipe, PROMPT, [3, 4], steps=2, output_type="pil")
+def test_images_are_those_of_the_model_without_and_with_guidance(session: WebSession) -> None:
+    made = session.make(DrawRequest(**QUICK, seed=3, guidance={"alpha": 0.9, "t_end": 0}))
+    alone = models.generate(session.pipe, PROMPT, [3, 4], steps=2, output_type="pil")
     assert np.array_equal(pixels(made.plain), pixels(alone))
     assert not np.array_equal(pixels(made.guided), pixels(alone))
     assert made.summary["guided"] == 4  # of each half of guidance, in both steps
     assert made.summary["total"]["pushed"] > 0
-    assert f"{made.summary['total']['pushed']:.1%} were pushed" in web.told(made.summary)
-    assert find_hooks(workshop.pipe.transformer) is None
+    assert f"{made.summary['total']['pushed']:.1%} were pushed" in outcome.told(made.summary)
+    assert find_hooks(session.pipe.transformer) is None
 
 
-def test_first_image_of_the_batch_stays(workshop: Workshop) -> None:
-    made = workshop.make(Request(**QUICK, mode="first", guidance={"t_end": 0, "threshold": 0.2}))
+def test_first_image_of_the_batch_stays(session: WebSession) -> None:
+    made = session.make(DrawRequest(**QUICK, mode="first", guidance={"t_end": 0, "threshold": 0.2}))
     same = [np.array_equal(a, b) for a, b in zip(made.plain, made.guided, strict=True)]
     assert same == [True, False]
 
 
-def test_a_painted_region_is_matched_and_no_other(workshop: Workshop, picture: Image.Image) -> None:
+def test_a_painted_region_is_matched_and_no_other(
+    session: WebSession, picture: Image.Image
+) -> None:
     layer = Image.new("RGBA", picture.size)
     layer.paste("#d93025ff", (0, 0, 40, 90))
     pushed = {}
     for name, mask in (("all", None), ("left", drawn_mask([layer]))):
-        wanted = Request(
+        wanted = DrawRequest(
             PROMPT,
             count=1,
             steps=2,
@@ -87,17 +90,17 @@ def test_a_painted_region_is_matched_and_no_other(workshop: Workshop, picture: I
             mask=mask,
             guidance={"threshold": 0.2, "t_end": 0},
         )
-        pushed[name] = workshop.make(wanted).summary["total"]["similarity"]
+        pushed[name] = session.make(wanted).summary["total"]["similarity"]
     assert pushed["left"] < pushed["all"]
 
 
-def test_requests_at_the_same_time_do_not_meet_in_the_model(workshop: Workshop) -> None:
-    wishes = [Request(**QUICK, guidance={"alpha": alpha, "t_end": 0}) for alpha in (0.5, 2.0)]
-    alone = [pixels(workshop.make(wish).guided) for wish in wishes]
+def test_requests_at_the_same_time_do_not_meet_in_the_model(session: WebSession) -> None:
+    wishes = [DrawRequest(**QUICK, guidance={"alpha": alpha, "t_end": 0}) for alpha in (0.5, 2.0)]
+    alone = [pixels(session.make(wish).guided) for wish in wishes]
     together: dict[int, Any] = {}
 
     def work(number: int) -> None:
-        together[number] = pixels(workshop.make(wishes[number]).guided)
+        together[number] = pixels(session.make(wishes[number]).guided)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -122,15 +125,15 @@ def test_requests_at_the_same_time_do_not_meet_in_the_model(workshop: Workshop) 
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_cannot_be_right_is_refused(
-    workshop: Workshop, changes: dict[str, Any], words: str
+    session: WebSession, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        workshop.make(Request(**{**QUICK, **changes}))
-    assert find_hooks(workshop.pipe.transformer) is None
+        session.make(DrawRequest(**{**QUICK, **changes}))
+    assert find_hooks(session.pipe.transformer) is None
 
 
-def test_warnings_of_the_library_are_handed_on(workshop: Workshop) -> None:
-    made = workshop.make(Request(**QUICK, guidance={"blocks": ["attn"], "min_grid": (99, 99)}))
+def test_warnings_of_the_library_are_handed_on(session: WebSession) -> None:
+    made = session.make(DrawRequest(**QUICK, guidance={"blocks": ["attn"], "min_grid": (99, 99)}))
     assert any("no block was guided" in words for words in made.warnings)
 
 
@@ -143,7 +146,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 def test_uploads_are_looked_at_before_they_are_read(
     tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in web.FORMATS:
+    for kind in uploads.FORMATS:
         check_picture(encoded(picture, kind))
     with pytest.raises(ValueError, match="no picture that can be read: PNG, JPEG, WEBP"):
         check_picture(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
@@ -153,10 +156,10 @@ def test_uploads_are_looked_at_before_they_are_read(
     for side in (5000, 20000):
         bomb = tmp_path / f"bomb-{side}.png"
         bomb.write_bytes(encoded(Image.new("1", (side, side))))
-        assert bomb.stat().st_size < web.MOST_BYTES
+        assert bomb.stat().st_size < uploads.MOST_BYTES
         with pytest.raises(ValueError, match="16 million"):
             check_picture(bomb)
-    monkeypatch.setattr(web, "MOST_BYTES", 100)
+    monkeypatch.setattr(uploads, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="MiB"):
         check_picture(encoded(picture))
 
@@ -173,18 +176,18 @@ def test_mask_is_what_was_painted_on_any_layer() -> None:
     assert np.argwhere(np.asarray(mask) > 0).tolist() == [[0, 5], [2, 1]]
 
 
-def test_every_guided_block_is_in_the_plot(workshop: Workshop) -> None:
-    made = workshop.make(Request(**QUICK, guidance={"t_end": 0}))
-    axes = web.plot(made.summary).axes[0]
+def test_every_guided_block_is_in_the_plot(session: WebSession) -> None:
+    made = session.make(DrawRequest(**QUICK, guidance={"t_end": 0}))
+    axes = outcome.plot(made.summary).axes[0]
     rows = made.summary["rows"]
     assert [label.get_text() for label in axes.get_yticklabels()] == [r["block"] for r in rows]
     lengths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     assert lengths == [[row[name] for row in rows] for name in ("matched", "pushed")]
 
 
-def test_a_mode_begins_with_the_settings_of_its_application(workshop: Workshop) -> None:
+def test_a_mode_begins_with_the_settings_of_its_application(session: WebSession) -> None:
     for mode, application in (("others", "diversity"), ("image", "avoid")):
-        config = workshop.defaults(mode).to_dict()
+        config = session.defaults(mode).to_dict()
         tuned = generation.APPLICATIONS[application].embedded
         assert {name: config[name] for name in tuned} == tuned
 
@@ -199,7 +202,7 @@ def test_without_gradio_the_extra_is_named(
 
 def test_options_of_the_command_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(web, "serve", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setattr(page, "serve", lambda *args, **kwargs: seen.append((args, kwargs)))
     assert cli.main(["web"]) == 0
     options = ["--model", "owner/name", "--dtype", "bfloat16", "--host", "0.0.0.0", "--port", "0"]
     assert cli.main(["web", *options]) == 0
@@ -209,18 +212,18 @@ def test_options_of_the_command_reach_the_page(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def address(workshop: Workshop) -> Iterator[str]:
-    page, address = web.serve(workshop.settings, port=0, pipe=workshop.pipe, wait=False)
+def address(session: WebSession) -> Iterator[str]:
+    opened, address = page.serve(session.settings, port=0, pipe=session.pipe, wait=False)
     yield address
-    page.close()
+    opened.close()
 
 
 @needs_gradio
-def test_page_is_for_this_machine_and_serves_one_request_at_a_time(workshop: Workshop) -> None:
-    page = web.build(workshop)
-    assert page.analytics_enabled is False
-    assert page._queue.max_size == web.WAITING
-    (event,) = [fn for fn in page.fns.values() if fn.api_name == "generate"]
+def test_page_is_for_this_machine_and_serves_one_request_at_a_time(session: WebSession) -> None:
+    built = page.build(session)
+    assert built.analytics_enabled is False
+    assert built._queue.max_size == page.WAITING
+    (event,) = [fn for fn in built.fns.values() if fn.api_name == "generate"]
     assert event.concurrency_limit == 1
 
 
@@ -266,10 +269,10 @@ def test_program_interface_draws_and_says_what_is_wrong(
 
 
 @needs_gradio
-def test_a_port_that_is_taken_is_named(address: str, workshop: Workshop) -> None:
+def test_a_port_that_is_taken_is_named(address: str, session: WebSession) -> None:
     port = int(address.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(OSError, match=f"port {port}, which is taken.*--port"):
-        web.serve(workshop.settings, port=port, pipe=workshop.pipe, wait=False)
+    with pytest.raises(OSError, match=f"port {port}, which is taken.*`port`"):
+        page.serve(session.settings, port=port, pipe=session.pipe, wait=False)
 
 
 @needs_gradio

@@ -22,7 +22,8 @@ pytest.importorskip("matplotlib", reason="the extra 'eval' is not installed")
 from helpers.pipeline_families import qwen
 from helpers.pipelines_fixtures import sdxl_pipeline
 from negtome_fast import generation
-from negtome_fast.cli import _reference, build_parser, main
+from negtome_fast.cli import build_parser, main
+from negtome_fast.cli.options import reference_file
 from negtome_fast.models import model_folder
 from negtome_fast.models.avatars import CHARACTERS, render
 from negtome_fast.models.features import FeatureExtractor
@@ -437,7 +438,7 @@ def asked(words: list[str], picture: Path | None = None) -> own.Request:
     found = vars(build_parser().parse_args(["eval", "own", *words]))
     common = ("command", "study", "samples", "quick", "out", "store", "threads")
     values = {name: value for name, value in found.items() if name not in common}
-    references = [_reference(entry) for entry in values.get("references", ())]
+    references = [reference_file(entry) for entry in values.get("references", ())]
     if picture is not None:
         files = {"image": str(picture), "mask": str(picture.with_name("top.png"))}
         references = [replace(entry, **files) for entry in references]

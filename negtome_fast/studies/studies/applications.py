@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...config import NegToMeConfig
-from ...generation import APPLICATIONS, Settings, _blurred
+from ...generation import APPLICATIONS, Settings, blurred
 from ...models.avatars import OPEN_ATTRIBUTES, STYLES, Avatar, attributes_in, prompt_for, render
 from .. import measures
 from ..intervals import Interval, Mean
@@ -91,7 +91,7 @@ def _image(samples: Samples, item: int) -> Image:
 
 def blurred_copies(samples: Samples) -> Samples:
     """The same samples with their images blurred; nothing else is of the blurred ones."""
-    images = [_blurred(_image(samples, item), BLUR) for item in range(len(samples))]
+    images = [blurred(_image(samples, item), BLUR) for item in range(len(samples))]
     return replace(
         samples, images=np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
     )
@@ -290,7 +290,7 @@ def sharpen(run: Run, scale: float) -> dict[str, Any]:
         from PIL import Image
 
         style = attributes_in(base.prompts[item])["style"]
-        return _blurred(Image.fromarray(picture(style)), BLUR)
+        return blurred(Image.fromarray(picture(style)), BLUR)
 
     drawn = {UNGUIDED: base}
     kinds = {"own blurred copy": own}

@@ -148,7 +148,7 @@ class Drawing:
                 made = generation.draw(self._pipe, plan.call, prompt, seeds)
                 pushed = handle.summary().total.pushed
         seconds = (time.perf_counter() - began) / len(made)
-        if not all(generation._is_image(image) for image in made):
+        if not all(generation.is_image(image) for image in made):
             raise ValueError(f"{type(self._pipe).__name__} makes videos; eval own measures images")
         images = np.stack([np.asarray(image.convert("RGB")) for image in made])
         return {"images": images, "seconds": np.array(seconds), "pushed": np.array(pushed)}
@@ -163,7 +163,7 @@ class Drawing:
 
         parts = []
         for seed, pixels in zip(group.seeds, draft["images"], strict=True):
-            blurred = generation._blurred(Image.fromarray(pixels), self._settings.blur)
+            blurred = generation.blurred(Image.fromarray(pixels), self._settings.blur)
             parts.append(self._drawn(plan, group.prompt, [seed], [Reference(blurred)]))
         joined = {name: np.array([part[name] for part in parts]) for name in ("seconds", "pushed")}
         return {
@@ -180,7 +180,7 @@ class Drawing:
         """Everything that decides the images."""
         identity = {
             **self._origin,
-            "call": {name: generation._plain(value) for name, value in plan.call.items()},
+            "call": {name: generation.plain_value(value) for name, value in plan.call.items()},
             "guidance": None if plan.config is None else plan.config.to_dict(),
         }
         if plan.config is not None and self._references:

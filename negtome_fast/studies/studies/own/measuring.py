@@ -42,7 +42,7 @@ class Meter:
         self.metrics = [
             metric
             for name in dict.fromkeys(wanted.metrics)
-            for metric in _metrics(name, settings.device or generation._default_device())
+            for metric in _metrics(name, settings.device or generation.default_device())
             if set(metric.needs) <= given and metric.name not in _OF_FEW
         ]
         if settings.preset == "sharpen":
@@ -132,7 +132,7 @@ def compared(
         conditions[plan.condition.name] = {**entry, "groups": list(parts)}
     return {
         "guidance_scale": plans[0].scale,
-        "call": {key: generation._plain(value) for key, value in plans[0].call.items()},
+        "call": {key: generation.plain_value(value) for key, value in plans[0].call.items()},
         "drawn": "groups within prompts" if strata else "groups",
         "conditions": conditions,
     }
