@@ -221,7 +221,7 @@ def generate_with_nudging(
     Raises:
         ValueError, TypeError: arguments that cannot be right.
         NudgingFailed: see `on_failure`.
-        Whatever the pipeline raises; it is left as it was.
+        Exception: whatever the pipeline raises; it is left as it was.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
