@@ -6,6 +6,8 @@
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
 #   make pictures the pictures of docs/applications.md
+#   make pages    the generated parts of README.md and docs/, from bench/results
+#   make docs     the site of docs/, in site/; any warning is an error
 #   make clean    remove .venv, caches and build products
 # Variables: PYTHON (default python3), ARGS (demo, pictures, test, bench, candidates), PIP_ARGS, TRITON;
 # PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
 .PHONY: demo pictures test lint format bench compile-check compile-tables candidates other-triton
-.PHONY: clean
+.PHONY: pages docs clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -57,8 +59,15 @@ bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)
 	$(BIN)/python -m pytest -q bench/bench_operator.py
 
+pages: $(VENV)/installed-all
+	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.evaluation
+
+docs: $(VENV)/installed-all
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path "./.git/*" -exec rm -rf {} +
 
 # Only to compile with: a folder of its own, which comes first on the path of a process.

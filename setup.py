@@ -52,6 +52,7 @@ WEB = [*DEMO, "gradio>=6.31", "matplotlib>=3.8"]
 FAISS = ["faiss-cpu>=1.8"]
 VIDEO = ["imageio-ffmpeg>=0.5"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 DEV = [
     "cache-dit>=1.5",
     "hypothesis>=6.100",
@@ -107,12 +108,13 @@ setup(
         "eval": EVAL,
         "metrics": METRICS,
         "dev": DEV,
+        "docs": DOCS,
         "nudge": NUDGE,
         "faiss": FAISS,
         "video": VIDEO,
         "onnx": ONNX,
         "web": WEB,
-        "all": sorted({*EVAL, *NUDGE, *FAISS, *VIDEO, *ONNX, *DEV}),
+        "all": sorted({*EVAL, *NUDGE, *FAISS, *VIDEO, *ONNX, *DEV, *DOCS}),
     },
     entry_points={"console_scripts": ["negtome-fast = negtome_fast.cli:main"]},
     classifiers=[

@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: writes the tables of README.md from the files in bench/results/.
+"""`python -m bench.readme`: writes the tables of `PAGES` from the files in bench/results/.
 
 A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; a missing file reads "not
 measured". That of the supported models comes from the layouts and the families of the tests. With
@@ -15,6 +15,7 @@ from typing import Any
 
 from ._path import ROOT
 from .marked import Tables, body_of, fill, update
+from .readme_rows import results_table
 from .results import FOLDER as RESULTS
 from .results import end_to_end, micro
 from .tables import (
@@ -27,7 +28,10 @@ from .tables import (
     time_text,
 )
 
-README = ROOT / "README.md"
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("results.md", "benchmarks.md", "families.md")),
+)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -392,13 +396,17 @@ def render(text: str, results: Path = RESULTS) -> str:
     """
 
     def body(name: str) -> str:
-        return families_table() if name == "families" else body_of(name, TABLES, results)
+        if name == "families":
+            return families_table()
+        if name == "results":
+            return results_table(results)
+        return body_of(name, TABLES, results)
 
     return fill(text, body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return update("bench.readme", __doc__, README, render, argv)
+    return max(update("bench.readme", __doc__, page, render, argv) for page in PAGES)
 
 
 if __name__ == "__main__":

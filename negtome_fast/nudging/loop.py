@@ -78,7 +78,7 @@ def generate_with_nudging(
     Raises:
         ValueError, TypeError: arguments that cannot be right.
         NudgingFailed: see `on_failure`.
-        Whatever the pipeline raises; it is left as it was.
+        Exception: whatever the pipeline raises; it is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
     if not filters:

@@ -318,15 +318,15 @@ class MyTransformer(nn.Module):
 
 
 def examples() -> dict[str, str]:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     docstring = inspect.getdoc(register_layout) or ""
     return {
         name: next(b for b in re.findall(r"```python\n(.*?)```", t, re.DOTALL) if "MyTr" in b)
-        for name, t in (("README", text), ("docstring", docstring))
+        for name, t in (("page", text), ("docstring", docstring))
     }
 
 
-@pytest.mark.parametrize("name", ["README", "docstring"])
+@pytest.mark.parametrize("name", ["page", "docstring"])
 def test_the_example_of_register_layout_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts._LAYOUTS))
     exec(examples()[name], {})

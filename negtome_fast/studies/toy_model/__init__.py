@@ -1,0 +1,1 @@
+"""Training of the embedded model and of its overfitted variant, and the model's card."""
