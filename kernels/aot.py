@@ -131,8 +131,8 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
     others = {"MODE": "others", "NUMBERS": False, "INPLACE": False, "INTERPRETED": False}
     if kernel == "scale":
         return {"mask": rows}
-    if kernel in ("rows", "finish"):
-        blocks = tile if kernel == "rows" else rows
+    if kernel in ("fused", "push_from_keys"):
+        blocks = tile if kernel == "fused" else rows
         variants = {"first, in place": {**blocks, **pipelines}, "others": {**blocks, **others}}
     elif kernel in ("tiles", "pairs"):
         tile |= {"GROUP_M": config.GROUP_M, "FLATTEN": bool(config.FLATTEN)}
@@ -193,10 +193,10 @@ def _function(kernel: str) -> Any:
         return getattr(coarse, f"{kernel}_kernel")
     return {
         "scale": match.scale_kernel,
-        "rows": fused.fused_kernel,
+        "fused": fused.fused_kernel,
         "tiles": match.tiled_match_kernel,
         "pairs": match.tiled_match_kernel,
-        "finish": push.push_from_keys_kernel,
+        "push_from_keys": push.push_from_keys_kernel,
         "resolve": match.resolve_kernel,
         "push": push.push_kernel,
         "nudge": nudge.nudge_kernel,

@@ -1,10 +1,11 @@
-"""Paper matching, threshold and push in one launch: a program owns its rows.
+"""Match, compare with the threshold and push in one launch.
 
     y_i = x_i + alpha_c (x_i - r_cj) where cos(x_i, r_cj) > threshold_c, else y_i = x_i;
     (c, j) is the best match over all slots and tokens, lowest slot and then lowest token on ties.
 
-Every program walks all reference tokens, so few rows leave a GPU idle; in exchange nothing is
-written between matching and push. The tuning table says where that is faster than tiles.
+Paper matching of NegToMe (arXiv 2412.01339), combine="nearest". A program owns BLOCK_M source
+tokens and walks all reference tokens: nothing is written between matching and push, but few source
+tokens leave a GPU idle. The tuning table says where that is faster than tiles (match.py).
 """
 
 from __future__ import annotations
@@ -61,19 +62,21 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, b) owns BLOCK_M tokens of item b; nearest of all slots.
+    """Push every source token away from its best match of all slots.
 
     x, out (B, N, D), reference (P, M, D), any strides; reference_scale (P, M) from scale_kernel;
     alpha, threshold fp32 with stride 0 or 1 over the slots, or numbers with NUMBERS; source_mask
     (B, N) uint8 or None; similarity (B, 1, N) fp32 and pushed (B, 1, N) int64 = slot * M + token,
-    -1 where not pushed. INPLACE writes only the rows that change.
+    -1 where not pushed. Program (i, b) owns BLOCK_M tokens of item b. INPLACE writes only the rows
+    that change.
     """
+    # Rows of this program
     item = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_pointers = x_ptr + item.to(tl.int64) * stride_xb
     row_pointers += tl.minimum(rows, N - 1).to(tl.int64) * stride_xn
 
-    # Match; strictly better, as earlier slots and tiles hold lower indices
+    # Match: ties keep the earlier slot and tile, which hold the lower indices
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     token = tl.full((BLOCK_M,), -1, tl.int32)
     best_slot = tl.zeros((BLOCK_M,), tl.int32)
@@ -101,6 +104,7 @@ def fused_kernel(
             token = tl.where(better, first + position, token)
             best_slot = tl.where(better, slot, best_slot)
 
+    # Threshold and push
     push_match(
         x_ptr,
         reference_ptr,

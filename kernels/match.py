@@ -1,11 +1,11 @@
-"""Best reference token of every source token, without ever storing the N x M similarities.
+"""Find the best reference token of every source token without storing the N x M similarities.
 
     j*(i) = argmax over allowed j of <x_i, r_j> / max(|r_j|, 1e-12)
 
-`tiled_match_kernel` walks the tiles of all similarity matrices and raises one 64-bit key a source
-token to the best (score, token) of each tile: the maximum does not depend on the order in which
-tiles finish. `fused.py` holds the kernel in which a program owns its rows; docs/kernels.md says why
-both.
+Matching of NegToMe (arXiv 2412.01339). `tiled_match_kernel` walks the tiles of all similarity
+matrices. Every source token has one 64-bit key, which each tile raises to its best (score, token).
+A maximum does not depend on the order in which tiles finish, so results are deterministic. In
+`fused.py` a program owns its rows instead; docs/kernels.md says why both kernels exist.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .shared import (
     scale_line,
 )
 
-# What a key says before any tile has offered a candidate: below every packed candidate.
+# Key without a candidate: less than every packed candidate.
 NO_KEY = tl.constexpr(-(2**63))
 
 
@@ -38,25 +38,25 @@ NO_KEY = tl.constexpr(-(2**63))
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def pack(score, token):
-    """int64 keys of fp32 scores, never NaN, and int32 tokens, never negative."""
-    # -0.0 and 0.0 tie; their bits do not.
+    """int64 keys of fp32 scores (not NaN) and int32 tokens (not negative)."""
+    # -0.0 equals 0.0, but their bits differ.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    # Negative floats grow towards zero as their bits shrink: flip all but the sign.
+    # The bits of negative floats have the reverse order: flip all but the sign.
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    # The largest number for token 0.
+    # Token 0 gets the largest number, so the lower token wins a tie.
     return (ordered << 32) | (token ^ 0x7FFFFFFF).to(tl.int64)
 
 
 @triton.jit
 def unpack(key):
-    """The int32 tokens of keys, -1 where no candidate was ever offered."""
+    """int32 tokens of keys, -1 for keys without a candidate."""
     token = (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
     return tl.where(key == NO_KEY, -1, token)
 
 
 @triton.jit
 def offer(key_pointers, score, token, inside):
-    """Raise keys in memory to the candidates that are better; -inf is no candidate."""
+    """Raise keys in memory to better candidates; a score of -inf or NaN is no candidate."""
     tl.atomic_max(
         key_pointers,
         pack(score, token),
@@ -86,14 +86,16 @@ def scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Column scales: tokens (P, M, D), mask (P, M) uint8 or None -> scale fp32.
+    """Write the scale of every token, and empty the keys.
 
-    scale (P, M up to a multiple of SCALE_BLOCK), contiguous:
-    scale = 1 / max(|token|, 1e-12), or MASKED, or NON_FINITE; what is beyond M is MASKED. Program
-    (i, p) owns BLOCK_M tokens of item `p * item_step`: with reference "first" only the heads of the
-    groups are needed. All programs together set `keys` int64 keys at key_ptr to NO_KEY, which saves
-    a launch.
+        scale = 1 / max(|token|, 1e-12), or MASKED, or NON_FINITE
+
+    tokens (P, M, D), any strides; mask (P, M) uint8 or None; scale (P, M rounded up to a multiple
+    of SCALE_BLOCK) fp32, contiguous, MASKED beyond M. Program (i, p) owns BLOCK_M tokens of item
+    `p * item_step`: reference "first" needs only the heads of the groups. All programs together set
+    `keys` int64 keys at key_ptr to NO_KEY, which saves a launch.
     """
+    # Squared norms
     item = (tl.program_id(1) * item_step).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tokens < M
@@ -107,15 +109,18 @@ def scale_kernel(
             other=0.0,
         ).to(tl.float32)
         squares += tl.sum(token * token, axis=1)
+
+    # Scales
     scale = inverse_norm(squares)
     if mask_ptr is not None:
         allowed = tl.load(
             mask_ptr + item * stride_mb + tokens.to(tl.int64) * stride_mm, mask=inside, other=0
         )
         scale = tl.where((allowed != 0) | (scale == NON_FINITE), scale, MASKED)
-    # Programs cover whole blocks of scales.
+    # Programs cover whole blocks of scales, so the store needs no mask.
     tl.store(scale_ptr + scale_line(item, M) + tokens, tl.where(inside, scale, MASKED))
 
+    # Empty keys
     if key_ptr is not None:
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         programs = tl.num_programs(0) * tl.num_programs(1)
@@ -166,31 +171,35 @@ def tiled_match_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Raise the keys (B, C, N), or (B, 1, N) with UNION, to the best candidates of all tiles.
+    """Raise the keys to the best candidates of all tiles of similarities.
+
+        key(i) = max over tiles of max over columns j of (<row_i, column_j> * scale_j, j)
 
     rows (., N, D) and columns (., M, D), any strides, or 3-d tensor descriptors of them with blocks
-    of one item; scale from scale_kernel, the column scales of the side that is searched.
+    of one item; scale from scale_kernel: those of the columns, and with PAIRS also of the rows;
+    keys (B, C, N) int64, or (B, 1, N) with UNION.
 
     paper:    rows are source tokens, columns reference tokens.
     official: rows are reference tokens, columns source tokens (N == M).
     PAIRS:    mode "others", where rows and columns are the same tensor: one tile serves both items
-              of a pair, its row maxima one of them, its column maxima the other.
+              of a pair, one by its row maxima, the other by its column maxima.
     UNION:    one key for all slots, whose token is slot * M + token (paper only).
 
-    The matrices `first_product`, ... `first_product + products - 1` are cut into tiles, and program
-    p takes the tiles p, p + programs, ...; within a matrix GROUP_M blocks of rows go through all
-    columns before the next ones, so that programs that run together share both sides in the L2
-    cache. The codes divide (division.py): by the tiles of a matrix; by those of GROUP_M blocks of
-    rows; by the blocks of rows after the last whole GROUP_M; and as product_items says.
+    Matrices `first_product` to `first_product + products - 1` are cut into tiles. Program p takes
+    the tiles p, p + programs, ...; within a matrix GROUP_M blocks of rows meet all columns before
+    the next GROUP_M blocks start, so that programs that run together share both sides in the L2
+    cache. Codes replace divisions (division.py). tile_code: by the tiles of a matrix; band_code: by
+    the tiles of GROUP_M blocks of rows; tail_code: by the blocks of rows after the last whole
+    GROUP_M; product_code and circle_code: see product_items.
     """
     row_blocks = tl.cdiv(N, BLOCK_M)
     column_blocks = tl.cdiv(M, BLOCK_N)
     tiles = row_blocks * column_blocks
     whole_rows = row_blocks // GROUP_M * GROUP_M
-    # Loads by pointers lose their pipeline in a flattened loop.
+    # In a flattened loop, loads by pointers are no longer pipelined.
     FLAT: tl.constexpr = FLATTEN and row_descriptor is not None
     for task in tl.range(tl.program_id(0), products * tiles, tl.num_programs(0), flatten=FLAT):
-        # Which items
+        # Items of this product, and the key that each side raises
         product = quotient(task, tile_code)
         first, second, second_slot, first_slot = product_items(
             first_product + product,
@@ -206,14 +215,14 @@ def tiled_match_kernel(
         row_owner, row_slot = first, second_slot
         column_owner, column_slot = second, first_slot
         if OFFICIAL:
-            # Rows are reference tokens; what they find belongs to the item of the columns.
+            # Rows are reference tokens; their matches belong to the item of the columns.
             if PAIRS:
                 row_owner, row_slot = second, first_slot
                 column_owner, column_slot = first, second_slot
             else:
                 row_item, column_item = second, first
 
-        # Which tile
+        # Blocks of rows and columns of this tile
         tile = task - product * tiles
         band = quotient(tile, band_code)
         within = tile - band * (GROUP_M * column_blocks)
@@ -226,7 +235,7 @@ def tiled_match_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         columns = first_column + tl.arange(0, BLOCK_N)
 
-        # Product
+        # Similarities of the tile
         if row_descriptor is not None:
             ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.float32
             similarities = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
@@ -255,7 +264,7 @@ def tiled_match_kernel(
                 INTERPRETED,
             )
 
-        # Best column of every row
+        # Maximum of every row
         scale = load_scales(scale_ptr, column_item, columns, M)
         best, position = best_of(similarities * scale[None, :], 1, INTERPRETED)
         token = first_column + position
@@ -266,7 +275,7 @@ def tiled_match_kernel(
             line = line * slots + row_slot
         offer(key_ptr + line * N + rows, best, token, rows < N)
 
-        # Best row of every column
+        # Maximum of every column
         if PAIRS:
             scale = load_scales(scale_ptr, row_item, rows, N)
             best, position = best_of(similarities * scale[:, None], 0, INTERPRETED)
@@ -308,27 +317,34 @@ def resolve_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """keys (B, C, N) -> similarity (B, C, N) fp32 and index (B, C, N) int64; -inf, -1: no match.
+    """Turn keys into similarity and index; -inf and -1 where there is no match.
 
-    Program (i, b) owns BLOCK_M tokens of item b in all slots. The similarity is the cosine,
-    recomputed in fp32 from the two tokens.
+        paper:    similarity_i = cos(x_i, r_j),  j the token of the key
+        official: similarity_i = cos(r_i, x_j),  and the push is away from r_j
 
-    paper:    x_scale_ptr is not read.
-    official: the mask, folded into the reference scale, gates rows; a match that points at a
-              non-finite r[i*], or belongs to a non-finite x_j, is none.
+    x (B, N, D), reference (P, M, D), any strides; keys (B, C, N) int64; similarity (B, C, N) fp32;
+    index (B, C, N) int64. Program (i, b) owns BLOCK_M tokens of item b in all slots. The cosine is
+    recomputed in fp32 from the two tokens, so it does not depend on the tile that found them.
+
+    With paper matching x_scale_ptr is not read. With official matching there is no match where
+    token i is masked or x_i, r_i or r_j is not finite.
     """
+    # Rows of this program
     item = tl.program_id(1)
     wide_item = item.to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < N
     wide_rows = rows.to(tl.int64)
     for slot in range(slots):
+        # Token of every row
         line = (wide_item * slots + slot) * N + rows
         token = unpack(tl.load(key_ptr + line, mask=row_inside, other=NO_KEY)).to(tl.int64)
         found = row_inside & (token >= 0)
         other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
+
+        # Cosine of the pair
         if OFFICIAL:
-            gate = tl.load(
+            reference_scale = tl.load(
                 reference_scale_ptr + scale_line(other, M) + rows, mask=found, other=MASKED
             )
             source_scale = tl.load(
@@ -337,7 +353,12 @@ def resolve_kernel(
             away_scale = tl.load(
                 reference_scale_ptr + scale_line(other, M) + token, mask=found, other=0.0
             )
-            found = found & (gate >= 0.0) & (source_scale >= 0.0) & (away_scale != NON_FINITE)
+            found = (
+                found
+                & (reference_scale >= 0.0)
+                & (source_scale >= 0.0)
+                & (away_scale != NON_FINITE)
+            )
             match_scale = tl.load(
                 x_scale_ptr + scale_line(wide_item, N) + token, mask=found, other=0.0
             )

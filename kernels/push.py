@@ -1,10 +1,11 @@
-"""Threshold and extrapolate, from matches that are already known.
+"""Compare known matches with the threshold, and push.
 
     nearest: y_i = x_i + [s_c > threshold_c] alpha_c (x_i - r_c), c the slot of largest similarity
     sum:     y_i = x_i + sum over slots c of [s_c > threshold_c] alpha_c (x_i - r_c)
 
-`push_from_keys_kernel` ends the matching of tiled_match_kernel: nearest, paper matching.
-`push_kernel` takes similarities and indices, for official matching and combine="sum".
+The extrapolation of NegToMe (arXiv 2412.01339). `push_from_keys_kernel` follows
+`tiled_match_kernel`: paper matching, nearest. `push_kernel` follows `resolve_kernel`: official
+matching, or combine="sum".
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .match import NO_KEY, unpack
-from .shared import RUNTIME_SIZES, of_slot, push_match, reference_item, round_to
+from .shared import RUNTIME_SIZES, push_match, reference_item, round_to, slot_value
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -55,18 +56,23 @@ def push_from_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Push from keys (B, 1, N) of the union of all slots.
+    """Push every source token away from the token of its key.
 
-    Program (i, b) owns BLOCK_M tokens of item `first_item` + b. Arguments as for fused_kernel. The
-    cosine that meets the threshold is recomputed in fp32 from the two tokens, so that it does not
-    depend on the tiles.
+        y_i = x_i + alpha_c (x_i - r_cj) where cos(x_i, r_cj) > threshold_c, else y_i = x_i
+
+    keys (B, 1, N) int64 over all slots, whose token is slot * M + token; all else as for
+    fused_kernel. Program (i, b) owns BLOCK_M tokens of item `first_item` + b. The cosine that meets
+    the threshold is recomputed in fp32 from the two tokens, so it does not depend on the tiles.
     """
+    # Rows of this program, and their keys
     item = first_item + tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < N
     key = tl.load(key_ptr + item.to(tl.int64) * N + rows, mask=row_inside, other=NO_KEY)
-    # Group heads of mode "first" were offered no candidate: their keys say so.
+    # Keys of group heads in mode "first" are empty: nothing offered them a candidate.
     match = unpack(key)
+
+    # Threshold and push
     push_match(
         x_ptr,
         reference_ptr,
@@ -148,16 +154,16 @@ def push_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, b) owns BLOCK_M tokens of item b.
+    """Push every source token away from its nearest match, or with SUM from all its matches.
 
     x, out (B, N, D), reference (P, M, D), any strides; match_similarity (B, C, N) fp32 and
-    match_index (B, C, N) int64, contiguous, -1 where no match; alpha, threshold fp32 with stride
-    0 or 1 over the slots, or numbers with NUMBERS; source_mask (B, N) uint8 or None. SUM: pushed
-    (B, C, N), similarity_ptr is not written; nearest: similarity (B, 1, N) fp32, pushed (B, 1, N).
-    pushed is int64, slot * M + token, -1 where not pushed. INPLACE writes only the rows that
-    change.
+    match_index (B, C, N) int64, contiguous, -1 where there is no match; alpha, threshold fp32 with
+    stride 0 or 1 over the slots, or numbers with NUMBERS; source_mask (B, N) uint8 or None. SUM:
+    pushed (B, C, N), similarity_ptr is not written; else similarity (B, 1, N) fp32 and pushed
+    (B, 1, N). pushed is int64, slot * M + token, -1 where not pushed. Program (i, b) owns BLOCK_M
+    tokens of item b. INPLACE writes only the rows that change.
     """
-    # Which rows
+    # Rows of this program, and those that may move
     item = tl.program_id(1)
     wide_item = item.to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,7 +179,7 @@ def push_kernel(
         )
         may_move = may_move & (source_mask != 0)
 
-    # Threshold; a slot at a time, keeping the best one or all
+    # Threshold: slot by slot, keeping the best one, or with SUM all
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     index = tl.full((BLOCK_M,), -1, tl.int64)
     best_slot = tl.zeros((BLOCK_M,), tl.int32)
@@ -183,7 +189,7 @@ def push_kernel(
         value = tl.load(match_similarity_ptr + match, mask=row_inside, other=float("-inf"))
         position = tl.load(match_index_ptr + match, mask=row_inside, other=-1)
         if SUM:
-            threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
+            threshold = slot_value(threshold_ptr, slot, stride_threshold, NUMBERS)
             slot_moved = may_move & (position >= 0) & (value > threshold)
             pushed = tl.where(slot_moved, tl.cast(slot, tl.int64) * M + position, -1)
             tl.store(pushed_ptr + match, pushed, mask=row_inside)
@@ -193,13 +199,13 @@ def push_kernel(
             best = tl.where(better, value, best)
             index = tl.where(better, position, index)
             best_slot = tl.where(better, slot, best_slot)
-    alpha = of_slot(alpha_ptr, best_slot, stride_alpha, NUMBERS)
+    alpha = slot_value(alpha_ptr, best_slot, stride_alpha, NUMBERS)
     target = reference_item(item, best_slot, group_size, reference_step, MODE).to(tl.int64)
     target_pointers = reference_ptr + target * stride_rb + index * stride_rm
     if SUM:
         moved = changed != 0
     else:
-        threshold = of_slot(threshold_ptr, best_slot, stride_threshold, NUMBERS)
+        threshold = slot_value(threshold_ptr, best_slot, stride_threshold, NUMBERS)
         moved = may_move & (index >= 0) & (best > threshold)
         output = wide_item * N + rows
         tl.store(similarity_ptr + output, best, mask=row_inside)
@@ -226,8 +232,8 @@ def push_kernel(
                 match = (wide_item * slots + slot) * N + rows
                 value = tl.load(match_similarity_ptr + match, mask=row_inside, other=float("-inf"))
                 position = tl.load(match_index_ptr + match, mask=row_inside, other=-1)
-                slot_alpha = of_slot(alpha_ptr, slot, stride_alpha, NUMBERS)
-                slot_threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
+                slot_alpha = slot_value(alpha_ptr, slot, stride_alpha, NUMBERS)
+                slot_threshold = slot_value(threshold_ptr, slot, stride_threshold, NUMBERS)
                 slot_moved = may_move & (position >= 0) & (value > slot_threshold)
                 other = reference_item(item, slot, group_size, reference_step, MODE).to(tl.int64)
                 slot_pointers = reference_ptr + other * stride_rb + position * stride_rm

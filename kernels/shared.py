@@ -1,9 +1,9 @@
-"""What the kernels share: pairing, norms, the product of two blocks of tokens, and the push.
+"""Parts that several kernels call: pairing, norms, products of blocks of tokens, the push.
 
     similarity(i, j) = <x_i, r_j> / (max(|x_i|, 1e-12) max(|r_j|, 1e-12))
 
-A column scale is `1 / max(|r_j|, 1e-12)` or a negative number that says why token j is no
-candidate. The source norm does not change the argmax, so matching scales columns only.
+The scale of token j is `1 / max(|r_j|, 1e-12)`, or a negative number that says why the token is no
+candidate. Matching scales columns only: the source norm does not change the argmax.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import triton.language as tl
 from . import tuning
 from .division import quotient
 
-# Room for the scales of an item comes in blocks of this many.
+# The scales of an item fill whole blocks of this many.
 SCALE_BLOCK = tl.constexpr(tuning.SCALE_BLOCK)
-# What a scale says instead of 1 / norm, where a token must not be matched.
+# Scales of tokens that must not be matched.
 MASKED = tl.constexpr(-1.0)
 NON_FINITE = tl.constexpr(-2.0)
 
-# Sizes that change from call to call, and strides of what is read once: not even their value 1 or a
-# factor 16 is compiled in.
+# Sizes that change from call to call, and strides of arrays that are read once. Triton compiles a
+# value of 1 and a factor of 16 into a kernel: not for these.
 RUNTIME_SIZES = [
     "N",
     "M",
@@ -45,11 +45,11 @@ RUNTIME_SIZES = [
 
 
 # ---------------------------------------------------------------------------------------------
-# Pairing, as negtome_fast/pairing.py defines it
+# Pairing: the rules of negtome_fast/pairing.py
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def source_item(program, group_size, MODE: tl.constexpr):
-    """The source item that program number `program` owns: every item, or all but group heads."""
+    """Source item of program number `program`; in mode "first" group heads have no program."""
     item = program
     if MODE == "first":
         item = program // (group_size - 1) * group_size + program % (group_size - 1) + 1
@@ -58,7 +58,7 @@ def source_item(program, group_size, MODE: tl.constexpr):
 
 @triton.jit
 def reference_item(item, slot, group_size, reference_step, MODE: tl.constexpr):
-    """The reference item that source `item` meets in `slot` (a scalar or a tensor)."""
+    """Reference item that source `item` meets in `slot`, a scalar or a tensor."""
     if MODE == "external":
         result = item * reference_step + slot
     elif MODE == "first":
@@ -71,7 +71,7 @@ def reference_item(item, slot, group_size, reference_step, MODE: tl.constexpr):
 
 @triton.jit
 def slots_of(item, slots, group_size, MODE: tl.constexpr):
-    """How many references `item` meets: none where it is the head of a group in mode "first"."""
+    """Number of references that `item` meets: none for a group head in mode "first"."""
     count = slots
     if MODE == "first":
         count = tl.where(item % group_size == 0, 0, slots)
@@ -89,17 +89,17 @@ def product_items(
     MODE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """The two items of a product, the slot of the second for the first, and that of the first.
+    """Items of matrix number `product`: (first, second, slot of second, slot of first).
 
-    Number `product` of the matrices of a launch. Without PAIRS the first item is the source, the
-    second its reference, and the last number means nothing. With PAIRS both are items of a group.
-    product_code divides by: the pairs of a group; group_size - 1 in mode "first"; else the slots.
-    circle_code divides by group_size, with PAIRS only.
+    Without PAIRS the first item is the source and the second its reference; the slot of the first
+    means nothing. With PAIRS both are items of one group, and each is a reference of the other.
+    product_code divides by the matrices of a group: its pairs with PAIRS, group_size - 1 in mode
+    "first"; else by the slots. circle_code divides by group_size, with PAIRS only.
     """
     number = quotient(product, product_code)
     if PAIRS:
-        # Positions on a circle: first all neighbours, then all at distance 2, and so on; where g is
-        # even, the largest distance holds only g / 2 pairs, which come last.
+        # The items of a group stand on a circle. All pairs of neighbours come first, then all at
+        # distance 2, and so on. If group_size is even, the largest distance has half as many pairs.
         within = product - number * (group_size * (group_size - 1) // 2)
         distance = quotient(within, circle_code)
         first = within - distance * group_size
@@ -127,15 +127,15 @@ def product_items(
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def inverse_norm(squares):
-    """`1 / max(norm, 1e-12)` of sums of squares, NON_FINITE where the norm is not finite."""
+    """`1 / max(norm, 1e-12)` from sums of squares; NON_FINITE where the norm is not finite."""
     norm = tl.sqrt(squares)
-    # A comparison with NaN is false: NaN and infinity both end up as NON_FINITE.
+    # A comparison with NaN is false, so NaN becomes NON_FINITE as infinity does.
     return tl.where(norm < float("inf"), 1.0 / tl.maximum(norm, 1e-12), NON_FINITE)
 
 
 @triton.jit
 def scale_line(item, M):
-    """Where the scales of `item`, a scalar or a tensor, begin: items have room for whole blocks."""
+    """Offset of the first scale of `item`, a scalar or a tensor; items fill whole blocks."""
     return item.to(tl.int64) * (tl.cdiv(M, SCALE_BLOCK) * SCALE_BLOCK)
 
 
@@ -151,10 +151,10 @@ def exact_cosine(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """fp32 cosine of BLOCK_M pairs of tokens, recomputed from the tokens where `found`.
+    """fp32 cosines (BLOCK_M,) of pairs of tokens, computed from the tokens.
 
-    other_scale (BLOCK_M,) is the other token's inverse norm. -inf where not found, and where the
-    token's own norm is not finite.
+    other_scale (BLOCK_M,) are the inverse norms of the other tokens; those of the tokens are
+    computed here. The result is -inf where not `found` and where the token is not finite.
     """
     squares = tl.zeros((BLOCK_M,), tl.float32)
     products = tl.zeros((BLOCK_M,), tl.float32)
@@ -175,9 +175,9 @@ def exact_cosine(
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Finite fp32 `value` in `dtype`, rounded to nearest even."""
+    """Finite fp32 `value` rounded to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter truncates to bf16, and carries wrongly where asked to round.
+        # The interpreter truncates to bf16, and its own rounding carries wrongly.
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -187,7 +187,7 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------
-# The product of a block of rows and a block of columns
+# Product of a block of rows and a block of columns, and its maxima
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def multiply(
@@ -201,10 +201,10 @@ def multiply(
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """<row, column> for BLOCK_M rows and BLOCK_N columns of D channels, in fp32.
+    """Inner products (BLOCK_M, BLOCK_N) fp32 of rows and columns of D channels.
 
-    Every pointer must be readable: callers let rows and columns past the end repeat the last one,
-    which costs no mask in the loop.
+    All pointers must be readable. Callers repeat the last row or column past the end, so that the
+    loop needs no mask for them.
     """
     ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.float32
     product = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
@@ -226,21 +226,21 @@ def multiply(
 
 @triton.jit
 def accumulate(product, rows, columns, INTERPRETED: tl.constexpr):
-    """`product + rows @ columns`, exact in the products of the operands."""
+    """`product + rows @ columns`; the products of operands are exact."""
     if INTERPRETED:
-        # The interpreter multiplies the raw bits of bf16 operands, and its BLAS rounds equal
-        # columns differently by their place in the tile, which would break ties.
+        # The interpreter multiplies the raw bits of bf16 operands. Its BLAS rounds equal columns
+        # differently by their place in the tile, which would break ties. fp64 avoids both.
         rows = rows.to(tl.float64)
         columns = columns.to(tl.float64)
-    # Without "ieee" fp32 operands would be rounded to TF32.
+    # "ieee": fp32 operands are not rounded to TF32.
     return tl.dot(rows, columns, product, input_precision="ieee", out_dtype=product.dtype)
 
 
 @triton.jit
 def load_scales(scale_ptr, item, tokens, M):
-    """Scales of tokens of one block, in [0, M) or just beyond; NaN where one is no candidate.
+    """Scales of a block of tokens, in [0, M) or just beyond; NaN for those that are no candidates.
 
-    A similarity with them is NaN, which `best_of` passes over: that costs nothing per similarity.
+    NaN makes its similarities NaN, and `best_of` passes over NaN: no similarity needs a mask.
     """
     scale = tl.load(scale_ptr + scale_line(item, M) + tokens)
     return tl.where(scale >= 0.0, scale, float("nan"))
@@ -250,10 +250,9 @@ def load_scales(scale_ptr, item, tokens, M):
 def best_of(similarity, axis: tl.constexpr, INTERPRETED: tl.constexpr):
     """Maximum of a block (rows, columns) along `axis`, and the least position that has it.
 
-    NaN is no candidate. It stands for a token that may not be matched, and comes from tokens that
-    are not finite. A compiled maximum passes over NaN, and nothing equals it; the interpreter's
-    maximum does not, so there it becomes -inf. Where nothing is a candidate the maximum is NaN or
-    -inf, and the position means nothing.
+    NaN is no candidate: it marks tokens that may not be matched or are not finite. The compiled
+    maximum passes over NaN; the interpreter's does not, so there NaN becomes -inf first. A line
+    without a candidate has the maximum NaN or -inf and a meaningless position.
     """
     if INTERPRETED:
         similarity = tl.where(similarity == similarity, similarity, float("-inf"))
@@ -263,8 +262,8 @@ def best_of(similarity, axis: tl.constexpr, INTERPRETED: tl.constexpr):
         row = tl.arange(0, LENGTH)[:, None]
         position = tl.min(tl.where(similarity == best[None, :], row, LENGTH), axis=0)
     else:
-        # Runs of RUN columns: a thread holds columns at the same place in many runs, so the number
-        # of the run is a constant of the register, which saves one register for each of them.
+        # Columns are cut into runs of RUN. A thread holds columns at one place of many runs, so the
+        # number of the run is a constant of the register: that saves one register a column.
         RUN: tl.constexpr = 2048 // LENGTH if LENGTH > 32 else LENGTH
         RUNS: tl.constexpr = LENGTH // RUN
         runs = similarity.reshape(similarity.shape[0], RUNS, RUN)
@@ -276,11 +275,11 @@ def best_of(similarity, axis: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------
-# Numbers for each slot
+# Alpha and threshold
 # ---------------------------------------------------------------------------------------------
 @triton.jit
-def of_slot(value, slot, stride, NUMBERS: tl.constexpr):
-    """`alpha` or `threshold` of a slot: behind a pointer, or with NUMBERS one number for all."""
+def slot_value(value, slot, stride, NUMBERS: tl.constexpr):
+    """`alpha` or `threshold` of a slot: read from memory, or with NUMBERS the number itself."""
     if NUMBERS:
         result = tl.cast(slot, tl.float32) * 0.0 + value
     else:
@@ -289,7 +288,7 @@ def of_slot(value, slot, stride, NUMBERS: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------
-# Threshold and push of matches that a program has in registers
+# Threshold and push, from matches in registers
 # ---------------------------------------------------------------------------------------------
 @triton.jit
 def push_match(
@@ -332,10 +331,14 @@ def push_match(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Push BLOCK_M tokens of `item` away from reference token (slot, token), -1 where no match.
+    """Push BLOCK_M tokens of `item` away from their matches.
 
-    slot, token (BLOCK_M,) int32. Writes similarity (B, 1, N) fp32, pushed (B, 1, N) int64 and out.
+        y_i = x_i + alpha (x_i - r_j) where cos(x_i, r_j) > threshold, else y_i = x_i
+
+    slot, token (BLOCK_M,) int32: the match, token -1 where there is none. Writes similarity
+    (B, 1, N) fp32, pushed (B, 1, N) int64 and out; other arguments as for fused_kernel.
     """
+    # Matched tokens
     wide_item = item.to(tl.int64)
     wide_rows = rows.to(tl.int64)
     found = row_inside & (token >= 0)
@@ -360,9 +363,9 @@ def push_match(
         BLOCK_M,
         BLOCK_K,
     )
-    alpha = of_slot(alpha_ptr, slot, stride_alpha, NUMBERS)
-    threshold = of_slot(threshold_ptr, slot, stride_threshold, NUMBERS)
-    # -inf never exceeds a finite threshold, and thresholds that are not finite are refused.
+    alpha = slot_value(alpha_ptr, slot, stride_alpha, NUMBERS)
+    threshold = slot_value(threshold_ptr, slot, stride_threshold, NUMBERS)
+    # -inf exceeds no threshold: thresholds are finite, others are refused.
     moved = found & (similarity > threshold)
     if source_mask_ptr is not None:
         source_mask = tl.load(

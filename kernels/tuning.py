@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 #: similarity and index. push: push from similarity and index. nudge: embedding nudging (nudge.py).
 #: COARSE: match by int8 bounds, then exact scores (coarse.py), in the order of their launches.
 COARSE = ("centre", "round", "bias", "bound", "select", "score")
-KERNELS = ("scale", "rows", "tiles", "pairs", "finish", "resolve", "push", "nudge", *COARSE)
+KERNELS = (
+    *("scale", "fused", "tiles", "pairs", "push_from_keys", "resolve", "push", "nudge"),
+    *COARSE,
+)
 #: The kernels that an entry of a table configures, and how paper matching may be launched.
-TUNED = ("rows", "tiles", "pairs", "finish")
+TUNED = ("fused", "tiles", "pairs", "push_from_keys")
 #: "coarse" is in no shipped table until it is measured faster somewhere.
-KINDS = ("rows", "tiles", "coarse")
+KINDS = ("fused", "tiles", "coarse")
 DTYPES = ("float32", "bfloat16", "float16")
 INTERPRETED = "interpreted"
 FOLDER = Path(__file__).parent / "tuned"
 FOLDER_VARIABLE = "NEGTOME_FAST_TUNED"
-SCHEMA = 2
+SCHEMA = 3
 #: The scales of an item fill whole blocks of this many, so that a block of tokens needs no mask; no
 #: block of tokens is larger.
 SCALE_BLOCK = 256
@@ -89,10 +92,10 @@ class Plan(NamedTuple):
 
     kind: str
     scale: Config
-    rows: Config
+    fused: Config
     tiles: Config
     pairs: Config
-    finish: Config
+    push_from_keys: Config
     resolve: Config
     push: Config
     nudge: Config
@@ -125,12 +128,12 @@ _STREAMING = {
 # Large enough that numpy, not the interpreter, does the work; small enough that tests meet several
 # tiles and several steps.
 _INTERPRETED = Plan(
-    "rows",
+    "fused",
     scale=Config(64, 0, 128, 1, 1),
-    rows=Config(64, 64, 128, 1, 1),
+    fused=Config(64, 64, 128, 1, 1),
     tiles=Config(64, 64, 128, 1, 1, GROUP_M=2),
     pairs=Config(64, 64, 128, 1, 1, GROUP_M=2),
-    finish=Config(64, 0, 128, 1, 1),
+    push_from_keys=Config(64, 0, 128, 1, 1),
     resolve=Config(64, 0, 128, 1, 1),
     push=Config(64, 0, 128, 1, 1),
     nudge=NUDGE,

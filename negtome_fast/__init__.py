@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .functional import match_tokens, negtome
 from .module import NegToMe
 
+# Not lazily: the first import of the module would put the module in the place of the function.
+from .warmup import warmup
+
 if TYPE_CHECKING:
     from .config import NegToMeConfig
     from .guidance import Guidance
     from .nudging import ReferenceBank, generate_with_nudging, nudge
     from .pipelines import Reference, apply_negtome, negtome_guidance, remove_negtome
-    from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -31,7 +33,6 @@ _LAZY = {
     "Reference": ".pipelines",
     "generate_with_nudging": ".nudging",
     "ReferenceBank": ".nudging",
-    "warmup": ".warmup",
 }
 
 __all__ = [

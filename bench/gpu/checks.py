@@ -165,7 +165,7 @@ def works(kind: str, dtype: torch.dtype, device: str) -> Iterator[Work]:
         elif kind in ("tiles overlapped", "coarse"):
             yield _guide(x, f"first, masked, {name}", **groups, **masks)
             yield _guide(x, f"handed over, {name}", reference=x[:2].clone())
-        elif kind in ("rows", "finish"):
+        elif kind in ("fused", "push_from_keys"):
             yield _guide(x, f"first, {name}", **groups)
             yield _guide(x, f"first, masked, {name}", **groups, **masks)
             yield _guide(x, f"others, {name}", reference="others", **groups)
@@ -184,12 +184,12 @@ def works(kind: str, dtype: torch.dtype, device: str) -> Iterator[Work]:
 
 def way(kind: str) -> contextlib.AbstractContextManager[Any]:
     """The launches that a kind is checked in."""
-    if kind in ("rows", "coarse"):
+    if kind in ("fused", "coarse"):
         return launching(kind)
     if kind.startswith(("tiles", "pairs")):
         _, _, form = kind.partition(" ")
         return launching("tiles", WAYS.get(form, POINTERS))
-    return launching("tiles" if kind == "finish" else None)
+    return launching("tiles" if kind == "push_from_keys" else None)
 
 
 # --- the checks
@@ -267,7 +267,7 @@ def checks(kind: str, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
             # Nudging reads its reasons on the host, which no capture allows.
             if device == "cuda" and kind != "nudge":
                 yield f"graph, {work.name}", partial(_graph, work)
-        if kind == "rows" or kind.startswith(("tiles", "pairs")):
+        if kind == "fused" or kind.startswith(("tiles", "pairs")):
             for text in LARGE[device][:every]:
                 name = f"large, {text}, {str(dtype).removeprefix('torch.')}"
                 yield name, partial(_large, kind, text, dtype, device)

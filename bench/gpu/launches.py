@@ -13,7 +13,7 @@ from ..shapes import Shape
 
 KINDS = (
     "scale",
-    "rows",
+    "fused",
     "tiles",
     "tiles by descriptors",
     "tiles flattened",
@@ -21,7 +21,7 @@ KINDS = (
     "pairs",
     "pairs by descriptors",
     "resolve",
-    "finish",
+    "push_from_keys",
     "push",
     "coarse",
     "nudge",
@@ -39,7 +39,7 @@ WAYS: dict[str, dict[str, int]] = {
 def launching(kind: str | None, fields: Mapping[str, int] | None = None) -> Iterator[None]:
     """Inside, paper matching is launched as `kind`, tiles with other `fields` of their Config.
 
-    kind: "rows", "tiles" or "coarse"; None leaves the choice to the tuning table.
+    kind: "fused", "tiles" or "coarse"; None leaves the choice to the tuning table.
     """
     from negtome_fast.kernels import tuning
 
@@ -72,15 +72,15 @@ def choice(shape: Shape, broken: Collection[str]) -> tuple[str | None, dict[str,
         fields["FLATTEN"] = 0
     if f"{tile} overlapped" in broken:
         fields["OVERLAP"] = 0
-    bad = {tile, described, "finish", "rows"} & set(broken)
+    bad = {tile, described, "push_from_keys", "fused"} & set(broken)
     if not bad:
         return None, fields
-    if "finish" not in bad and not {tile, described} <= bad:
+    if "push_from_keys" not in bad and not {tile, described} <= bad:
         if described in bad:
             return "tiles", fields | {"DESCRIPTORS": 0, "FLATTEN": 0}
         if tile in bad:
             return "tiles", fields | {"DESCRIPTORS": 1}
         return "tiles", fields
-    if "rows" not in bad:
-        return "rows", {}
+    if "fused" not in bad:
+        return "fused", {}
     return f"{', '.join(sorted(bad))} failed: no way to launch is left"

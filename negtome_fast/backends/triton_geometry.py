@@ -124,7 +124,7 @@ class Geometry:
         # Matches of every slot by itself, for a push that takes them all or another way round.
         self.by_slot = push is None or official or total
         # A key of the union of all slots has 31 bits for slot and token.
-        self.by_rows = not self.by_slot and (plan.kind == "rows" or self.slots * self.M >= 2**31)
+        self.by_rows = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
         self.coarse = plan.kind == "coarse" and _coarse_serves(self.mode, self.D)
         step = reference_step(pairing)
         self._sizes = (self.N, self.M, self.D, self.slots, self.group_size, step)
@@ -293,7 +293,7 @@ class Geometry:
         """Match and push in one launch, in which programs own rows."""
         from ..kernels.fused import fused_kernel
 
-        config = self.plan.rows
+        config = self.plan.fused
         return self._pushing(fused_kernel, config, self.items, columns=(config.BLOCK_N,))
 
     @functools.cached_property
@@ -302,7 +302,7 @@ class Geometry:
         from ..kernels.push import push_from_keys_kernel
 
         return tuple(
-            self._pushing(push_from_keys_kernel, self.plan.finish, items, number=(first,))
+            self._pushing(push_from_keys_kernel, self.plan.push_from_keys, items, number=(first,))
             for first, items in self.parts
         )
 

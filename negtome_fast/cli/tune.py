@@ -97,7 +97,7 @@ class Candidates:
     @staticmethod
     def _launch(key: Key, shape: Shape, call: Operator) -> None:
         kernel, _, config = key
-        with forced("rows" if kernel == "rows" else "tiles", **{kernel: config}):
+        with forced("fused" if kernel == "fused" else "tiles", **{kernel: config}):
             call(shape, "others" if kernel == "pairs" else "first")
 
     def __call__(self, kernel: str, problem: Problem) -> list[Config]:

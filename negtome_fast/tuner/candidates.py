@@ -26,11 +26,11 @@ from .predict import RATES, ordered
 from .space import SHAPES
 
 FOLDER = Path(__file__).parent / "compiled"
-SCHEMA = 1
+SCHEMA = 2
 #: How many configurations of a kernel are measured: in full; and with --quick or little time.
 MEASURED, QUICK = 24, 6
 #: The kernels whose text decides what the compiler makes of a configuration.
-SOURCES = ("division.py", "match.py", "push.py", "rows.py", "shared.py")
+SOURCES = ("division.py", "fused.py", "match.py", "push.py", "shared.py")
 #: What a file keeps of a row of the compile report, for each Triton.
 FOUND = (
     *("registers", "spills", "shared", "matrix_instructions", "narrow_offsets", "programs"),

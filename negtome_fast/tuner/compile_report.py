@@ -20,7 +20,7 @@ from typing import Any
 from ..kernels import aot, tuning
 from ..kernels.aot import KIB, TARGETS, run_compiling
 
-MATCHING = ("rows", "tiles", "pairs", "score")
+MATCHING = ("fused", "tiles", "pairs", "score")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def problems(row: dict[str, Any]) -> list[str]:
     if row["kernel"] in MATCHING:
         if row["dtype"] != "float32" and not row["matrix_instructions"]:
             found.append("no tensor-core instruction")
-        resident = tuning.Config(*row["config"]).CTAS_PER_SM if row["kernel"] != "rows" else 1
+        resident = tuning.Config(*row["config"]).CTAS_PER_SM if row["kernel"] != "fused" else 1
         if row["programs"] is not None and row["programs"] < resident:
             found.append(f"{row['programs']} programs fit a multiprocessor, not {resident}")
         # Elsewhere matrix instructions are exact in fp32; on NVIDIA they would round to TF32.

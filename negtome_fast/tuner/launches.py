@@ -23,13 +23,13 @@ from .candidates import Key
 
 #: The function that a tuned kernel is, by the name that Triton gives it.
 FUNCTIONS = {
-    "rows": "fused_kernel",
+    "fused": "fused_kernel",
     "tiles": "tiled_match_kernel",
     "pairs": "tiled_match_kernel",
-    "finish": "push_from_keys_kernel",
+    "push_from_keys": "push_from_keys_kernel",
 }
 #: Where their functions are, those that are called first.
-MODULES = ("division", "shared", "match", "rows", "push")
+MODULES = ("division", "shared", "match", "fused", "push")
 
 
 def target() -> list[Any]:

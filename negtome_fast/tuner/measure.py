@@ -195,7 +195,7 @@ def tune_shape(
     if left() <= 0:
         return None
     first = bench(shape, "first")
-    for kernel, kind in (("tiles", "tiles"), ("rows", "rows"), ("finish", "tiles")):
+    for kernel, kind in (("tiles", "tiles"), ("fused", "fused"), ("push_from_keys", "tiles")):
         if left() > 0:
             choose(first, kind, kernel, candidates(kernel, problem))
     if "tiles" not in seconds:
@@ -210,9 +210,9 @@ def tune_shape(
         tried = candidates("pairs", shape.problem(dtype, others=True))
         choose(bench(shape, "others"), "tiles", "pairs", tried)
     kind = base.kind
-    if "rows" in seconds:
-        tiles = min(seconds["tiles"], seconds.get("finish", float("inf")))
-        kind = "tiles" if tiles <= seconds["rows"] else "rows"
+    if "fused" in seconds:
+        tiles = min(seconds["tiles"], seconds.get("push_from_keys", float("inf")))
+        kind = "tiles" if tiles <= seconds["fused"] else "fused"
     return {
         **problem._asdict(),
         "kind": kind,

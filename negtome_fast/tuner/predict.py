@@ -52,7 +52,7 @@ BARRIER = 30
 POINTER_INSTRUCTIONS = 4
 #: Instructions of the epilogue for every accumulator, and how many warps a scheduler needs so that
 #: each hides the others' latency.
-EPILOGUE = {"rows": 5.0, "tiles": 5.0, "pairs": 30.0}
+EPILOGUE = {"fused": 5.0, "tiles": 5.0, "pairs": 30.0}
 HIDING_WARPS = 3.4
 #: How much of what runs beside the slowest shows all the same.
 NOT_HIDDEN = 0.1
@@ -118,7 +118,7 @@ def tile(
 
 
 def _residents(config: Config, dtype: str, arch: str) -> int:
-    """How many programs of the kernel `rows` may fit a multiprocessor."""
+    """How many programs of the kernel `fused` may fit a multiprocessor."""
     target = aot.TARGETS[arch]
     threads = config.num_warps * target.warp_size
     registers = min(config.BLOCK_M * config.BLOCK_N // threads + 96, 255)
@@ -126,11 +126,11 @@ def _residents(config: Config, dtype: str, arch: str) -> int:
     return max(1, aot.resident_programs(target, registers, shared, config.num_warps))
 
 
-def _finish(config: Config, problem: Problem, arch: str, multiprocessors: int) -> float:
-    """A figure for the kernel `finish`, which is bound by memory: what keeps it from being busy.
+def _push_from_keys(config: Config, problem: Problem, arch: str, multiprocessors: int) -> float:
+    """A figure that orders configurations of `push_from_keys`, which is bound by memory.
 
-    Channels beyond the last; few bytes in flight a thread; and fewer warps than memory needs, a
-    quarter of those that a multiprocessor holds.
+    It counts what keeps memory from being busy: channels beyond the last; few bytes in flight a
+    thread; and fewer warps than memory needs, a quarter of those that a multiprocessor holds.
     """
     target = aot.TARGETS[arch]
     elements = config.BLOCK_M * config.BLOCK_K / (config.num_warps * target.warp_size)
@@ -148,18 +148,18 @@ def predicted(
     The busiest multiprocessor counts. Programs that share it hide what is exposed in each other,
     and their tiles take as long as all of them together.
     """
-    if kernel == "finish":
-        return _finish(config, problem, arch, multiprocessors)
+    if kernel == "push_from_keys":
+        return _push_from_keys(config, problem, arch, multiprocessors)
     row_blocks = -(-problem.N // config.BLOCK_M)
     column_blocks = -(-problem.M // config.BLOCK_N)
     residents = config.CTAS_PER_SM
-    if kernel == "rows":
+    if kernel == "fused":
         residents = _residents(config, problem.dtype, arch)
-    tasks = problem.products * row_blocks * (1 if kernel == "rows" else column_blocks)
+    tasks = problem.products * row_blocks * (1 if kernel == "fused" else column_blocks)
     share = -(-tasks // multiprocessors)
     residents = min(residents, share)
     cost = tile(config, kernel, problem, arch, multiprocessors, residents)
-    if kernel == "rows":
+    if kernel == "fused":
         cost = Tile(*(column_blocks * clocks for clocks in cost))
     return share / residents * max(residents * cost.busy, cost.alone + cost.exposed)
 
@@ -193,4 +193,4 @@ def ordered(
             config.num_stages,
         )
     )
-    return tuple(possible if kernel == "finish" else _varied(possible, keep))
+    return tuple(possible if kernel == "push_from_keys" else _varied(possible, keep))

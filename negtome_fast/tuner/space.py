@@ -64,13 +64,13 @@ def parse_shape(text: str) -> Shape:
 
 def space(kernel: str) -> Iterator[Config]:
     """All configurations of a kernel that are thought of, before any pruning."""
-    if kernel == "finish":
+    if kernel == "push_from_keys":
         for rows, channels, warps in itertools.product((1, 4, 8, 16), (256, 512, 1024), (4, 8)):
             yield Config(rows, 0, channels, warps, 1)
         return
     blocks = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (16, 32, 64, 128))
     for (rows, columns, channels), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4, 5)):
-        if kernel == "rows":
+        if kernel == "fused":
             yield Config(rows, columns, channels, warps, stages)
             continue
         for group, resident in itertools.product((8, 16), (1, 2)):
@@ -103,7 +103,7 @@ def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
     """
     target = aot.TARGETS[arch]
     threads = config.num_warps * target.warp_size
-    if kernel == "finish":
+    if kernel == "push_from_keys":
         per_thread = config.BLOCK_M * config.BLOCK_K / threads
         return 4 <= per_thread <= 32
     size = tuning.element_size(dtype)
@@ -116,7 +116,7 @@ def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
     if not 4 <= accumulators <= 128 / config.CTAS_PER_SM or config.BLOCK_K * size < 64:
         return False
     reads = config.BLOCK_M + config.BLOCK_N
-    if kernel != "rows" and size == 2 and 32 * reads > config.BLOCK_M * config.BLOCK_N:
+    if kernel != "fused" and size == 2 and 32 * reads > config.BLOCK_M * config.BLOCK_N:
         return False
     if dtype == "float32" and target.backend == "cuda" and config.num_stages > 2:
         return False  # no tensor cores to keep busy: deeper pipelines only cost memory

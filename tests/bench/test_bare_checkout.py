@@ -99,7 +99,7 @@ def test_smoke_is_rehearsed(bare_python: Path, tmp_path: Path) -> None:
 def test_full_is_rehearsed(bare_python: Path, tmp_path: Path) -> None:
     stages = rehearsed("full", bare_python, tmp_path)
     log = (tmp_path / "full.log").read_text()
-    for kernel in ("rows", "tiles", "pairs", "finish"):
+    for kernel in ("fused", "tiles", "pairs", "push_from_keys"):
         assert f"8x1024x1280/2 bfloat16, {kernel}: 1 to measure" in log
     assert stages["tests"]["passed"] >= 1
     for name in ("tuned", "growth", "compiled"):

@@ -232,10 +232,10 @@ def test_after_a_device_fault_the_process_of_a_kind_ends(
 
     monkeypatch.setattr(kinds, "checks", lambda kind, device: iter([("a", bad), ("b", bad)]))
     monkeypatch.setattr(kinds, "lost", lambda device: "an illegal memory access")
-    assert kinds.main(["cpu", str(tmp_path), "tiles", "rows"]) == 3
+    assert kinds.main(["cpu", str(tmp_path), "tiles", "fused"]) == 3
     found = json.loads((tmp_path / "tiles.json").read_text())
     assert len(found["checks"]) == 1 and found["lost"] == "an illegal memory access"
-    assert not (tmp_path / "rows.json").exists()
+    assert not (tmp_path / "fused.json").exists()
 
 
 def test_a_kind_whose_process_dies_is_named_and_the_others_keep_their_results(
@@ -277,12 +277,16 @@ def test_a_kind_whose_process_dies_is_named_and_the_others_keep_their_results(
         ("2x8x8", ["tiles overlapped"], (None, {"OVERLAP": 0})),
         ("2x8x8", ["tiles by descriptors"], ("tiles", {"DESCRIPTORS": 0, "FLATTEN": 0})),
         ("2x8x8", ["tiles"], ("tiles", {"DESCRIPTORS": 1})),
-        ("2x8x8", ["rows"], ("tiles", {})),
-        ("2x8x8", ["tiles", "tiles by descriptors"], ("rows", {})),
-        ("2x8x8", ["finish", "tiles flattened"], ("rows", {})),
+        ("2x8x8", ["fused"], ("tiles", {})),
+        ("2x8x8", ["tiles", "tiles by descriptors"], ("fused", {})),
+        ("2x8x8", ["push_from_keys", "tiles flattened"], ("fused", {})),
         ("3x8x8,others", ["pairs by descriptors"], ("tiles", {"DESCRIPTORS": 0, "FLATTEN": 0})),
-        ("3x8x8,others", ["pairs", "pairs by descriptors"], ("rows", {})),
-        ("2x8x8", ["finish", "rows"], "finish, rows failed: no way to launch is left"),
+        ("3x8x8,others", ["pairs", "pairs by descriptors"], ("fused", {})),
+        (
+            "2x8x8",
+            ["push_from_keys", "fused"],
+            "fused, push_from_keys failed: no way to launch is left",
+        ),
         ("2x8x8", ["scale"], "scale failed, which everything needs"),
     ],
 )
@@ -296,15 +300,15 @@ def test_a_launch_is_changed_inside_and_not_after() -> None:
     problem = ("sm_90", "bfloat16", 3, 4096, 4096, 3072)
     before = tuning.plan(*problem)
     assert before.kind == "tiles" and before.tiles.DESCRIPTORS == 1
-    with launches.launching("rows", launches.POINTERS):
+    with launches.launching("fused", launches.POINTERS):
         inside = tuning.plan(*problem)
-    assert inside.kind == "rows" and inside.tiles.DESCRIPTORS == inside.pairs.DESCRIPTORS == 0
+    assert inside.kind == "fused" and inside.tiles.DESCRIPTORS == inside.pairs.DESCRIPTORS == 0
     assert tuning.plan(*problem) == before
 
 
 def test_a_kernel_that_writes_nothing_or_twice_is_caught() -> None:
     pytest.importorskip("triton")
-    (work, *_) = checks.works("finish", torch.bfloat16, "cpu")
+    (work, *_) = checks.works("push_from_keys", torch.bfloat16, "cpu")
 
     def unwritten(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, similarity, pushed = work.call(x)
@@ -364,7 +368,7 @@ def test_the_benchmark_is_begun_again_where_a_shape_takes_it_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = setting(tmp_path, rehearse=False)
-    place.broken.add("rows")
+    place.broken.add("fused")
     calls: list[list[str]] = []
 
     def child(
@@ -380,7 +384,7 @@ def test_the_benchmark_is_begun_again_where_a_shape_takes_it_along(
     monkeypatch.setattr(smoke, "run", child)
     stage = smoke.benchmark("times", [], place, 60.0, case_limit=30.0)
     assert len(calls) == 2 and not stage["cut_short"] and len(stage["result"]["cases"]) == 2
-    assert calls[0][calls[0].index("--without") + 1 :][0] == "rows"
+    assert calls[0][calls[0].index("--without") + 1 :][0] == "fused"
 
 
 def test_rivals_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,12 +90,12 @@ def test_overlap_matches_the_last_items_beside_the_push_of_the_others(
     triton_geometry._known.clear()
     results({})
     # Few tokens: nothing covers much. Item 0 is the reference: copied, not matched.
-    assert made == ["scale", "finish", "tile", "finish"]
+    assert made == ["scale", "push_from_keys", "tiled_match", "push_from_keys"]
     made.clear()
     triton_geometry._known.clear()
     monkeypatch.setattr(triton_geometry, "PUSH_BY_MATCHING", 1)
     results({})
-    assert made == ["scale", *["tile", "finish"] * 2]
+    assert made == ["scale", *["tiled_match", "push_from_keys"] * 2]
     (known,) = triton_geometry._known.values()
     assert known.parts == ((0, 3), (3, 1))
     triton_geometry._known.clear()

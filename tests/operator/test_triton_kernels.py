@@ -144,7 +144,7 @@ def launch(monkeypatch: pytest.MonkeyPatch):
 
 
 LAUNCHES = {
-    "rows": {"kind": "rows"},
+    "fused": {"kind": "fused"},
     "tiles": {"kind": "tiles"},
     "descriptors": {"kind": "tiles", "descriptors": True},
 }
@@ -163,7 +163,7 @@ DESCRIBED = (
 
 
 def other_launches() -> list[Any]:
-    """Cases with the kinds of launch that test_operator.py leaves out; it interprets by rows."""
+    """Cases with the kinds of launch that test_operator.py, by the fused kernel, leaves out."""
     pairs = []
     for case in CASES:
         arguments = case.make()[1] if not case.slow else {}
@@ -294,7 +294,7 @@ def test_matches_do_not_depend_on_the_launch(launch, config, matching: str, kind
     pairing = Pairing("others", 2)
     x = tokens(2, 70, 24)
     x[:, 45:65] = x[:, 10:30]  # exact ties, in another tile for some of the configurations
-    launch("rows")
+    launch("fused")
     expected = triton_backend.match(x, x, pairing, None, matching)
     _, expected_best, expected_pushed = guide(x, x, pairing, matching=matching)
     launch(LAUNCHES[kind]["kind"], *config, 4, 1, descriptors=kind == "descriptors")
@@ -359,7 +359,7 @@ def test_strided_slices_and_channels_give_the_contiguous_result() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "combine"), [("rows", "nearest"), ("tiles", "nearest"), ("tiles", "sum")]
+    ("kind", "combine"), [("fused", "nearest"), ("tiles", "nearest"), ("tiles", "sum")]
 )
 def test_offsets_beyond_32_bits(launch, kind: str, combine: str) -> None:
     launch(kind)

@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---------------------------------------------------------------------------------------------
 def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
     key = ("tiles", "bfloat16", Config(64, 64, 64, 4, 3))
-    other = ("finish", "bfloat16", Config(8, 0, 256, 4, 1))
+    other = ("push_from_keys", "bfloat16", Config(8, 0, 256, 4, 1))
     reports = {
         "3.7.1": {key: row_of(key, "3.7.1", spills=8), other: row_of(other, "3.7.1")},
         "3.6.0": {key: row_of(key, "3.6.0"), other: row_of(other, "3.6.0", registers=40)},
@@ -78,7 +78,7 @@ def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
     assert "| kernel | dtype | compiled | good by 3.7.1 | good by 3.6.0 |" in told
     only = "64x64x64, 4 warps, 3 stages (3.7.1: spills 8)"
     assert f"| tiles | bfloat16 | 1 | 0 | 1 | 0 | {only} |" in told
-    assert "| finish | bfloat16 | 1 | 1 | 1 | 1 | none |" in told
+    assert "| push_from_keys | bfloat16 | 1 | 1 | 1 | 1 | none |" in told
 
 
 def test_the_fingerprint_is_of_what_is_compiled() -> None:

@@ -21,7 +21,7 @@ TILES = Config(64, 64, 64, 4, 3, DESCRIPTORS=1, FLATTEN=1)
 
 def test_what_is_compiled_in_parallel_is_found_at_the_launch(tmp_path: Path) -> None:
     rows = Config(64, 64, 64, 4, 2)
-    given = [("tiles", TILES), ("tiles", TILES._replace(OVERLAP=1)), ("rows", rows)]
+    given = [("tiles", TILES), ("tiles", TILES._replace(OVERLAP=1)), ("fused", rows)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -42,7 +42,7 @@ def test_what_is_compiled_in_parallel_is_found_at_the_launch(tmp_path: Path) -> 
     assert found["same"]
     # The two that differ in nothing that is compiled are compiled once, and both have the row.
     assert [Config(*row["config"]) for row in found["rows"]] == [config for _, config in given]
-    assert [row["kernel"] for row in found["rows"]] == ["tiles", "tiles", "rows"]
+    assert [row["kernel"] for row in found["rows"]] == ["tiles", "tiles", "fused"]
     assert found["compiled"] == len(set(found["notes"])) < len(found["notes"])
     assert found["rows"][0]["registers"] == found["rows"][1]["registers"] > 0
     assert not any(compile_report.problems(row) for row in found["rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def test_shipped_tables_say_what_was_measured(arch: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(schema=1), "schema 2"),
+        (lambda t: t.update(schema=2), "schema 3"),
         (lambda t: t.update(fields=["BLOCK_M"]), '"fields" must be'),
         (lambda t: t.update(entries=[]), '"entries" must be a list'),
         (lambda t: t["entries"][0].update(dtype="int8"), "entry 0: dtype must be one of"),
@@ -67,7 +68,7 @@ def test_shipped_tables_say_what_was_measured(arch: str) -> None:
         (lambda t: t["entries"][0].update(kind="fast"), "kind must be one of"),
         (lambda t: t["entries"][0].pop("measured"), '"measured" must be true or false'),
         (lambda t: t["entries"][0].pop("pairs"), "entry 0: pairs must be 10 integers"),
-        (lambda t: t["entries"][0].update(rows=[64] * 7), "rows must be 10 integers"),
+        (lambda t: t["entries"][0].update(fused=[64] * 7), "fused must be 10 integers"),
         (lambda t: t["entries"][0]["tiles"].__setitem__(0, 96), "BLOCK_M must be a power of two"),
         (
             lambda t: t["entries"][0]["tiles"].__setitem__(4, 0),
@@ -131,13 +132,13 @@ def test_the_nearest_entry_serves(own_tables: Path) -> None:
     table = shipped()
     marks = {}
     for number, entry in enumerate(table["entries"]):
-        entry["finish"][0] = 2**number
+        entry["push_from_keys"][0] = 2**number
         marks[Problem(*(entry[name] for name in Problem._fields))] = 2**number
     (own_tables / "sm_90.json").write_text(json.dumps(table))
     for problem, mark in marks.items():
-        assert mark == tuning.plan("sm_90", *problem).finish.BLOCK_M
+        assert mark == tuning.plan("sm_90", *problem).push_from_keys.BLOCK_M
     near = FLUX._replace(dtype="float16", N=4000, M=4200)
-    assert marks[FLUX] == tuning.plan("sm_90", *near).finish.BLOCK_M
+    assert marks[FLUX] == tuning.plan("sm_90", *near).push_from_keys.BLOCK_M
     # Only the architecture of that name: others have their shipped tables.
     assert tuning.table_path("sm_80").parent == tuning.FOLDER
 
@@ -306,25 +307,25 @@ def test_fastest_is_the_quickest_that_is_right() -> None:
 
 
 class SteadyBench:
-    """Rows take 2 seconds, tiles 3, and tiles with the last "finish" 1."""
+    """The fused kernel takes 2 seconds, tiles 3, and tiles with the last push 1."""
 
     def wrong(self) -> None:
         return None
 
     def seconds(self) -> float:
         plan = tuning.plan("sm_90", *FLUX)
-        if plan.kind == "rows":
+        if plan.kind == "fused":
             return 2.0
-        return 1.0 if plan.finish == Config(16, 0, 256, 4, 1) else 3.0
+        return 1.0 if plan.push_from_keys == Config(16, 0, 256, 4, 1) else 3.0
 
 
 def test_a_measured_shape_is_merged_written_and_served(own_tables: Path) -> None:
     shape = space.Shape(4, 4096, 3072)
     candidates = {
-        "rows": [Config(64, 64, 32, 4, 2)],
+        "fused": [Config(64, 64, 32, 4, 2)],
         "tiles": [Config(64, 64, 64, 4, 2)],
         "pairs": [Config(64, 32, 64, 4, 2)],
-        "finish": [Config(8, 0, 256, 4, 1), Config(16, 0, 256, 4, 1)],
+        "push_from_keys": [Config(8, 0, 256, 4, 1), Config(16, 0, 256, 4, 1)],
     }
     entry = measure.tune_shape(
         shape,
@@ -337,7 +338,7 @@ def test_a_measured_shape_is_merged_written_and_served(own_tables: Path) -> None
     )
     assert entry is not None and entry["measured"] and entry["kind"] == "tiles"
     assert {k: Config(*entry[k]) for k in candidates} == {k: c[-1] for k, c in candidates.items()}
-    assert entry["microseconds"]["finish"] == 1e6
+    assert entry["microseconds"]["push_from_keys"] == 1e6
 
     path = own_tables / "sm_90.json"
     table = tables.start_table(path, "sm_90")
@@ -404,7 +405,7 @@ def test_little_time_is_shared_by_all_kernels() -> None:
 # ---------------------------------------------------------------------------------------------
 # Correctness comes before the clock
 # ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("reference", "kind"), [("first", "rows"), ("others", "tiles")])
+@pytest.mark.parametrize(("reference", "kind"), [("first", "fused"), ("others", "tiles")])
 def test_right_results_pass_and_wrong_ones_are_named(
     reference: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,7 +479,8 @@ def test_warmup_runs_what_will_be_launched(monkeypatch: pytest.MonkeyPatch) -> N
     def note(x: torch.Tensor, *, inplace: bool, reference: str) -> None:
         calls.append((tuple(x.shape), x.dtype, inplace, reference))
 
-    monkeypatch.setattr("negtome_fast.warmup.negtome", note)
+    # The package has a function of the same name as the module.
+    monkeypatch.setattr(importlib.import_module("negtome_fast.warmup"), "negtome", note)
     nf.warmup([(2, 8, 4)], dtype=torch.float16, device="cpu", reference="others")
     both = [((2, 8, 4), torch.float16, inplace, "others") for inplace in (False, True)]
     assert calls == both

@@ -16,8 +16,27 @@ from typing import Any
 
 from ... import __version__
 from ...kernels import aot
-from . import DESCRIPTION, HEADER, SCHEMA, Launch, Operator, launches
 from .header import render
+from .kernel_launches import KernelLaunch, launches
+from .operator import Operator
+
+HEADER, DESCRIPTION = "negtome.h", "negtome.json"
+SCHEMA = 1
+#: Meaning of the names in grids and arguments; a part of every description.
+SIZES = {
+    "B": "items",
+    "N": "tokens",
+    "M": "reference tokens; N unless the reference is external",
+    "P": "reference items; B unless the reference is external",
+    "item_step": "items of a group for reference first, else 1",
+    "products": "pairs of a source and a reference item that are multiplied",
+    "first_product, first_item": "0: a launch of the whole problem",
+    "..._code": "negtome_reciprocal (see the header) of a divisor; tile: tiles of a "
+    "product; band: GROUP_M times the blocks of columns; tail: blocks of rows after the "
+    "last whole GROUP_M, or 1; product: products of a group (reference first, others), or "
+    "references (external); circle: items of a group",
+    "multiprocessors": "of the device",
+}
 
 #: What Triton appends to the arguments of every kernel; null where they need no memory.
 SCRATCH = ("global_scratch", "profile_scratch")
@@ -37,7 +56,7 @@ def _argument(name: str, kind: str, divisible: bool) -> dict[str, Any]:
     return entry | ({"multiple_of": 16} if divisible else {})
 
 
-def describe(launch: Launch, compiled: Any, file: str) -> dict[str, Any]:
+def describe(launch: KernelLaunch, compiled: Any, file: str) -> dict[str, Any]:
     """One kernel of the description, from what the compiler was told and made."""
     source, metadata = compiled.src, compiled.metadata
     if getattr(metadata, "global_scratch_size", 0) or metadata.profile_scratch_size:
@@ -64,59 +83,52 @@ def describe(launch: Launch, compiled: Any, file: str) -> dict[str, Any]:
     }
 
 
+def _compile(
+    launch: KernelLaunch, operator: Operator, folder: Path, assembly: bool
+) -> tuple[dict[str, Any], list[Path]]:
+    """Compile one kernel into `folder`; returns its part of the description, and its files."""
+    target = aot.TARGETS[operator.target]
+    binary, text = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
+    compiled = aot.compile_kernel(
+        launch.kernel,
+        operator.dtype,
+        launch.config,
+        launch.constants,
+        target,
+        divisible=operator.divisor == 16,
+    )
+    if compiled.metadata.shared > target.shared_limit:
+        raise ValueError(
+            f"{launch.name} needs {compiled.metadata.shared} bytes of shared memory, "
+            f"{operator.target} has {target.shared_limit}"
+        )
+    files = [folder / f"{launch.name}.{binary}"]
+    files[0].write_bytes(compiled.asm[binary])
+    if assembly:
+        files.append(folder / f"{launch.name}.{text}")
+        files[1].write_text(compiled.asm[text], encoding="utf-8")
+    described = describe(launch, compiled, files[0].name)
+    return described | {"config": launch.config._asdict()}, files
+
+
 def write(operator: Operator, folder: Path, assembly: bool) -> list[Path]:
     """Compile `operator` and write its files, the header and the description last."""
     import triton
 
-    target = aot.TARGETS[operator.target]
-    binary, text = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
-    kernels, files = [], []
+    kernels: list[dict[str, Any]] = []
+    files: list[Path] = []
     for launch in launches(operator):
-        compiled = aot.compile_kernel(
-            launch.kernel,
-            operator.dtype,
-            launch.config,
-            launch.constants,
-            target,
-            divisible=operator.divisor == 16,
-        )
-        if compiled.metadata.shared > target.shared_limit:
-            raise ValueError(
-                f"{launch.name} needs {compiled.metadata.shared} bytes of shared memory, "
-                f"{operator.target} has {target.shared_limit}"
-            )
-        path = folder / f"{launch.name}.{binary}"
-        path.write_bytes(compiled.asm[binary])
-        files.append(path)
-        if assembly:
-            path = folder / f"{launch.name}.{text}"
-            path.write_text(compiled.asm[text], encoding="utf-8")
-            files.append(path)
-        kernels.append(
-            describe(launch, compiled, f"{launch.name}.{binary}")
-            | {"config": launch.config._asdict()}
-        )
+        described, written = _compile(launch, operator, folder, assembly)
+        kernels.append(described)
+        files += written
     description = {
         "schema": SCHEMA,
         "negtome_fast": __version__,
         "triton": triton.__version__,
         "operator": asdict(operator),
-        "kind": operator.plan().kind,
+        "kind": operator.kind_word,
         "kernels": kernels,
-        "sizes": {
-            "B": "items",
-            "N": "tokens",
-            "M": "reference tokens; N unless the reference is external",
-            "P": "reference items; B unless the reference is external",
-            "item_step": "items of a group for reference first, else 1",
-            "products": "pairs of a source and a reference item that are multiplied",
-            "first_product, first_item": "0: a launch of the whole problem",
-            "..._code": "negtome_reciprocal (see the header) of a divisor; tile: tiles of a "
-            "product; band: GROUP_M times the blocks of columns; tail: blocks of rows after the "
-            "last whole GROUP_M, or 1; product: products of a group (reference first, others), or "
-            "references (external); circle: items of a group",
-            "multiprocessors": "of the device",
-        },
+        "sizes": SIZES,
     }
     for name, content in (
         (HEADER, render(operator, description)),

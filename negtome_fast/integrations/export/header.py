@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels import tuning
-from . import Operator
+from .operator import Operator
 
 TEMPLATE = Path(__file__).parent / "template.h"
 _CONSTANTS, _WRAPPERS = "/* @constants */", "/* @wrappers */"
