@@ -384,9 +384,9 @@ def eval_command(options: argparse.Namespace) -> int:
     import torch
 
     from ..studies import report
-    from ..studies.sampler import Laboratory
+    from ..studies.sampler import Sampler
     from ..studies.studies import STUDIES, own
-    from ..studies.studies.study import Run, Sizes, perform
+    from ..studies.studies.study import Sizes, StudyRun, perform
 
     common = {"command", "study", "samples", "quick", "out", "store", "threads"}
     of_own = {name: value for name, value in vars(options).items() if name not in common}
@@ -414,7 +414,7 @@ def eval_command(options: argparse.Namespace) -> int:
     study = STUDIES[options.study]
     sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
     torch.set_num_threads(options.threads or 1)
-    result = perform(study, Run(Laboratory(options.store), sizes, options.out))
+    result = perform(study, StudyRun(Sampler(options.store), sizes, options.out))
     print(study.table(result))
     print(f"figures and {study.name}.json in {options.out}")
     return 0
