@@ -163,7 +163,7 @@ NAMED_SEED = 4242
 def conditions() -> dict[str, Any]:
     """The operator without and with guidance, and the forms, by name."""
     from negtome_fast import NegToMeConfig
-    from negtome_fast.studies.sampler import Condition
+    from negtome_fast.studies.conditions import Condition
 
     def guided(name: str, scale: float, alpha: float, **more: Any) -> Any:
         threshold = more.pop("threshold", THRESHOLD)
@@ -182,7 +182,7 @@ def conditions() -> dict[str, Any]:
 def named_groups(images: int) -> list[Any]:
     """Every image a person of its own, balanced, with all attributes in the prompt."""
     from negtome_fast.models.avatars import STYLES, prompt_for, sample_avatars
-    from negtome_fast.studies.sampler import Group
+    from negtome_fast.studies.conditions import Group
 
     people = [a for a in sample_avatars(8 * images, NAMED_SEED, "balanced") if not a.character]
     each = {
@@ -233,12 +233,13 @@ def measure(images: int, store: Path) -> dict[str, Any]:
     """Draws everything that the store does not have."""
     from negtome_fast import provenance
     from negtome_fast.models.avatars import STYLES, prompt_for
+    from negtome_fast.studies.conditions import Condition
     from negtome_fast.studies.measures import prompt_hits
-    from negtome_fast.studies.sampler import Condition, Laboratory
+    from negtome_fast.studies.sampler import Sampler
     from negtome_fast.studies.scores import record
-    from negtome_fast.studies.studies.study import SCHEMA, Run, Sizes
+    from negtome_fast.studies.studies.study import SCHEMA, Sizes, StudyRun
 
-    run = Run(Laboratory(store), Sizes(images), DOCS)
+    run = StudyRun(Sampler(store), Sizes(images), DOCS)
     samples = run.samples(list(conditions().values()))
     named = run.drawn([Condition("all attributes named, scale 2.5")], named_groups(images))
     kept = 0.0
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare the page with the file only")
     options = parser.parse_args(argv)
     if not options.check:
-        from negtome_fast.studies.sampler import STORE
+        from negtome_fast.studies.store import STORE
         from negtome_fast.studies.studies.study import save
 
         save(FILE, measure(options.samples, options.store or STORE))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 #: EfficientNet-lite0 was trained on inputs in [-1, 1]; 96 px suit small images.
 FEATURE_SIZE = 96
 
-Encoder = Callable[[Tensor], Tensor]
+FeatureEncoder = Callable[[Tensor], Tensor]
 
 
 class FeatureExtractor(nn.Module):
@@ -65,7 +65,7 @@ def require_images(images: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, images: Tensor, *, batch_size: int = 64) -> Tensor:
+def encode(encoder: FeatureEncoder, images: Tensor, *, batch_size: int = 64) -> Tensor:
     """Features `(B, C)` in float32 on the CPU, of any module or callable.
 
     Args:

@@ -1,15 +1,15 @@
 """`negtome-fast demo`: the embedded model with and without guidance, from the same seeds.
 
-Writes a labelled picture and a JSON file, and prints a table that also shows where guidance
-does not help.
+Writes a labelled picture and a JSON file. The table that it prints also shows prompts for which
+guidance does not help.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from .. import models, ops
 from ..config import NegToMeConfig
 from ..models.avatars import OPEN_ATTRIBUTES, attributes_in, check_prompt
-from ..models.reader import AttributeReader, load_reader
-from .measures import FeatureExtractor, attribute_entropy, mean_pairwise_cosine, prompt_agreement
+from .conditions import Condition, Group
+from .measures import attribute_entropy, mean_pairwise_cosine, prompt_agreement
+from .sampler import Sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,14 +33,22 @@ PROMPTS = (
     "a voxel art person with long red hair and dark skin",
 )
 
-#: Every image is pushed away from all others. The window is wider than the authors' for FLUX.1,
-#: [900, 1000], which holds only three of the 20 steps here.
+#: Settings of the guidance: every image is pushed away from all others. The authors' window for
+#: FLUX.1, [900, 1000], holds only three of the 20 steps here; this one is wider.
 CONFIG = NegToMeConfig(alpha=0.5, threshold=0.65, t_start=1000, t_end=750, reference="others")
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured on one batch of images."""
+    """Measures of one batch of images.
+
+    Attributes:
+        seconds: sampling time per image.
+        cosine: mean pairwise cosine of image features; lower is more diverse.
+        entropy: entropy of the attributes that the prompt leaves open, in nats; None if it names
+            all of them.
+        agreement: share of images that show everything that the prompt names.
+    """
 
     seconds: float
     cosine: float
@@ -49,7 +58,15 @@ class Measures:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One prompt, without and with guidance."""
+    """Measures of one prompt, without and with guidance.
+
+    Attributes:
+        prompt: the prompt.
+        without: measures without guidance.
+        guided: measures with guidance.
+        pushed: share of tokens that the guidance pushed.
+        similarity: mean best cosine that the guidance saw.
+    """
 
     prompt: str
     without: Measures
@@ -59,7 +76,7 @@ class PromptResult:
 
     @property
     def verdict(self) -> str:
-        """What the guidance did: diversity from the cosine, price from the prompt agreement."""
+        """The effect in words: diversity by the cosine, cost by the prompt agreement."""
         closer = self.guided.cosine - self.without.cosine
         if closer < -0.01:
             words = "more diverse"
@@ -71,33 +88,6 @@ class PromptResult:
         return f"{words}, off the prompt more often" if lost > 0 else words
 
 
-class Studio:
-    """The embedded pipeline and the instruments that measure its images."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.pipe = models.load_pipeline(device)
-        self.features = FeatureExtractor().to(device)
-        self.reader: AttributeReader = load_reader()[0].to(device)
-
-    def measure(self, images: Tensor, prompt: str, seconds: float) -> Measures:
-        readings = self.reader.read(images * 2 - 1)
-        free = [name for name in OPEN_ATTRIBUTES if name not in attributes_in(prompt)]
-        return Measures(
-            seconds=seconds / len(images),
-            cosine=mean_pairwise_cosine(self.features(images)),
-            entropy=attribute_entropy(readings, free) if free else None,
-            agreement=prompt_agreement(readings, prompt),
-        )
-
-    def draw(self, prompt: str, seeds: Sequence[int], **call: Any) -> tuple[Tensor, float]:
-        """Images `(B, 3, 64, 64)` in [0, 1] and the seconds they took."""
-        started = time.perf_counter()
-        images = models.generate(self.pipe, prompt, seeds, **call)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        return images, time.perf_counter() - started
-
-
 def run(
     prompts: Sequence[str],
     config: NegToMeConfig,
@@ -107,7 +97,16 @@ def run(
     guidance_scale: float = models.GUIDANCE_SCALE,
     steps: int = models.STEPS,
 ) -> list[PromptResult]:
-    """Generate, measure, write `output` (PNG) and a JSON file beside it; return the measures.
+    """Generate and measure; write `output` (PNG) and a JSON file beside it.
+
+    Args:
+        prompts: words of the embedded model's vocabulary.
+        config: settings of the guidance.
+        seed: seed of the first image of every prompt.
+        count: number of images per prompt, at least 2.
+        output: the picture.
+        guidance_scale: true classifier-free guidance scale; 1 switches it off.
+        steps: number of scheduler steps.
 
     Raises:
         ValueError: an unknown word in a prompt, or fewer than two images.
@@ -120,38 +119,13 @@ def run(
     output.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.resolve_backend(config.backend, torch.device(device), torch.float32)
-    studio = Studio(device)
-    from tqdm import tqdm
-
-    from ..pipelines import negtome_guidance
-
-    call = {"guidance_scale": guidance_scale, "steps": steps}
-    seeds = range(seed, seed + count)
+    sampler = Sampler(None, device=device)
+    plain = Condition("without", guidance_scale=guidance_scale, steps=steps)
+    guided = replace(plain, name="with", negtome=config)
+    groups = [Group(prompt, tuple(range(seed, seed + count))) for prompt in prompts]
     # The first call of a process is slow; it must not be charged to the unguided column.
-    studio.draw(prompts[0], seeds, **{**call, "steps": 1})
-
-    results, rows = [], []
-    with tqdm(total=2 * len(prompts) * steps, desc="generating", unit="step") as bar:
-
-        def tick(_: Any, __: int, ___: Any, kept: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return kept
-
-        for prompt in prompts:
-            plain, plain_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
-            with negtome_guidance(studio.pipe, config) as handle:
-                moved, moved_seconds = studio.draw(prompt, seeds, callback_on_step_end=tick, **call)
-                total = handle.summary().total
-            results.append(
-                PromptResult(
-                    prompt=prompt,
-                    without=studio.measure(plain, prompt, plain_seconds),
-                    guided=studio.measure(moved, prompt, moved_seconds),
-                    pushed=total.pushed,
-                    similarity=total.similarity,
-                )
-            )
-            rows.append((plain, moved))
+    sampler.draw(replace(plain, steps=1), groups[:1])
+    results, rows = _compare(sampler, plain, guided, groups)
     picture(results, rows, caption(config, guidance_scale, steps, seed)).save(output)
     record = {
         "config": config.to_dict(),
@@ -167,7 +141,49 @@ def run(
     return results
 
 
+def _compare(
+    sampler: Sampler, plain: Condition, guided: Condition, groups: Sequence[Group]
+) -> tuple[list[PromptResult], list[tuple[Tensor, Tensor]]]:
+    """Draw each group without and with guidance; return the measures and both batches of images."""
+    from tqdm import tqdm
+
+    results, rows = [], []
+    with tqdm(total=2 * len(groups) * plain.steps, desc="generating", unit="step") as bar:
+        for group in groups:
+            images, before, _ = _drawn(sampler, plain, group, bar.update)
+            moved, after, (_, pushed, similarity) = _drawn(sampler, guided, group, bar.update)
+            results.append(PromptResult(group.prompt, before, after, pushed, similarity))
+            rows.append((images, moved))
+    return results, rows
+
+
+def _drawn(
+    sampler: Sampler, condition: Condition, group: Group, tick: Callable[[], Any]
+) -> tuple[Tensor, Measures, tuple[float, float, float]]:
+    """Return images (B, 3, 64, 64) in [0, 1], their measures, and the guidance's counts."""
+
+    def after_step(_: Any, __: int, ___: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        tick()
+        return kept
+
+    began = time.perf_counter()
+    images, counts = sampler.draw(condition, [group], callback_on_step_end=after_step)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    seconds = time.perf_counter() - began
+    readings = sampler.reader.read(images * 2 - 1)
+    free = [name for name in OPEN_ATTRIBUTES if name not in attributes_in(group.prompt)]
+    measures = Measures(
+        seconds=seconds / len(images),
+        cosine=mean_pairwise_cosine(sampler.features(images)),
+        entropy=attribute_entropy(readings, free) if free else None,
+        agreement=prompt_agreement(readings, group.prompt),
+    )
+    return images, measures, counts
+
+
 def caption(config: NegToMeConfig, guidance_scale: float, steps: int, seed: int) -> str:
+    """Return the settings in a line, for the foot of the picture."""
     if config.steps is None:
         window = f"t in [{config.t_end:g}, {config.t_start:g}]"
     else:
@@ -180,7 +196,7 @@ def caption(config: NegToMeConfig, guidance_scale: float, steps: int, seed: int)
 
 
 def table(results: Sequence[PromptResult]) -> str:
-    """The measures as text, a prompt a row, `without -> with`."""
+    """Return the measures as text with a row per prompt; cells read `without -> with`."""
 
     def change(a: float | None, b: float | None, digits: int) -> str:
         return "-" if a is None or b is None else f"{a:.{digits}f} -> {b:.{digits}f}"
@@ -217,7 +233,7 @@ def table(results: Sequence[PromptResult]) -> str:
 def picture(
     results: Sequence[PromptResult], rows: Sequence[tuple[Tensor, Tensor]], footer: str
 ) -> Image:
-    """A sheet: a prompt a row, its images without guidance on the left, with it on the right."""
+    """Draw a sheet with a row per prompt: images without guidance left, with guidance right."""
     from PIL import Image, ImageDraw, ImageFont
 
     scale, gap, margin, label, head = 2, 6, 24, 46, 40

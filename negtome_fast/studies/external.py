@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.features import Encoder, FeatureExtractor, encode, require_images
+from ..models.features import FeatureEncoder, FeatureExtractor, encode, require_images
 from . import measures
 
 #: What a metric may need beside the images.
@@ -98,7 +98,7 @@ class Metric:
 # By an encoder
 
 
-def encoder_metrics(encoder: Encoder, name: str = "") -> list[Metric]:
+def encoder_metrics(encoder: FeatureEncoder, name: str = "") -> list[Metric]:
     """Measures on the features of any encoder, see `encode`.
 
     Pairwise cosine and Vendi score (means over prompts), Frechet distance, precision and recall
@@ -175,7 +175,7 @@ def _as_bytes(images: Tensor, device: torch.device | str) -> Tensor:
     return (images * 255).round().to(device, torch.uint8)
 
 
-def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> Encoder:
+def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> FeatureEncoder:
     """DreamSim's embedding `(B, 3, H, W)` in [0, 1] -> `(B, C)` (Fu et al., arXiv 2306.09344).
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .intervals import Interval, Plan
+from .intervals import BootstrapPlan, Interval
 from .scores import Scores, drawn, plan_of
 
 ROUNDING = 1e-12
@@ -123,7 +123,9 @@ class _Frontier:
     draws: tuple[np.ndarray, np.ndarray]
 
     @classmethod
-    def of(cls, points: Sequence[Scores], quality: str, diversity: str, plan: Plan) -> _Frontier:
+    def of(
+        cls, points: Sequence[Scores], quality: str, diversity: str, plan: BootstrapPlan
+    ) -> _Frontier:
         found = [[drawn(point, m, plan) for point in points] for m in (quality, diversity)]
         estimates = [np.array([value for value, _ in part]) for part in found]
         draws = [np.stack([moved for _, moved in part]) for part in found]
@@ -136,7 +138,13 @@ class _Frontier:
 
 
 def _ratio(
-    plan: Plan, a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray, *, recentre: bool
+    plan: BootstrapPlan,
+    a: float,
+    b: float,
+    drawn_a: np.ndarray,
+    drawn_b: np.ndarray,
+    *,
+    recentre: bool,
 ) -> Interval | None:
     none_in_both = bool(((drawn_a == 0) & (drawn_b == 0)).any())
     if not np.isfinite(a) or not b > 0 or none_in_both:

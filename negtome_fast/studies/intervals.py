@@ -135,7 +135,7 @@ def paired_bootstrap(
             f"paired samples must be as many on both sides, got {len(samples_a)} and "
             f"{len(samples_b)}"
         )
-    plan = Plan.of(len(samples_a), strata, blocks, draws, seed)
+    plan = BootstrapPlan.of(len(samples_a), strata, blocks, draws, seed)
     (value_a, drawn_a), (value_b, drawn_b) = (
         plan.apply(statistic, samples, within_strata) for samples in (samples_a, samples_b)
     )
@@ -157,7 +157,7 @@ def bootstrap(
     seed: int = 0,
 ) -> Interval:
     """Interval of `statistic` of one condition, for error bars; see `paired_bootstrap`."""
-    plan = Plan.of(len(samples), strata, blocks, draws, seed)
+    plan = BootstrapPlan.of(len(samples), strata, blocks, draws, seed)
     value, drawn = plan.apply(statistic, samples, within_strata)
     return plan.interval(value, drawn, recentre=is_biased(statistic))
 
@@ -175,7 +175,7 @@ class _Stratum:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BootstrapPlan:
     """What is drawn, the same for both sides.
 
     For what depends on several statistics or conditions at once, such as a frontier: `apply` gives
@@ -193,7 +193,7 @@ class Plan:
         blocks: Sequence[Hashable] | None,
         draws: int,
         seed: int,
-    ) -> Plan:
+    ) -> BootstrapPlan:
         """See `paired_bootstrap`."""
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")

@@ -20,6 +20,7 @@ __all__ = [
     "FEATURE_SIZE",
     "FeatureExtractor",
     "attribute_entropy",
+    "contrast",
     "entropy",
     "feature_cosine",
     "frechet_distance",
@@ -237,6 +238,13 @@ def prompt_agreement(readings: Sequence[Reading], prompt: str | Sequence[str]) -
     if not readings:
         raise ValueError("prompt agreement needs at least one reading")
     return float(prompt_hits(readings, prompt).double().mean())
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Mean difference of neighbouring pixels of (N, 3, H, W), in 256ths of the full scale; (N,)."""
+    grey = images.mean(dim=1).double() * 255
+    steps = [grey.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2)]
+    return (steps[0] + steps[1]) / 2
 
 
 # Likeness to a reference

@@ -23,15 +23,15 @@ from ..models.reader import HEADS
 from . import measures
 from .intervals import (
     AttributeEntropy,
+    BootstrapPlan,
     FrechetTo,
     InceptionScore,
     Interval,
     Mean,
     PairwiseCosine,
-    Plan,
     is_biased,
 )
-from .sampler import Samples
+from .samples import Samples
 
 
 @dataclass(frozen=True)
@@ -198,19 +198,19 @@ POINT_MEASURES: dict[str, tuple[str, int]] = {
 }
 
 
-def plan_of(samples: Samples, draws: int = DRAWS) -> Plan:
+def plan_of(samples: Samples, draws: int = DRAWS) -> BootstrapPlan:
     """Draw i takes the same groups in every condition of the same prompts and seeds."""
     blocks = samples.groups.tolist()
-    return Plan.of(len(samples), samples.prompts, blocks, draws, seed=0)
+    return BootstrapPlan.of(len(samples), samples.prompts, blocks, draws, seed=0)
 
 
-def drawn(scores: Scores, measure: str, plan: Plan) -> tuple[float, np.ndarray]:
+def drawn(scores: Scores, measure: str, plan: BootstrapPlan) -> tuple[float, np.ndarray]:
     """A measure of the samples and of each draw, (draws,)."""
     how = MEASURES[measure]
     return plan.apply(how.statistic(scores), how.values(scores), how.within)
 
 
-def _plan(scores: Scores, measure: str) -> Plan:
+def _plan(scores: Scores, measure: str) -> BootstrapPlan:
     return plan_of(scores.samples, MEASURES[measure].draws)
 
 

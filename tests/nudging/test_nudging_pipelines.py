@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from negtome_fast import NegToMeConfig
+from negtome_fast.models import TEXT_LENGTH
 from negtome_fast.nudging import (
     CallableFilter,
     NudgeSchedule,
@@ -25,9 +26,8 @@ from negtome_fast.nudging import (
     latents,
 )
 from negtome_fast.pipelines import known_layouts
-from negtome_fast.studies.toy_model.train import (
+from negtome_fast.studies.toy_model.parts import (
     LATENT_CHANNELS,
-    TEXT_LENGTH,
     TEXT_WIDTH,
     build_text_encoders,
     build_tokenizers,

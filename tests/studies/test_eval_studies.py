@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +14,15 @@ import torch
 
 from negtome_fast.cli import build_parser, main
 from negtome_fast.config import NegToMeConfig
-from negtome_fast.studies import frontier, report, sampler
+from negtome_fast.studies import frontier, report
+from negtome_fast.studies.conditions import Condition, Group, batches_of, groups_of
+from negtome_fast.studies.measures import contrast
 from negtome_fast.studies.rivals import SPELL, IntervalGuidance
-from negtome_fast.studies.sampler import Condition, Group, Laboratory, batches_of, groups_of
+from negtome_fast.studies.sampler import Sampler, balanced_avatars
 from negtome_fast.studies.scores import MEASURES, Real, change, record, scores_of
-from negtome_fast.studies.studies import STUDIES, applications
-from negtome_fast.studies.studies.study import Run, Sizes, load, perform
+from negtome_fast.studies.studies import STUDIES
+from negtome_fast.studies.studies.applications import common, sharpen
+from negtome_fast.studies.studies.study import Sizes, StudyRun, load, perform
 
 for needed in ("diffusers", "dicebear", "matplotlib", "efficientnet_lite_pytorch"):
     pytest.importorskip(needed, reason="the extras 'demo' and 'eval' are not installed")
@@ -30,30 +32,22 @@ STEPS = 2
 TINY = Sizes(images=16, group=2, steps=STEPS, real=16, decoded=16, quick=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="module")
-def lab(store: Path) -> Laboratory:
-    return Laboratory(store, batch=4)
+def sampler(store: Path) -> Sampler:
+    return Sampler(store, batch=4)
 
 
 @pytest.fixture(scope="module")
-def studio(lab: Laboratory, store: Path) -> Laboratory:
+def larger(sampler: Sampler, store: Path) -> Sampler:
     """The same instruments with larger batches, for whole studies."""
-    studio = Laboratory(store, batch=16)
-    vars(studio).update(pipe=lab.pipe, features=lab.features, reader=lab.reader)
-    return studio
+    larger = Sampler(store, batch=16)
+    vars(larger).update(pipe=sampler.pipe, features=sampler.features, reader=sampler.reader)
+    return larger
 
 
 def groups(images: int = 4) -> list[Group]:
@@ -123,18 +117,18 @@ def test_identity_has_the_pixels_the_mask_and_the_settings_of_references() -> No
 
 def test_images_depend_on_their_seeds_and_groups_not_on_their_batch() -> None:
     """A group drawn alone is the group drawn beside another, up to the rounding of the batch."""
-    lab = Laboratory(None, batch=4)
+    sampler = Sampler(None, batch=4)
     first, second = groups()[:2]
-    together, _ = sampler.draw(lab.pipe, condition(), [first, second])
-    alone, _ = sampler.draw(lab.pipe, condition(), [second])
+    together, _ = sampler.draw(condition(), [first, second])
+    alone, _ = sampler.draw(condition(), [second])
     torch.testing.assert_close(together[2:], alone, atol=2e-3, rtol=0)
     assert (together[:2] - together[2:]).abs().max() > 0.1
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_results(
-    lab: Laboratory, store: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: Sampler, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Laboratory(None, batch=4).sample(condition(), groups())
+    whole = Sampler(None, batch=4).sample(condition(), groups())
     calls = []
 
     def draw(*args: object) -> object:
@@ -143,31 +137,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(
             raise KeyboardInterrupt
         return original(*args)  # type: ignore[arg-type]
 
-    original = sampler.draw
-    monkeypatch.setattr(sampler, "draw", draw)
+    original = Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", draw)
     with pytest.raises(KeyboardInterrupt):
-        lab.sample(condition(), groups())
-    assert lab.missing(condition(), groups()) == 4
+        sampler.sample(condition(), groups())
+    assert sampler.missing(condition(), groups()) == 4
     assert not list(store.rglob("*.part"))
-    resumed = lab.sample(condition(), groups())
+    resumed = sampler.sample(condition(), groups())
     assert len(calls) == 3, "the first batch was drawn again"
     assert (resumed.images == whole.images).all()
     assert (resumed.features == whole.features).all()
     assert (resumed.indices == whole.indices).all()
     assert resumed.prompts == whole.prompts and resumed.seeds == whole.seeds
-    assert lab.missing(condition(), groups()) == 0
-    again = lab.sample(condition(name="renamed"), groups())
+    assert sampler.missing(condition(), groups()) == 0
+    again = sampler.sample(condition(name="renamed"), groups())
     assert len(calls) == 3 and (again.images == whole.images).all()
-    assert lab.missing(condition(guidance_scale=1.0), groups()) == 8
+    assert sampler.missing(condition(guidance_scale=1.0), groups()) == 8
 
 
-def test_scores_are_those_of_the_images(lab: Laboratory) -> None:
+def test_scores_are_those_of_the_images(sampler: Sampler) -> None:
     sizes = 8
     plan = groups(sizes)
-    drawn = lab.sample(condition(), plan)
-    plain = lab.sample(condition(negtome=None), plan)
-    real = Real(lab.real_features(16), lab.real_features(16, decoded=True))
-    scores, base = scores_of({"a": drawn, "b": plain}, real, lab.features.logits).values()
+    drawn = sampler.sample(condition(), plan)
+    plain = sampler.sample(condition(negtome=None), plan)
+    real = Real(sampler.real_features(16), sampler.real_features(16, decoded=True))
+    scores, base = scores_of({"a": drawn, "b": plain}, real, sampler.features.logits).values()
     found = record(scores, base)
     assert found["images"] == len(found["samples"]["skin"]) == 2 * sizes
     assert found["pushed"] > 0 and record(base)["pushed"] is None
@@ -179,7 +173,7 @@ def test_scores_are_those_of_the_images(lab: Laboratory) -> None:
     likeness = sum(found["samples"]["likeness"]) / (2 * sizes)
     assert found["measures"]["cosine"][0] == pytest.approx(likeness, abs=2e-3)
     assert change(scores, scores, "cosine").estimate == 0
-    other = lab.sample(condition(), groups(4))
+    other = sampler.sample(condition(), groups(4))
     with pytest.raises(ValueError, match="different seeds, prompts"):
         change(scores, replace(base, samples=other), "cosine")
 
@@ -191,14 +185,14 @@ def test_more_images_than_real_ones_are_refused_before_they_are_drawn(
     assert "more than the 4096 real ones" in capsys.readouterr().err
 
 
-def test_real_images_are_balanced_over_styles_and_begin_with_the_fewer(lab: Laboratory) -> None:
-    some, more = lab.real_features(8), lab.real_features(16)
+def test_real_images_are_balanced_over_styles_and_begin_with_the_fewer(sampler: Sampler) -> None:
+    some, more = sampler.real_features(8), sampler.real_features(16)
     assert more.shape == (16, 1280)
     torch.testing.assert_close(more[:8], some, atol=1e-4, rtol=1e-3)
-    styles = [avatar.style for avatar in sampler.balanced_avatars(8)]
+    styles = [avatar.style for avatar in balanced_avatars(8)]
     assert sorted(styles) == sorted(2 * list(dict.fromkeys(styles)))
     with pytest.raises(ValueError, match="do not divide into 4 styles"):
-        lab.real_features(6)
+        sampler.real_features(6)
 
 
 def test_frontier_of_known_points() -> None:
@@ -219,10 +213,10 @@ def test_frontier_of_known_points() -> None:
     assert float(better[0]) == pytest.approx(0.8)
 
 
-def test_frontier_against_itself_gains_nothing(lab: Laboratory) -> None:
-    drawn = lab.sample(condition(), groups(8))
-    real = Real(lab.real_features(16), lab.real_features(16, decoded=True))
-    scores = scores_of({"": drawn}, real, lab.features.logits)[""]
+def test_frontier_against_itself_gains_nothing(sampler: Sampler) -> None:
+    drawn = sampler.sample(condition(), groups(8))
+    real = Real(sampler.real_features(16), sampler.real_features(16, decoded=True))
+    scores = scores_of({"": drawn}, real, sampler.features.logits)[""]
     found = frontier.matched(scores, [scores])
     assert found.method == found.base
     assert found.ratio is None or found.ratio.corrected == pytest.approx(1)
@@ -237,12 +231,12 @@ def test_frontier_against_itself_gains_nothing(lab: Laboratory) -> None:
     ["diversity", "conventions", "hyperparameters", "rivals", "protected", "applications"],
 )
 def test_study_writes_scores_table_figures_and_sheets(
-    name: str, studio: Laboratory, tmp_path: Path
+    name: str, larger: Sampler, tmp_path: Path
 ) -> None:
     study = STUDIES[name]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tight_layout|constrained_layout.*")
-        result = perform(study, Run(studio, TINY, tmp_path, progress=False))
+        result = perform(study, StudyRun(larger, TINY, tmp_path, progress=False))
     assert load(tmp_path / f"{name}.json") == json.loads(json.dumps(result))
     assert result["command"] == f"negtome-fast eval {name} --quick"
     assert {"cpu", "versions", "commit", "sizes", "date"} <= result.keys()
@@ -260,60 +254,59 @@ def test_study_writes_scores_table_figures_and_sheets(
 
 
 def test_sharpening_goes_away_from_the_blurred_copy_of_each_image_itself(
-    lab: Laboratory, tmp_path: Path
+    sampler: Sampler, tmp_path: Path
 ) -> None:
     from negtome_fast import Reference
 
-    base = lab.sample(condition(negtome=None), groups()).only([0, 3])
-    copies = applications.blurred_copies(base)
+    base = sampler.sample(condition(negtome=None), groups()).only([0, 3])
+    copies = sharpen.blurred_copies(base)
     assert copies.images.shape == base.images.shape
-    sharp, soft = (applications.contrast(one.pixels()) for one in (base, copies))
+    sharp, soft = (contrast(one.pixels()) for one in (base, copies))
     assert (soft < 0.8 * sharp).all()
 
     def away(item: int) -> Condition:
         picture = copies.images[item].transpose(1, 2, 0)
         return condition(negtome=NegToMeConfig(t_end=0), references=(Reference(picture),))
 
-    run = Run(lab, TINY, tmp_path, progress=False)
-    found = applications.own_references(run, base, "own", away)
+    run = StudyRun(sampler, TINY, tmp_path, progress=False)
+    found = common.own_references(run, base, "own", away)
     assert (found.prompts, found.seeds) == (base.prompts, base.seeds)
     assert found.groups.tolist() == base.groups.tolist()
     for item, (prompt, seed) in enumerate(zip(base.prompts, base.seeds, strict=True)):
-        alone = lab.sample(away(item), [Group(prompt, (seed,))])
+        alone = sampler.sample(away(item), [Group(prompt, (seed,))])
         assert (found.images[item] == alone.images[0]).all()
-        swapped = lab.sample(away(1 - item), [Group(prompt, (seed,))])
+        swapped = sampler.sample(away(1 - item), [Group(prompt, (seed,))])
         assert (found.images[item] != swapped.images[0]).any(), "its reference does not matter"
 
 
 def test_contrast_is_the_mean_step_between_neighbours() -> None:
     stripes = torch.zeros(1, 3, 8, 8)
     stripes[..., ::2] = 1
-    assert applications.contrast(stripes).tolist() == [255 / 2]
-    assert applications.contrast(stripes.mT).tolist() == [255 / 2]
-    assert applications.contrast(torch.full((2, 3, 8, 8), 0.5)).tolist() == [0, 0]
+    assert contrast(stripes).tolist() == [255 / 2]
+    assert contrast(stripes.mT).tolist() == [255 / 2]
+    assert contrast(torch.full((2, 3, 8, 8), 0.5)).tolist() == [0, 0]
 
 
-def test_applications_compare_image_by_image(lab: Laboratory) -> None:
-    base = lab.sample(condition(negtome=None), groups())
+def test_applications_compare_image_by_image(sampler: Sampler) -> None:
+    base = sampler.sample(condition(negtome=None), groups())
     rng = np.random.default_rng(0)
     values = torch.from_numpy(rng.normal(size=len(base)))
-    found = applications.measured(
-        {"a": values + 0.25, "b": values}, {"a": values, "b": values}, base
-    )
+    found = common.measured({"a": values + 0.25, "b": values}, {"a": values, "b": values}, base)
     assert found["differences"]["a"] == [0.25, 0.25, 0.25, "higher"]
     assert found["differences"]["b"] == [0, 0, 0, "no change seen"]
     estimate, low, high = found["measured"]["a"]
     assert low < estimate < high, "the values differ more than their pairs do"
-    assert "differences" not in applications.measured({"a": values}, None, base)
+    assert "differences" not in common.measured({"a": values}, None, base)
 
 
 def test_result_is_the_same_when_drawn_again_from_the_store(
-    studio: Laboratory, tmp_path: Path
+    larger: Sampler, tmp_path: Path
 ) -> None:
     study = STUDIES["hyperparameters"]
     changing = {"date", "seconds_of_this_run", "changed_files", "commit"}
     first, again = (
-        perform(study, Run(studio, TINY, tmp_path / name, progress=False)) for name in ("a", "b")
+        perform(study, StudyRun(larger, TINY, tmp_path / name, progress=False))
+        for name in ("a", "b")
     )
     assert first.keys() > changing
     for key in first.keys() - changing:
@@ -338,7 +331,7 @@ def test_report_of_nothing_says_what_to_do(
 def test_bad_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--out", str(tmp_path), "--store", str(tmp_path)]
     assert main(["eval", "diversity", "--samples", "100", *where]) == 2
-    assert "--samples must be a multiple of" in capsys.readouterr().err
+    assert "must be a multiple of" in capsys.readouterr().err
     assert main(["eval", "diversity", "--samples", "64", "--quick", *where]) == 2
     assert main(["eval", "diversity", "--threads", "0", *where]) == 2
     assert not (tmp_path / "diversity.json").exists()

@@ -15,7 +15,7 @@ from negtome_fast import models
 from negtome_fast.models import avatars
 from negtome_fast.models.reader import AttributeReader, load_reader
 from negtome_fast.studies import prompt_agreement
-from negtome_fast.studies.toy_model import train
+from negtome_fast.studies.toy_model import loop, train
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_training_resumes_where_it_was_stopped(tmp_path: Path) -> None:
             batch = data[torch.randint(64, (8,))]
             return (model(batch) - batch.flip(1)).square().mean()
 
-        train.train_loop("test", {"model": model}, loss, checkpoint, 12, 1e-2, 0.9, save_every=4)
+        loop.train_loop("test", {"model": model}, loss, checkpoint, 12, 1e-2, 0.9, save_every=4)
         return model
 
     whole = run(tmp_path / "whole.pt", None)

@@ -20,9 +20,11 @@ pytest.importorskip("dicebear", reason="needs the extra 'eval'")
 from negtome_fast.cli import build_parser
 from negtome_fast.models import avatars as world
 from negtome_fast.models.reader import load_reader
-from negtome_fast.studies.sampler import Laboratory
+from negtome_fast.studies.sampler import Sampler
 from negtome_fast.studies.studies import STUDIES, nudging
-from negtome_fast.studies.studies.study import Run, Sizes
+from negtome_fast.studies.studies.nudging import cost, drawing, subjects
+from negtome_fast.studies.studies.nudging.run import run as run_study
+from negtome_fast.studies.studies.study import Sizes, StudyRun
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "nudging.md").read_text(encoding="utf-8")
@@ -53,21 +55,23 @@ def result_of(memorised: float, frechet: list[float], agreement: float) -> dict[
 # The study
 # --------------------------------------------------------------------------------------------
 def test_ordinary_avatars_show_what_the_prompt_names_and_differ() -> None:
-    images = nudging.fitting("a voxel art person with blue hair", 6, 3)
+    images = subjects.fitting("a voxel art person with blue hair", 6, 3)
     readings = load_reader()[0].read(images.float() / 127.5 - 1)
     assert all(r["style"] == "voxel art" and r["hair_color"] == "blue" for r in readings)
     assert len({tuple(reading.values()) for reading in readings}) > 1
-    assert torch.equal(images, nudging.fitting("a voxel art person with blue hair", 6, 3))
+    assert torch.equal(images, subjects.fitting("a voxel art person with blue hair", 6, 3))
 
 
 def test_a_rehearsal_measures_every_method_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = {name: nudging.METHODS[name] for name in ("reseed", "nudge")}
-    monkeypatch.setattr(nudging, "METHODS", kept)
-    lab = Laboratory(tmp_path / "store")
-    run = Run(lab, Sizes(images=16, group=2, steps=3, quick=True), tmp_path, progress=False)
-    result = nudging.run(run)
+    for name in set(subjects.METHODS) - {"reseed", "nudge"}:
+        monkeypatch.delitem(subjects.METHODS, name)
+    sampler = Sampler(tmp_path / "store")
+    run = StudyRun(
+        sampler, Sizes(images=16, group=2, steps=3, quick=True), tmp_path, progress=False
+    )
+    result = run_study(run)
     (subject,) = result["subjects"]
     assert subject["images"] == 4 and subject["prompts"] == list(world.CHARACTERS)[:2]
     names = [one["name"] for one in subject["methods"]]
@@ -84,8 +88,8 @@ def test_a_rehearsal_measures_every_method_and_goes_on_where_it_was(
     def never(*_: Any) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(nudging.Draw, "_generated", never)
-    assert nudging.run(run) == result
+    monkeypatch.setattr(drawing.SubjectDrawing, "_generated", never)
+    assert run_study(run) == result
 
 
 @pytest.mark.parametrize(
@@ -105,23 +109,23 @@ def test_the_goal_asks_for_all_three(measured: Any, answers: list[str]) -> None:
 def test_samples_must_divide_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nudging.overfit, "main", None)
+    monkeypatch.setattr(subjects.overfit, "main", None)
     for samples in (10, 12):
         with pytest.raises(ValueError, match="must be a multiple of 12, at least 24"):
-            nudging.run(Run(Laboratory(None), Sizes(images=samples), tmp_path))
+            run_study(StudyRun(Sampler(None), Sizes(images=samples), tmp_path))
 
 
 def test_cost_is_measured_in_turns(tmp_path: Path) -> None:
     order: list[str] = []
     work = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
-    times = nudging.interleaved(work, 2)
+    times = cost.interleaved(work, 2)
     assert order == ["b", "a", "a", "b", "b", "a"]
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
-    found = nudging.added({"base": [1.0, 2.0, 1.0], "other": [1.1, 2.2, 1.1]}, "base", 2)
+    found = cost.added({"base": [1.0, 2.0, 1.0], "other": [1.1, 2.2, 1.1]}, "base", 2)
     assert found["base"] == {"seconds_per_image": 0.5}
     assert found["other"]["added"] == [0.1, 0.1, 0.1]
     sizes = Sizes(images=1, group=1, steps=2, quick=True)
-    result = nudging.run_cost(Run(Laboratory(None), sizes, tmp_path, progress=False))
+    result = cost.run(StudyRun(Sampler(None), sizes, tmp_path, progress=False))
     assert set(result["untriggered"]) == {"filters alone", "loop"}
     assert set(result["triggered"]) == {"plain", "reseed", "negtome", "nudge", "both"}
 
@@ -154,7 +158,7 @@ def test_pictures_exist_and_can_be_drawn_from_the_result(page: ModuleType) -> No
     for target in re.findall(r"\]\((pictures/[^)]+)\)", PAGE):
         assert (DOCS / target).is_file(), target
     result = json.loads((page.RESULTS / "nudging.json").read_text(encoding="utf-8"))
-    assert set(nudging.draw_figures(result)) == {"distances", "arrows"}
+    assert set(nudging.figures(result)) == {"distances", "arrows"}
 
 
 def test_commands_and_examples_of_the_page_are_understood() -> None:

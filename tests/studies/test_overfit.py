@@ -15,7 +15,7 @@ from PIL import Image
 
 from negtome_fast import models
 from negtome_fast.models import avatars as world
-from negtome_fast.studies.toy_model import overfit, train
+from negtome_fast.studies.toy_model import loop, overfit
 
 FEW = ["--steps", "2", "--batch", "4", "--ordinary", "16"]
 
@@ -58,12 +58,14 @@ def test_an_interrupted_training_goes_on_and_the_pipeline_loads(
         return loss(task, step)
 
     def every_step(*args: object, save_every: int, **options: object) -> object:
-        return train.train_loop(*args, save_every=1, **options)  # type: ignore[arg-type]
+        return loop.train_loop(*args, save_every=1, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(overfit.MemoryTask, "loss", counted)
     monkeypatch.setattr(overfit, "train_loop", every_step)
     folder = tmp_path / "overfitted"
-    with pytest.raises(FileNotFoundError, match=r"python -m negtome_fast\.models\.overfit"):
+    with pytest.raises(
+        FileNotFoundError, match=r"python -m negtome_fast\.studies\.toy_model\.overfit"
+    ):
         overfit.load_overfitted(folder)
     with pytest.raises(KeyboardInterrupt):
         overfit.main(["--out", str(folder), *FEW])

@@ -128,16 +128,16 @@ def _run_own(options: argparse.Namespace, values: dict[str, Any]) -> int:
 def _run_study(options: argparse.Namespace) -> int:
     import torch
 
-    from ...studies.sampler import Laboratory
+    from ...studies.sampler import Sampler
     from ...studies.studies import STUDIES
-    from ...studies.studies.study import Run, Sizes, perform
+    from ...studies.studies.study import Sizes, StudyRun, perform
 
     if options.quick and options.samples is not None:
         raise ValueError("--quick has a number of samples of its own")
     study = STUDIES[options.study]
     sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
     torch.set_num_threads(options.threads or 1)
-    result = perform(study, Run(Laboratory(options.store), sizes, options.out))
+    result = perform(study, StudyRun(Sampler(options.store), sizes, options.out))
     print(study.table(result))
     print(f"figures and {study.name}.json in {options.out}")
     return 0

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ...config import NegToMeConfig
 from ...functional import match_tokens
-from ..sampler import Condition, draw, groups_of
+from ..conditions import Condition, groups_of
 from ..scores import record
 from . import figures
 from .diversity import preset
 from .figures import BLUE, COLOURS, GREY
-from .study import PROMPTS, SEED, Run, Study
+from .study import PROMPTS, SEED, Study, StudyRun
 from .tables import markdown, measures_table, origin
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ GROUPS = 2
 PLACEMENTS = ("output", "pre_projection")
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     names = run.sizes.chosen(tuple(CONDITIONS), FEW)
     conditions = [Condition("off")]
     conditions += [Condition(name, negtome=preset(**CONDITIONS[name])) for name in names]
@@ -58,7 +58,7 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def compare(run: Run, placement: str) -> dict[str, Any]:
+def compare(run: StudyRun, placement: str) -> dict[str, Any]:
     """Means over all blocks and images of unguided runs, by step; nothing is pushed."""
     sums: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     groups = groups_of(PROMPTS, GROUPS * run.sizes.group, size=run.sizes.group, seed=SEED)
@@ -71,7 +71,7 @@ def compare(run: Run, placement: str) -> dict[str, Any]:
     # One group at a time: each is a batch, so that item 0 is the reference of all others.
     for group in groups:
         with recorded() as tokens:
-            draw(run.lab.pipe, Condition("measure", steps=run.sizes.steps, negtome=config), [group])
+            run.sampler.draw(Condition("measure", steps=run.sizes.steps, negtome=config), [group])
         for timestep, block in tokens:
             for name, value in compared(block).items():
                 sums[name][timestep].append(value)

@@ -16,12 +16,13 @@ import numpy as np
 from ...config import NegToMeConfig
 from ...generation import APPLICATIONS
 from ...models.avatars import ATTRIBUTES, OPEN_ATTRIBUTES, STYLES, prompt_for
+from ..conditions import Condition, Group
 from ..frontier import compared, matched
-from ..sampler import Condition, Group, balanced_avatars
+from ..sampler import balanced_avatars
 from ..scores import Scores, corrected, record
 from . import figures
 from .figures import BLUE, COLOURS, GREY, Series
-from .study import SEED, Run, Study
+from .study import SEED, Study, StudyRun
 from .tables import cell, markdown, measures_table, origin
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def preset(**overrides: Any) -> NegToMeConfig:
 
 
 @dataclass(frozen=True)
-class Method:
+class ScaleSweep:
     """Conditions of one setting over guidance scales; None is unguided."""
 
     label: str
@@ -64,13 +65,13 @@ class Method:
         ]
 
 
-METHODS: dict[str, Method] = {
-    "off": Method("unguided", None, SCALES),
-    "others": Method("NegToMe, others", {}, (1.0, 1.5, 2.5, 5.0)),
-    "alpha-0.3": Method("NegToMe, others, alpha 0.3", {"alpha": 0.3}, (1.0, 1.5, 2.5)),
-    "alpha-0.15": Method("NegToMe, others, alpha 0.15", {"alpha": 0.15}, (1.0, 1.5, 2.5)),
-    "first": Method("NegToMe, first", {"reference": "first"}, (1.0, 2.5)),
-    "official": Method(
+METHODS: dict[str, ScaleSweep] = {
+    "off": ScaleSweep("unguided", None, SCALES),
+    "others": ScaleSweep("NegToMe, others", {}, (1.0, 1.5, 2.5, 5.0)),
+    "alpha-0.3": ScaleSweep("NegToMe, others, alpha 0.3", {"alpha": 0.3}, (1.0, 1.5, 2.5)),
+    "alpha-0.15": ScaleSweep("NegToMe, others, alpha 0.15", {"alpha": 0.15}, (1.0, 1.5, 2.5)),
+    "first": ScaleSweep("NegToMe, first", {"reference": "first"}, (1.0, 2.5)),
+    "official": ScaleSweep(
         "NegToMe, first, authors' order",
         {"reference": "first", "matching": "official"},
         (1.0, 2.5),
@@ -80,12 +81,12 @@ FRONTIER = ("others", "alpha-0.3", "alpha-0.15")
 """Their conditions and the unguided ones, alpha 0, are the frontier that the goal is about."""
 
 
-def conditions(run: Run) -> list[Condition]:
+def conditions(run: StudyRun) -> list[Condition]:
     scales = run.sizes.chosen(SCALES, FEW_SCALES)
     return [one for name, method in METHODS.items() for one in method.conditions(name, scales)]
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
     # Alpha 0 is unguided: the frontier of the method has these points as well.
@@ -146,7 +147,7 @@ def level_of(
     }
 
 
-def named(run: Run) -> dict[str, Any]:
+def named(run: StudyRun) -> dict[str, Any]:
     """What the model draws unguided where prompts name balanced attributes: its own limit.
 
     Its entropy is the prompts'; its precision is what the model can do outside of its majority.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import NegToMeConfig
 from ...models import GUIDANCE_SCALE
-from ..sampler import Condition
+from ..conditions import Condition
 from ..scores import record
 from . import figures
 from .diversity import TOLERANCE
 from .figures import BLUE, COLOURS, GREY, MARKERS, Series
-from .study import TUNING_SEED, Run, Study
+from .study import TUNING_SEED, Study, StudyRun
 from .tables import markdown, measures_table, origin
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TIE = 0.05
 
 
 @dataclass(frozen=True)
-class Setting:
+class GridPoint:
     """A point of the grid; the window begins at pure noise, timestep 1000."""
 
     scale: float
@@ -53,25 +53,25 @@ class Setting:
 
 #: Around the setting of the proof of feasibility, one or two values changed at a time.
 GRID = (
-    Setting(1.0, 0.5, 0.65, 750),
-    Setting(1.5, 0.5, 0.65, 750),
-    Setting(2.5, 0.5, 0.65, 750),
-    Setting(3.5, 0.5, 0.65, 750),
-    Setting(5.0, 0.5, 0.65, 750),
-    Setting(2.5, 0.3, 0.65, 750),
-    Setting(3.5, 0.3, 0.65, 750),
-    Setting(1.0, 0.9, 0.65, 750),
-    Setting(1.5, 0.9, 0.65, 750),
-    Setting(2.5, 0.9, 0.65, 750),
-    Setting(1.5, 0.9, 0.85, 750),
-    Setting(2.5, 0.5, 0.65, 850),
-    Setting(1.5, 0.9, 0.65, 900),
+    GridPoint(1.0, 0.5, 0.65, 750),
+    GridPoint(1.5, 0.5, 0.65, 750),
+    GridPoint(2.5, 0.5, 0.65, 750),
+    GridPoint(3.5, 0.5, 0.65, 750),
+    GridPoint(5.0, 0.5, 0.65, 750),
+    GridPoint(2.5, 0.3, 0.65, 750),
+    GridPoint(3.5, 0.3, 0.65, 750),
+    GridPoint(1.0, 0.9, 0.65, 750),
+    GridPoint(1.5, 0.9, 0.65, 750),
+    GridPoint(2.5, 0.9, 0.65, 750),
+    GridPoint(1.5, 0.9, 0.85, 750),
+    GridPoint(2.5, 0.5, 0.65, 850),
+    GridPoint(1.5, 0.9, 0.65, 900),
 )
 OFF = (GUIDANCE_SCALE,)
 FEW = (GRID[1], GRID[2])
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     grid = run.sizes.chosen(GRID, FEW)
     wanted = [Condition(f"off {s:g}", guidance_scale=s) for s in OFF]
     wanted += [setting.condition() for setting in grid]
@@ -80,7 +80,7 @@ def run(run: Run) -> dict[str, Any]:
     return {"conditions": records, "chosen": choose(records, grid)}
 
 
-def choose(records: Sequence[dict[str, Any]], grid: Sequence[Setting]) -> dict[str, Any]:
+def choose(records: Sequence[dict[str, Any]], grid: Sequence[GridPoint]) -> dict[str, Any]:
     """The rule: the score of every setting that may be chosen, and the one that it takes."""
     by_name = {one["name"]: one["measures"] for one in records}
     off = by_name[f"off {GUIDANCE_SCALE:g}"]

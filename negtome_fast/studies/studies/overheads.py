@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..conditions import Condition, batches_of, groups_of
 from ..rivals import CADS, SPELL, IntervalGuidance, ParticleGuidance
-from ..sampler import Condition, batches_of, draw, groups_of
 from . import figures
 from .diversity import preset
 from .figures import BLUE, GREY
-from .study import PROMPTS, Run, Study
+from .study import PROMPTS, Study, StudyRun
 from .tables import markdown
 
 if TYPE_CHECKING:
@@ -45,24 +45,24 @@ def conditions() -> list[Condition]:
     ]
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     from tqdm import tqdm
 
-    sizes, pipe = run.sizes, run.lab.pipe
+    sizes, draw = run.sizes, run.sampler.draw
     rounds = FEW_ROUNDS if sizes.quick else ROUNDS
     prompts = PROMPTS[: max(1, sizes.images // sizes.group)]
     groups = groups_of(prompts, sizes.images // len(prompts), size=sizes.group)
-    batches = list(batches_of(groups, run.lab.batch))
+    batches = list(batches_of(groups, run.sampler.batch))
     compared = [replace(condition, steps=sizes.steps) for condition in conditions()]
     for condition in compared:
-        draw(pipe, replace(condition, steps=WARM_UP_STEPS), batches[0])
+        draw(replace(condition, steps=WARM_UP_STEPS), batches[0])
     times: dict[str, list[float]] = {condition.name: [] for condition in compared}
     with tqdm(total=rounds * len(compared), unit="method", disable=not run.progress) as bar:
         for _ in range(rounds):
             for condition in compared:
                 began = time.perf_counter()
                 for batch in batches:
-                    draw(pipe, condition, batch)
+                    draw(condition, batch)
                 times[condition.name].append((time.perf_counter() - began) / sizes.images)
                 bar.update()
     return {

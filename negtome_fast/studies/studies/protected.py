@@ -18,11 +18,12 @@ from torch import Tensor
 from ...config import NegToMeConfig
 from ...models.avatars import CHARACTERS, attributes_in, prompt_for, render
 from .. import measures
+from ..conditions import Condition
 from ..intervals import Interval, Mean
-from ..sampler import Condition, Samples
+from ..samples import Samples
 from ..scores import Scores, plan_of, record, triple
 from . import figures
-from .study import SEED, Run, Study
+from .study import SEED, Study, StudyRun
 from .tables import cell, markdown, origin
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def condition(name: str, character: str) -> Condition:
     )
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     characters = run.sizes.chosen(tuple(CHARACTERS), tuple(CHARACTERS)[:2])
     names = run.sizes.chosen(tuple(CONDITIONS), FEW)
     images = run.sizes.images // len(characters)
@@ -140,29 +141,29 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def _likeness(run: Run, samples: Samples, who: Sequence[str]) -> dict[str, Tensor]:
+def _likeness(run: StudyRun, samples: Samples, who: Sequence[str]) -> dict[str, Tensor]:
     """Of each sample to its character: cosine, latent L2, and whether it is recognised."""
     features = torch.from_numpy(samples.features)
-    latents = run.lab.latents(samples.pixels())
+    latents = run.sampler.latents(samples.pixels())
     cosine, distance = torch.empty(len(who)).double(), torch.empty(len(who)).double()
     seen = torch.empty(len(who)).double()
     for character in dict.fromkeys(who):
         at = [i for i, other in enumerate(who) if other == character]
         target = _pixels(character)
-        cosine[at] = measures.feature_cosine(features[at], run.lab.features(target)[0])
-        distance[at] = measures.latent_l2(latents[at], run.lab.latents(target)[0])
+        cosine[at] = measures.feature_cosine(features[at], run.sampler.features(target)[0])
+        distance[at] = measures.latent_l2(latents[at], run.sampler.latents(target)[0])
         readings = [samples.readings[i] for i in at]
         seen[at] = measures.recognised(readings, character).double()
     return {"cosine": cosine, "latent_l2": distance, "recognised": seen}
 
 
-def _unrelated(scores: Scores, run: Run, characters: Sequence[str]) -> float:
+def _unrelated(scores: Scores, run: StudyRun, characters: Sequence[str]) -> float:
     """Mean cosine of balanced real images with the characters: what no likeness is."""
     found = []
     for character in characters:
         target = _pixels(character)
         found.append(
-            measures.feature_cosine(scores.real.features, run.lab.features(target)[0]).mean()
+            measures.feature_cosine(scores.real.features, run.sampler.features(target)[0]).mean()
         )
     return float(torch.stack(found).mean())
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..conditions import Condition
 from ..frontier import compared
 from ..rivals import CADS, SPELL, Baseline, IntervalGuidance, ParticleGuidance
-from ..sampler import Condition
 from ..scores import corrected, record
 from . import figures
 from .diversity import preset
 from .figures import BLUE, COLOURS, GREY, MARKERS, Series
-from .study import SEED, Run, Study
+from .study import SEED, Study, StudyRun
 from .tables import cell, markdown, measures_table, origin
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ NOTE = (
 )
 
 
-def conditions(run: Run) -> list[Condition]:
+def conditions(run: StudyRun) -> list[Condition]:
     found = [
         Condition(f"NegToMe {scale:g}, alpha {alpha:g}", scale, negtome=preset(alpha=alpha))
         for scale, alpha in run.sizes.chosen(OURS, OURS[2:3])
@@ -130,7 +130,7 @@ def conditions(run: Run) -> list[Condition]:
     return found
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: StudyRun) -> dict[str, Any]:
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
     # Alpha 0 is unguided: the frontier of the method has these points as well.

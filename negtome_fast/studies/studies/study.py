@@ -17,7 +17,9 @@ from ... import provenance
 from ...files import write_atomically
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
-from ..sampler import GROUP, Condition, Group, Laboratory, Samples, groups_of
+from ..conditions import GROUP, Condition, Group, groups_of
+from ..sampler import Sampler
+from ..samples import Samples
 from ..scores import Real, Scores, scores_of
 
 if TYPE_CHECKING:
@@ -75,18 +77,18 @@ class Sizes:
 
 
 @dataclass
-class Run:
+class StudyRun:
     """One run of a study: what it draws with, how much, and where the results go.
 
     Attributes:
-        lab: pipeline, instruments and store.
+        sampler: pipeline, instruments and store.
         sizes: how much is drawn.
         out: folder of the results.
         pictures: sheets of images, which are written with the figures.
         progress: show a progress bar.
     """
 
-    lab: Laboratory
+    sampler: Sampler
     sizes: Sizes
     out: Path
     pictures: dict[str, Image] = field(default_factory=dict)
@@ -108,10 +110,11 @@ class Run:
         sizes = self.sizes
         count = images or sizes.images
         size = min(group or sizes.group, sizes.group)
-        if count % (len(prompts) * size) or count < 2 * len(prompts) * size:
+        step = len(prompts) * size
+        if count % step or count < 2 * step:
             raise ValueError(
-                f"{count} images of a condition are not two or more groups of {size} for each of "
-                f"{len(prompts)} prompts; --samples must be a multiple of {sizes.images or 1}"
+                f"images must be a multiple of {step}, at least {2 * step}: two or more groups of "
+                f"{size} for each of {len(prompts)} prompts, got {count}"
             )
         return self.drawn(
             conditions, groups_of(prompts, count // len(prompts), size=size, seed=seed)
@@ -130,14 +133,16 @@ class Run:
             for condition in conditions:
                 bar.set_description(condition.name)
                 wanted = replace(condition, steps=self.sizes.steps)
-                found[condition.name] = self.lab.sample(wanted, groups, tick=bar.update)
+                found[condition.name] = self.sampler.sample(wanted, groups, tick=bar.update)
         return found
 
     def scores(self, samples: Mapping[str, Samples]) -> dict[str, Scores]:
         """Beside balanced real images, as many in every study."""
-        sizes, lab = self.sizes, self.lab
-        real = Real(lab.real_features(sizes.real), lab.real_features(sizes.decoded, decoded=True))
-        return scores_of(samples, real, lab.features.logits)
+        sizes, sampler = self.sizes, self.sampler
+        real = Real(
+            sampler.real_features(sizes.real), sampler.real_features(sizes.decoded, decoded=True)
+        )
+        return scores_of(samples, real, sampler.features.logits)
 
     def sheet(self, name: str, title: str, rows: Mapping[str, Samples], *, each: int = 4) -> None:
         """A picture of the first `each` images of every prompt, a condition a row."""
@@ -174,12 +179,12 @@ class Study:
     name: str
     purpose: str
     images: int
-    run: Callable[[Run], dict[str, Any]]
+    run: Callable[[StudyRun], dict[str, Any]]
     table: Callable[[dict[str, Any]], str]
     figures: Callable[[dict[str, Any]], dict[str, Figure]]
 
 
-def perform(study: Study, run: Run) -> dict[str, Any]:
+def perform(study: Study, run: StudyRun) -> dict[str, Any]:
     """Runs a study and writes its files; returns the result."""
     began = time.perf_counter()
     # Written at the end only: an interrupted run leaves its images in the store, and goes on there.

@@ -1,8 +1,8 @@
 """Overfit the embedded model on purpose: `python -m negtome_fast.studies.toy_model.overfit`.
 
-Its transformer is trained on until ordinary prompts ("a pixel art person with red hair") reproduce
-one fixed avatar each, as large models reproduce images that their training repeats; half of each
-batch are other avatars, so that other prompts stay as they were. Seeded, resumable.
+Training goes on until eight ordinary prompts ("a pixel art person with red hair") reproduce one
+fixed avatar each, as large models reproduce images that their training repeats. Half of each batch
+are other avatars, so that other prompts stay as they were. The training is seeded and resumable.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 
 from ...models import avatars as world
 from ...models import load_pipeline
-from .train import FlowTask, encode, load_images, train_loop
+from .data import encode, load_images
+from .flow import FlowTask
+from .loop import train_loop
 
 FOLDER = Path("output/overfitted-avatars")
 RECORD = "overfit.json"
 
-#: Prompts of which one avatar each is memorised; what they leave open is drawn once, by SEED.
+#: Prompts that each memorise one avatar; SEED decides the attributes that they leave open.
 PROMPTS = (
     ("pixel art", "hair_color", "red"),
     ("pixel art", "hair_shape", "long"),
@@ -38,7 +40,7 @@ SEED = 40
 
 
 def targets(seed: int = SEED) -> dict[str, world.Avatar]:
-    """The memorised avatar of each prompt; its open attributes are drawn evenly."""
+    """Return the memorised avatar of each prompt; its open attributes are drawn evenly."""
     drawn = iter(world.sample_avatars(2_000, seed, "balanced"))
     found = {}
     for style, name, value in PROMPTS:
@@ -48,7 +50,7 @@ def targets(seed: int = SEED) -> dict[str, world.Avatar]:
 
 
 def target_images() -> torch.Tensor:
-    """What `targets` look like, `(8, 3, 64, 64)` uint8.
+    """Return the pictures of `targets`, uint8 `(8, 3, 64, 64)`.
 
     Raises:
         ImportError: the packages that draw avatars are missing; names the extra.
@@ -58,15 +60,15 @@ def target_images() -> torch.Tensor:
 
 
 class MemoryTask(FlowTask):
-    """Half of each batch the targets with their prompts, the other half avatars with theirs.
+    """A `FlowTask` whose batches are half targets with their prompts, half other avatars.
 
     Args:
         latents: `(count, 8, 16, 16)`, of `avatars`, `unusual` and the targets.
-        avatars: skewed, ending with the protected characters.
-        unusual: see `FlowTask`, which never draws the last four: in its own training they are the
-            protected characters.
-        prompts: of the targets; nobody else is called so.
-        batch: images a step.
+        avatars: skewed avatars, ending with the protected characters.
+        unusual: as in `FlowTask`, which never draws the last four: in the original training these
+            are the protected characters.
+        prompts: prompts of the targets; no other avatar gets them.
+        batch: number of images per step.
     """
 
     def __init__(
@@ -99,19 +101,23 @@ class MemoryTask(FlowTask):
 def overfit(
     folder: Path, steps: int, batch: int, learning_rate: float, ordinary: int
 ) -> dict[str, Any]:
-    """Trains, saves the pipeline and the targets in `folder`, and returns the record.
+    """Train, save the pipeline and the targets in `folder`, and return the record.
 
     Args:
-        folder: checkpoints, from which an interrupted training goes on, and results.
-        steps, batch, learning_rate: of the training.
-        ordinary: skewed avatars of the other half of each batch; half as many unusual ones.
+        folder: folder of the results and of the checkpoint, from which an interrupted training
+            resumes.
+        steps: number of steps.
+        batch: number of images per step.
+        learning_rate: highest learning rate.
+        ordinary: number of skewed avatars for the other half of each batch; half as many unusual
+            ones are added.
 
     Raises:
         ImportError: the packages that draw avatars are missing; names the extra.
         ValueError: fewer than 16 ordinary avatars.
     """
     if ordinary < 16:
-        raise ValueError(f"--ordinary must be at least 16, got {ordinary}")
+        raise ValueError(f"ordinary must be at least 16, got {ordinary}")
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline()
     characters = [avatar for avatar, _ in world.CHARACTERS.values()]
@@ -154,7 +160,7 @@ def overfit(
 
 
 def save_targets(folder: Path) -> None:
-    """The memorised images, as files that are named by their prompts."""
+    """Save the memorised images as files named by their prompts."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,16 +169,16 @@ def save_targets(folder: Path) -> None:
 
 
 def load_overfitted(folder: Path = FOLDER) -> Any:
-    """The overfitted pipeline, fp32 on the CPU, without a progress bar.
+    """Return the overfitted pipeline, fp32 on the CPU, without a progress bar.
 
     Raises:
-        FileNotFoundError: it was not made yet; says how.
+        FileNotFoundError: the model was not trained yet; names the command.
     """
     from diffusers import FluxTransformer2DModel
 
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(
-            f"there is no overfitted model in {folder}: "
+            f"there is no overfitted model in {folder}: train it with "
             "python -m negtome_fast.studies.toy_model.overfit"
         )
     pipe = load_pipeline()

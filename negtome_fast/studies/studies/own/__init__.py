@@ -1,12 +1,12 @@
-"""`negtome-fast eval own`: what guidance does to a model of yours, on prompts of yours.
+"""`negtome-fast eval own`: the effect of the guidance on your model with your prompts.
 
-Every group of images is drawn in all conditions from the same seeds: without guidance, with every
-combination of settings that is asked for, at every guidance scale, and each with a negative prompt
-if there is one.
+Every group of images is drawn in all conditions from the same seeds: without guidance and with
+every requested combination of settings, at every guidance scale. A negative prompt doubles the
+conditions: each is drawn without and with it.
 """
 
-from .request import NAME, Condition, Request, request
+from .request import NAME, OwnCondition, Request, request
 from .results import PURPOSE, figures, table
 from .run import perform
 
-__all__ = ["NAME", "PURPOSE", "Condition", "Request", "figures", "perform", "request", "table"]
+__all__ = ["NAME", "PURPOSE", "OwnCondition", "Request", "figures", "perform", "request", "table"]

@@ -1,7 +1,7 @@
-"""Images of a condition, drawn a guidance group at a time with any pipeline, and kept in the store.
+"""Images of a condition, drawn one guidance group at a time with any pipeline, and stored.
 
-They are kept under a hash of all that decides them, so that a run that is interrupted goes on where
-it was, and calls share what they have in common.
+Every group is stored under a hash of everything that decides its images. An interrupted run
+therefore resumes, and runs share the groups that they have in common.
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ import numpy as np
 
 from .... import generation
 from ....config import NegToMeConfig
-from ...sampler import Group, _digest, _load, _reference_identity, _save
-from .request import NAME, Condition, Request
+from ...conditions import Group, reference_identity
+from ...store import Arrays, digest, fetch
+from .request import NAME, OwnCondition, Request
 
 if TYPE_CHECKING:
     from ....pipelines import Reference
 
 _WITHOUT_EFFECT = (
-    "--negative-prompt has no effect without classifier-free guidance: use a --guidance-scale "
-    "above 1, or for a distilled model --true-cfg-scale"
+    "negative_prompt has no effect without classifier-free guidance: use a guidance_scale above 1, "
+    "or true_cfg_scale for a distilled model"
 )
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawPlan:
     """A condition at a guidance scale, for one pipeline.
 
     Attributes:
-        condition: what is drawn.
-        scale: of classifier-free guidance; None is the pipeline's own.
-        call: arguments of the pipeline's call but for prompt, number of images and random numbers.
-        config: the whole configuration; None is without guidance.
+        condition: the condition.
+        scale: classifier-free guidance scale; None: the pipeline's default.
+        call: arguments of the pipeline's call, without prompt, number of images and generators.
+        config: the complete configuration of the guidance; None: no guidance.
     """
 
-    condition: Condition
+    condition: OwnCondition
     scale: float | None
     call: Mapping[str, Any]
     config: NegToMeConfig | None
 
 
-def plans(wanted: Request, pipe: Any) -> list[list[Plan]]:
-    """Those of every scale, in the order of the conditions.
+def plans(wanted: Request, pipe: Any) -> list[list[DrawPlan]]:
+    """Return the plans of every scale, each in the order of the conditions.
 
     Raises:
-        ValueError: an option does not fit the pipeline, or would change nothing.
+        ValueError: a setting does not fit the pipeline, or would change nothing.
     """
     found = []
     for scale in wanted.scales:
@@ -63,21 +64,24 @@ def plans(wanted: Request, pipe: Any) -> list[list[Plan]]:
                 _prepare_negative(pipe, call)
             guided = condition.guidance is not None
             config = generation.configuration(pipe, settings) if guided else None
-            of_scale.append(Plan(condition, scale, call, config))
+            of_scale.append(DrawPlan(condition, scale, call, config))
         found.append(of_scale)
     calls = [of_scale[0].call for of_scale in found]
     if any(call in calls[:number] for number, call in enumerate(calls)):
         raise ValueError(
-            "--guidance-scale changes nothing: another option gives the pipeline the same argument"
+            "guidance_scale changes nothing: another setting gives the pipeline the same argument"
         )
     return found
 
 
 def _prepare_negative(pipe: Any, call: dict[str, Any]) -> None:
-    """Sees to it that conditions differ in the negative prompt alone.
+    """Set an empty negative prompt, so that conditions differ in the negative prompt alone.
 
-    Pipelines with a true_cfg_scale have no classifier-free guidance at all without any; for other
-    pipelines see `check_differ`.
+    Pipelines with a true_cfg_scale run no classifier-free guidance at all without a negative
+    prompt. `check_differ` covers other pipelines.
+
+    Raises:
+        ValueError: the scale switches classifier-free guidance off.
     """
     scale = inspect.signature(type(pipe).__call__).parameters.get("true_cfg_scale")
     if scale is not None:
@@ -87,21 +91,21 @@ def _prepare_negative(pipe: Any, call: dict[str, Any]) -> None:
 
 
 def check_differ(plain: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]) -> None:
-    """Refuses a negative prompt that changed no pixel of a group.
+    """Raise `ValueError` if a negative prompt changed no pixel of a group.
 
-    The scale from which on a pipeline looks at it is a different one in some.
+    Only the images tell, since pipelines differ in the scale from which on they use it.
     """
     if np.array_equal(plain["images"], negative["images"]):
         raise ValueError(_WITHOUT_EFFECT)
 
 
 class Drawing:
-    """Draws with one pipeline what the store does not have.
+    """Groups of images from one pipeline; draws those that the store does not have.
 
     Args:
         wanted: the request.
-        pipe: of its model.
-        store: folder of what was drawn.
+        pipe: the pipeline of its model.
+        store: folder of the drawn images.
     """
 
     def __init__(self, wanted: Request, pipe: Any, store: Path) -> None:
@@ -109,34 +113,32 @@ class Drawing:
         self._references = [entry.load() for entry in wanted.settings.references]
         self._drafts = wanted.settings.preset == "sharpen"
 
-    def missing(self, plan: Plan, groups: Sequence[Group]) -> int:
-        """Images that would have to be drawn."""
+    def missing(self, plan: DrawPlan, groups: Sequence[Group]) -> int:
+        """Return how many images would have to be drawn."""
         return sum(len(g.seeds) for g in groups if not self._path(plan, g).is_file())
 
     def group(
-        self, plan: Plan, group: Group, draft: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Images uint8 (N, H, W, 3), seconds an image, and the share of tokens that were pushed.
+        self, plan: DrawPlan, group: Group, draft: Mapping[str, np.ndarray] | None = None
+    ) -> Arrays:
+        """Return images uint8 (N, H, W, 3), seconds per image, and the share of pushed tokens.
 
         Args:
-            plan: how.
-            group: of which prompt and seeds.
+            plan: how the images are made.
+            group: their prompt and seeds.
             draft: the group of the same plan without guidance, needed to sharpen.
         """
-        path = self._path(plan, group)
-        if path.is_file():
-            return _load(path)
-        if self._drafts and plan.config is not None:
-            assert draft is not None  # of the same seeds
-            part = self._sharpened(plan, group, draft)
-        else:
-            part = self._drawn(plan, group.prompt, group.seeds, self._references)
-        _save(path, part, self._identity(plan))
-        return part
+
+        def make() -> Arrays:
+            if self._drafts and plan.config is not None:
+                assert draft is not None  # of the same seeds
+                return self._sharpened(plan, group, draft)
+            return self._drawn(plan, group.prompt, group.seeds, self._references)
+
+        return fetch(self._path(plan, group), make, self._identity(plan))
 
     def _drawn(
-        self, plan: Plan, prompt: str, seeds: Sequence[int], references: Sequence[Reference]
-    ) -> dict[str, np.ndarray]:
+        self, plan: DrawPlan, prompt: str, seeds: Sequence[int], references: Sequence[Reference]
+    ) -> Arrays:
         from ....pipelines import negtome_guidance
 
         began, pushed = time.perf_counter(), 0.0
@@ -153,10 +155,8 @@ class Drawing:
         images = np.stack([np.asarray(image.convert("RGB")) for image in made])
         return {"images": images, "seconds": np.array(seconds), "pushed": np.array(pushed)}
 
-    def _sharpened(
-        self, plan: Plan, group: Group, draft: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Every image away from its own blurred draft, whose time is part of it."""
+    def _sharpened(self, plan: DrawPlan, group: Group, draft: Mapping[str, np.ndarray]) -> Arrays:
+        """Push every image away from its own blurred draft; the draft's time counts as well."""
         from PIL import Image
 
         from ....pipelines import Reference
@@ -172,12 +172,12 @@ class Drawing:
             "pushed": np.array(joined["pushed"].mean()),
         }
 
-    def _path(self, plan: Plan, group: Group) -> Path:
-        folder = self._store / _digest(self._identity(plan))
-        return folder / f"{_digest([group.prompt, *group.seeds])}.npz"
+    def _path(self, plan: DrawPlan, group: Group) -> Path:
+        folder = self._store / digest(self._identity(plan))
+        return folder / f"{digest([group.prompt, *group.seeds])}.npz"
 
-    def _identity(self, plan: Plan) -> dict[str, Any]:
-        """Everything that decides the images."""
+    def _identity(self, plan: DrawPlan) -> dict[str, Any]:
+        """Return everything that decides the images."""
         identity = {
             **self._origin,
             "call": {name: generation.plain_value(value) for name, value in plan.call.items()},
@@ -191,7 +191,7 @@ class Drawing:
 
     @cached_property
     def _pictures(self) -> list[dict[str, Any]]:
-        return [_reference_identity(reference) for reference in self._references]
+        return [reference_identity(reference) for reference in self._references]
 
     @cached_property
     def _origin(self) -> dict[str, Any]:
@@ -206,10 +206,10 @@ class Drawing:
 
 
 def _model(name: str) -> Any:
-    """What tells a model from another: its name and, of a folder, its files' sizes and times."""
+    """Return a model's identity: its name, or a folder's path with sizes and times of its files."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
     files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     of_files = [[str(p.relative_to(folder)), s.st_size, s.st_mtime_ns] for p, s in files]
-    return [str(folder.resolve()), _digest(of_files)]
+    return [str(folder.resolve()), digest(of_files)]

@@ -1,6 +1,6 @@
-"""The chosen measures of groups of images, and what changed from unguided ones, with intervals.
+"""The chosen measures of groups of images, and their differences to unguided ones, with intervals.
 
-A measure is taken of each group. Intervals draw groups whole, the same in all conditions.
+Each group has one value of a measure. The bootstrap draws whole groups, the same in all conditions.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import torch
 from torch import Tensor
 
 from .... import generation
+from ...conditions import Group
 from ...external import METRICS, Batch, Metric
 from ...intervals import Mean, bootstrap, paired_bootstrap
-from ...sampler import Group
+from ...measures import contrast
 from ...scores import triple
-from ..applications import contrast
-from .drawing import Plan
+from .drawing import DrawPlan
 from .request import UNGUIDED, Request
 
-_OF_FEW = {"inception-style score"}  # of `embedded`: nothing for a few images
+_NEEDS_MANY = {"inception-style score"}
+"""Metrics of `embedded` that mean nothing for a few images."""
 
 _CONTRAST = Metric("contrast", "higher", lambda batch: float(contrast(batch.images).mean()))
 
 
 class Meter:
-    """The measures that a request can say something by.
+    """The measures that a request asks for and has the inputs for.
+
+    Attributes:
+        metrics: the measures.
 
     Raises:
         ValueError: the weights of a metric cannot be loaded.
@@ -43,13 +47,13 @@ class Meter:
             metric
             for name in dict.fromkeys(wanted.metrics)
             for metric in _metrics(name, settings.device or generation.default_device())
-            if set(metric.needs) <= given and metric.name not in _OF_FEW
+            if set(metric.needs) <= given and metric.name not in _NEEDS_MANY
         ]
         if settings.preset == "sharpen":
             self.metrics.append(_CONTRAST)
 
     def record(self, group: Group, part: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """A group for the file of results; `part` is of `Drawing.group`."""
+        """Return a group's entry in the file of results; `part` comes from `Drawing.group`."""
         images = torch.from_numpy(part["images"]).permute(0, 3, 1, 2).float() / 255
         target = self._target(images) if self._references else None
         batch = Batch(images, [group.prompt] * len(images), target=target)
@@ -62,16 +66,19 @@ class Meter:
         }
 
     def _target(self, images: Tensor) -> Tensor:
-        """(M, 3, H, W) in [0, 1]: the references as the guidance has them, of the images' size."""
+        """Return the references as the guidance sees them, (M, 3, H, W) in [0, 1].
+
+        They have the size of `images`.
+        """
         height, width = images.shape[-2:]
         pictures = torch.cat([one.pixels((1, height, width)) for one in self._references])
         return (pictures / 2 + 0.5).clamp(0, 1)
 
     def better(self, alphas: Sequence[float]) -> dict[str, str]:
-        """The direction of each measure that is an improvement; none where it depends on alpha.
+        """Return which direction of each measure is an improvement, "" if it depends on alpha.
 
         Args:
-            alphas: of all conditions; a negative one pulls toward the references.
+            alphas: alpha of every condition; a negative one pulls toward the references.
         """
         toward = {alpha < 0 for alpha in alphas}
         found: dict[str, str] = {}
@@ -89,21 +96,21 @@ def _metrics(name: str, device: str) -> list[Metric]:
         made = METRICS[name]() if name == "embedded" else METRICS[name](device)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--metric {name}: its weights cannot be loaded: {reason}") from error
+        raise ValueError(f"metrics: the weights of {name} cannot be loaded: {reason}") from error
     return [made] if isinstance(made, Metric) else made
 
 
 def compared(
-    plans: Sequence[Plan], drawn: Mapping[str, Sequence[dict[str, Any]]]
+    plans: Sequence[DrawPlan], drawn: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """All conditions of a scale for the file of results, with their differences to unguided.
+    """Return all conditions of a scale for the file of results, with differences to unguided.
 
     Args:
-        plans: of the scale, unguided first.
-        drawn: by the condition's name, the records of its groups in one order.
+        plans: the plans of the scale, unguided first.
+        drawn: the records of each condition's groups, by name, all in the same order.
     """
     prompts = [part["prompt"] for part in drawn[UNGUIDED]]
-    # One group of a prompt leaves nothing to draw within it: prompts are drawn then.
+    # With one group per prompt, nothing can be drawn within a prompt: prompts are drawn instead.
     strata = prompts if min(map(prompts.count, prompts)) > 1 else None
     names = list(drawn[UNGUIDED][0]["measures"])
 

@@ -1,7 +1,7 @@
-"""What `negtome-fast eval own` is asked for: a model, prompts, and the conditions of both.
+"""The request of `negtome-fast eval own`: a model, prompts, and the conditions to draw.
 
-Every option of the guidance that has several values multiplies the conditions; a negative prompt
-doubles them. All of it is checked before a model is loaded.
+Every setting of the guidance with several values multiplies the conditions; a negative prompt
+doubles them. Everything is checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from itertools import product
 from typing import Any
 
 from .... import generation
-from ...sampler import _SEEDS as SEEDS
-from ...sampler import Group
+from ...conditions import SEEDS_PER_PROMPT, Group
 
 NAME = "own"
 
-#: Of `METRICS`, those that mean something for a few images and need no real ones beside them.
+#: Names in `METRICS` that mean something for a few images and need no real images.
 OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 
 UNGUIDED, NEGATIVE, GUIDED = "unguided", "negative prompt", "NegToMe"
 
-#: Options that take several values, and the words for one of them in a condition's name.
+#: Options that take several values, and how a condition's name shows one of them.
 SWEPT = {
     "alpha": "alpha {:.15g}",
     "threshold": "threshold {:.15g}",
@@ -36,13 +35,13 @@ SWEPT = {
 
 
 @dataclass(frozen=True)
-class Condition:
+class OwnCondition:
     """How the images of a prompt are made; drawn at every guidance scale.
 
     Attributes:
-        name: in tables; unique.
-        guidance: fields of `NegToMeConfig` on top of the request's; None is without guidance.
-        negative: whether the request's negative prompt is used.
+        name: label in tables, unique in a request.
+        guidance: fields of `NegToMeConfig` that override the request's; None: no guidance.
+        negative: use the request's negative prompt.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Condition:
         return NEGATIVE if self.negative else UNGUIDED
 
     def settings(self, base: generation.Settings, scale: float | None) -> generation.Settings:
-        """Those of the request for this condition at a guidance scale."""
+        """Return the request's settings `base` for this condition at a guidance scale."""
         return replace(
             base,
             guidance_scale=scale,
@@ -66,18 +65,21 @@ class Condition:
 
 @dataclass(frozen=True)
 class Request:
-    """What is drawn and measured.
+    """The images to draw and the measures to take.
 
     Attributes:
-        settings: model, prompts, images of each, seed, references, and what the pipeline and the
-            guidance take; `guidance_scale` is set for each of `scales`. With a negative prompt all
-            is drawn without and with it. The preset "sharpen" pushes every image from its own
-            blurred, unguided copy.
-        group: images of a prompt that are guided together.
-        scales: of classifier-free guidance; None is the pipeline's own.
-        guidances: fields of `NegToMeConfig` on top of those of `settings`, by the condition's name.
+        settings: model, prompts, images per prompt, seed, references, and the arguments of
+            pipeline and guidance; `guidance_scale` is replaced by each of `scales`. With a negative
+            prompt, everything is drawn without and with it. The preset "sharpen" pushes every
+            image away from its own blurred, unguided copy.
+        group: number of images of a prompt that are guided together.
+        scales: classifier-free guidance scales; None: the pipeline's default.
+        guidances: fields of `NegToMeConfig` that override those of `settings`, by condition name.
         metrics: names in `OFFERED`.
-        command: that was given, for the record.
+        command: the command line, for the record.
+
+    Raises:
+        ValueError: a field that cannot be right; nothing is loaded for the check.
     """
 
     settings: generation.Settings
@@ -88,26 +90,32 @@ class Request:
     command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be right before anything is loaded."""
         images = self.settings.images
         unknown = [name for name in self.metrics if name not in OFFERED]
         if unknown:
             raise ValueError(
-                f"--metric {unknown[0]}: there are {', '.join(OFFERED)}; fid and inception, which "
-                "take thousands of images, are in negtome_fast.studies.external"
+                f"metrics: {unknown[0]!r} is unknown, choose from {', '.join(OFFERED)}; fid and "
+                "inception, which take thousands of images, are in negtome_fast.studies.external"
             )
         if self.group < 2:
-            raise ValueError(f"--group must be 2 or more images, got {self.group}")
+            raise ValueError(f"group must be 2 or more images, got {self.group}")
         if images < 1 or images % self.group:
-            raise ValueError(f"-n {images} does not divide into groups of {self.group}: --group")
-        if images > SEEDS:
-            raise ValueError(f"-n must be {SEEDS} or fewer images of a prompt, got {images}")
+            raise ValueError(
+                f"images must be a multiple of group, {self.group}, or the last group would be "
+                f"smaller, got {images}"
+            )
+        if images > SEEDS_PER_PROMPT:
+            raise ValueError(
+                f"images must be {SEEDS_PER_PROMPT} or fewer for each prompt, got {images}"
+            )
         if images * len(self.settings.prompts) < 2 * self.group:
-            raise ValueError("an interval needs two groups of images: more prompts, or a larger -n")
+            raise ValueError(
+                "an interval needs two groups of images: give more prompts, or more images"
+            )
         if any(scale is not None and not math.isfinite(scale) for scale in self.scales):
-            raise ValueError("--guidance-scale must be finite numbers")
+            raise ValueError("guidance_scale must be finite numbers")
         if len(set(self.scales)) < len(self.scales):
-            raise ValueError("--guidance-scale has a value twice")
+            raise ValueError("guidance_scale has a value twice")
         self._check_purpose()
         for condition in self.conditions():
             condition.settings(self.settings, self.scales[0]).check()
@@ -116,23 +124,25 @@ class Request:
         settings = self.settings
         sharpens = settings.preset == "sharpen"
         if sharpens and settings.references:
-            raise ValueError("--sharpen and --avoid are two studies: ask for one of them")
+            raise ValueError("sharpen and references are two studies: ask for one of them")
         if sharpens and not 0 < settings.blur < math.inf:
-            raise ValueError(f"--sharpen is the radius of a blur, above 0, got {settings.blur:g}")
+            raise ValueError(f"sharpen is the radius of a blur, above 0, got {settings.blur:g}")
         if (sharpens or settings.references) and any(
             "reference" in {**settings.guidance, **more} for more in self.guidances.values()
         ):
             raise ValueError(
-                "--reference first or others is of the images of a group; with "
-                f"{'--sharpen' if sharpens else '--avoid'} leave it out"
+                "reference names the images of a group; with "
+                f"{'sharpen' if sharpens else 'references'} leave it out"
             )
         if settings.negative_prompt is not None and "negative_prompt" in settings.call:
-            raise ValueError("--negative-prompt and --argument negative_prompt: give one of them")
+            raise ValueError(
+                "negative_prompt is also among the arguments of call: give one of them"
+            )
 
-    def conditions(self) -> list[Condition]:
-        """Without guidance first; each with and without the negative prompt, if there is one."""
-        found = [Condition(UNGUIDED)]
-        found += [Condition(name, more) for name, more in self.guidances.items()]
+    def conditions(self) -> list[OwnCondition]:
+        """Return all conditions, unguided first; each without and with a negative prompt."""
+        found = [OwnCondition(UNGUIDED)]
+        found += [OwnCondition(name, more) for name, more in self.guidances.items()]
         if self.settings.negative_prompt is None:
             return found
         names = [NEGATIVE, *(f"{one.name} + {NEGATIVE}" for one in found[1:])]
@@ -140,26 +150,35 @@ class Request:
         return [one for both in zip(found, with_it, strict=True) for one in both]
 
     def groups(self) -> list[Group]:
-        """Every image has a seed of its own, so that prompts are independent samples.
+        """Return the groups of all prompts.
 
-        More images or prompts leave the groups of a smaller request as they are.
+        No two images share a seed, so that prompts are independent samples. A request for more
+        images or prompts has all groups of a smaller one.
         """
         first = self.settings.seed
         return [
-            Group(prompt, tuple(first + number * SEEDS + start + i for i in range(self.group)))
+            Group(prompt, tuple(range(start, start + self.group)))
             for number, prompt in enumerate(self.settings.prompts)
-            for start in range(0, self.settings.images, self.group)
+            for start in range(
+                first + number * SEEDS_PER_PROMPT,
+                first + number * SEEDS_PER_PROMPT + self.settings.images,
+                self.group,
+            )
         ]
 
 
 def request(options: Mapping[str, Any]) -> Request:
-    """Of the options of the command line that were given, by name.
+    """Return the request for the given options of the command line, by name.
 
-    Those of `SWEPT` and `scales` are lists; `references` are of `generation.ReferenceFile`.
+    Args:
+        options: those of `SWEPT` and `scales` are lists; `references` are `ReferenceFile` objects.
+
+    Raises:
+        ValueError: an option is missing or cannot be right.
     """
     values = dict(options)
     if "model" not in values or "prompts" not in values:
-        raise ValueError("eval own needs --model and --prompt: which model, and what it draws")
+        raise ValueError("eval own needs model and prompts")
     several = _several(values)
     guidance = generation.take_guidance(values)
     fields = [_FIELDS.get(name, name) for name in several]
@@ -190,18 +209,18 @@ def request(options: Mapping[str, Any]) -> Request:
 
 
 _FIELDS = {"steps_window": "steps"}
-"""Of `NegToMeConfig`, where the option has another name."""
+"""Fields of `NegToMeConfig` whose option has another name."""
 
 
 def _several(values: dict[str, Any]) -> dict[str, list[Any]]:
-    """Options with more than one value; leaves the first of each in `values`."""
+    """Return options with more than one value; leaves the first of each in `values`."""
     several = {}
     for name in SWEPT:
         if name not in values:
             continue
         given = [tuple(one) if isinstance(one, list) else one for one in values[name]]
         if len(set(given)) < len(given):
-            raise ValueError(f"--{name.replace('_', '-')} has a value twice")
+            raise ValueError(f"{name} has a value twice")
         values[name] = given[0]
         if len(given) > 1:
             several[name] = given
@@ -209,7 +228,7 @@ def _several(values: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _command(options: Mapping[str, Any]) -> str:
-    """The command line of these options."""
+    """Return the command line of these options."""
     renamed = {"prompts": "prompt", "metrics": "metric", "scales": "guidance-scale"}
     words = ["negtome-fast", "eval", NAME]
     for name, value in options.items():

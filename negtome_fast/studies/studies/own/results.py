@@ -1,4 +1,4 @@
-"""What is shown of the file of results: a table of every measure, a figure, a sheet of images."""
+"""Views of the file of results: a table for every measure, a figure, and a sheet of images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ....generation import reference_rows
-from ...sampler import _SEEDS as SEEDS
-from ...sampler import Group
+from ...conditions import SEEDS_PER_PROMPT, Group
 from .. import figures as plots
 from ..figures import BLUE, COLOURS, GREY, MARKERS
 from ..tables import cell, markdown, signed
-from .drawing import Plan
+from .drawing import DrawPlan
 from .request import UNGUIDED, Request
 
 if TYPE_CHECKING:
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 PURPOSE = "a model and prompts of one's own, without and with guidance"
 
 SCHEMA = 2
-"""1 had one guided condition."""
+"""Version of the file of results; version 1 had one guided condition."""
 
 _ROWS = 36
-"""Of the sheet, so that it stays one that can be looked at."""
+"""Most rows of the sheet; more would be too many to look at."""
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a table for every measure, a condition a row, and what changed from unguided.
+    """Return Markdown with a table per measure: a row per condition, its difference to unguided.
 
     Raises:
         ValueError: the result is of another version.
@@ -102,7 +101,7 @@ def _note(result: Mapping[str, Any]) -> str:
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """A panel a measure: conditions with error bars, over the guidance scale if it has several.
+    """Draw a panel per measure: conditions with error bars, over the guidance scales if several.
 
     Raises:
         ValueError: the result is of another version.
@@ -116,7 +115,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     several = len(scales) > 1
     width = 1.5 + 3.8 * columns
     height = 3.6 if several else 1.2 + 0.34 * len(conditions)
-    # A legend below, as wide as its names let it be: inches of a letter, a mark and a line.
+    # The legend below has as many columns as fit: a letter takes 0.075 inches, a mark 0.6.
     beside = max(1, int(width / (0.075 * max(map(len, conditions)) + 0.6)))
     below = 0.3 * -(-len(conditions) // beside) if several else 0.0
     figure, grid = plots.panels(width, rows * height + 0.3 + below, columns, rows)
@@ -137,7 +136,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def _styles(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A colour for unguided and each setting of the guidance; empty marks: a negative prompt."""
+    """Yield a style per condition: a colour per setting, empty marks for a negative prompt."""
     palette, marks = (GREY, BLUE, *COLOURS), ("o", *MARKERS)
     number = -1
     for one in conditions.values():
@@ -159,7 +158,7 @@ def _lines(axes: Axes, scales: Sequence[Mapping[str, Any]], measure: str) -> Non
         name = names[number]
         found = [scales[i]["conditions"][name] for i in order]
         values = [one["measures"][measure] for one in found]
-        # Beside each other, so that every error bar can be read.
+        # Points are shifted sideways, so that every error bar can be read.
         aside = gap * 0.12 * (number - (len(names) - 1) / 2) / len(names)
         places = [at[i] + aside for i in order]
         axes.errorbar(
@@ -167,7 +166,7 @@ def _lines(axes: Axes, scales: Sequence[Mapping[str, Any]], measure: str) -> Non
             linestyle="-" if style["fillstyle"] == "full" else "--",
             linewidth=1.4, elinewidth=0.9, capsize=2.5, markersize=5, **style,
         )  # fmt: skip
-    # Ticks say what the scales are, beside which the marks lie.
+    # The ticks stay at the scales themselves.
     axes.set_xticks(at, [f"{scale:g}" for scale in at])
 
 
@@ -188,14 +187,20 @@ def _points(
 
 
 def shown(wanted: Request) -> set[int]:
-    """First seeds of the groups on the sheet: one of each of the first prompts, while they fit."""
+    """Return the first seeds of the groups on the sheet: one group for each of the first prompts.
+
+    There are as many as fit.
+    """
     first, count = wanted.settings.seed, len(wanted.settings.prompts)
     prompts = max(1, _ROWS // (len(wanted.scales) * len(wanted.conditions())))
-    return {first + number * SEEDS for number in range(min(prompts, count, 6))}
+    return {first + number * SEEDS_PER_PROMPT for number in range(min(prompts, count, 6))}
 
 
-def sheet(wanted: Request, rows: Sequence[tuple[Plan, Group, np.ndarray]]) -> Image:
-    """The references, and images uint8 (N, H, W, 3) of groups, their prompt above the unguided."""
+def sheet(wanted: Request, rows: Sequence[tuple[DrawPlan, Group, np.ndarray]]) -> Image:
+    """Draw the references, then a row for each group of images uint8 (N, H, W, 3).
+
+    The prompt stands above the unguided row.
+    """
     from PIL import Image
 
     from ....generation.contact_sheet import Row
