@@ -31,7 +31,7 @@ from negtome_fast.pipelines import (
 )
 
 FAMILIES: dict[str, Family] = dict(pipeline_families.FAMILIES)
-if find_spec("pipeline_families_video"):
+if find_spec("helpers.pipeline_families_video"):
     from helpers import pipeline_families_video
 
     FAMILIES |= pipeline_families_video.FAMILIES
