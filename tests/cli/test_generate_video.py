@@ -12,7 +12,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from helpers.pipeline_families_video import flow_scheduler, wan_transformer, wan_vae
+from helpers.families import FAMILIES
+from helpers.families.core import FLOW
+from helpers.families.videos import WAN_VAE
 from negtome_fast.cli import main
 from negtome_fast.generation import encode_video
 
@@ -29,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformer = wan_transformer()
+    transformer = FAMILIES["wan"].denoiser.build()
     width = transformer.config.text_dim
     torch.manual_seed(0)
     text_encoder = UMT5EncoderModel(
@@ -40,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
         ),
         text_encoder=text_encoder,
-        vae=wan_vae(),
-        scheduler=flow_scheduler(),
+        vae=WAN_VAE.build(),
+        scheduler=FLOW.build(),
         transformer=transformer,
     )
     path = tmp_path_factory.mktemp("wan")

@@ -406,21 +406,17 @@ def error_of(action: Callable[[], Any]) -> str:
 
 
 def family(name: str, parallel: dict[str, Any] | None) -> dict[str, Any]:
-    """As `guided_flux`, for an entry of the tables of families."""
-    from helpers.pipeline_families import FAMILIES
-    from helpers.pipeline_families_video import FAMILIES as VIDEO_FAMILIES
+    """As `guided_flux`, for an entry of the table of families."""
+    from helpers.families import FAMILIES
 
-    entry = {**FAMILIES, **VIDEO_FAMILIES}[name]
+    entry = FAMILIES[name]
     pipe = entry.build()
     if parallel:
         enable_context_parallel(pipe.transformer, **parallel)
-    size = next(iter(entry.grids))
 
     def run() -> Tensor:
         with torch.no_grad():
-            return entry.generate(
-                pipe, 3, size=size, steps=2, cfg=False, captions=(5, 5, 5), seed=0
-            )
+            return entry.generate(pipe, 3, seed=0)
 
     before = run()
     with negtome_guidance(pipe, threshold=0.1, t_end=0) as handle:

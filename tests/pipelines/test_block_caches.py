@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import negtome_fast as nf
-from helpers.pipeline_families_video import generate_wan, wan
+from helpers.families import FAMILIES
 from helpers.pipelines_fixtures import flux_pipeline, generate
 from negtome_fast import Reference, models
 from negtome_fast.pipelines.block_caches import CacheWatch, skips_blocks
@@ -301,8 +301,7 @@ def para_attention() -> Iterator[Any]:
 
 
 def wan_video(pipe: Any) -> torch.Tensor:
-    settings: dict[str, Any] = {"size": (32, 48), "cfg": False, "captions": None, "seed": 1}
-    return generate_wan(pipe, 2, steps=8, **settings)
+    return FAMILIES["wan"].generate(pipe, 2, size=(32, 48), steps=8, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +313,11 @@ def test_para_attention(
     para_attention: Any, warmup: int, threshold: float, words: str | None
 ) -> None:
     guidance = {"t_end": 700, "threshold": 0.0}  # the first three of eight steps
-    alone = wan()
+    alone = FAMILIES["wan"].build()
     with nf.negtome_guidance(alone, **guidance) as handle:
         expected = wan_video(alone)
         assert handle.summary().guided == 3
-    pipe = wan()
+    pipe = FAMILIES["wan"].build()
     settings = {"warmup_steps": warmup, "residual_diff_threshold": threshold}
     para_attention.apply_cache_on_pipe(pipe, enable_alter_cache=False, **settings)
     cached = wan_video(pipe)

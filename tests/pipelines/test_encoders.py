@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 import diffusers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from helpers.pipeline_families import seeded
+from helpers.families.core import seeded
 from negtome_fast.pipelines.encoders import ENCODERS
 
 HEIGHT, WIDTH = 32, 48

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from bench import readme
-from helpers import pipeline_families
-from helpers.pipeline_families import TEXT, Family, embeddings, noise
+from helpers.families import FAMILIES
+from helpers.families.core import TEXT, denoiser, embeddings, noise
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import (
@@ -29,12 +28,6 @@ from negtome_fast.pipelines import (
     negtome_guidance,
     register_layout,
 )
-
-FAMILIES: dict[str, Family] = dict(pipeline_families.FAMILIES)
-if find_spec("pipeline_families_video"):
-    from helpers import pipeline_families_video
-
-    FAMILIES |= pipeline_families_video.FAMILIES
 
 IMAGES = 3
 EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0)
@@ -46,21 +39,10 @@ def built(name: str) -> Any:
     return FAMILIES[name].build()
 
 
-def denoiser(pipe: Any) -> nn.Module:
-    model = getattr(pipe, "transformer", None)
-    return pipe.unet if model is None else model
-
-
 def generate(name: str, **settings: Any) -> Tensor:
     family = FAMILIES[name]
-    settings = {"cfg": False, "size": next(iter(family.grids)), "steps": 2, "seed": 7} | settings
-    settings.setdefault("captions", captions(family))
     with torch.no_grad():
-        return family.generate(built(name), IMAGES, **settings)
-
-
-def captions(family: Family) -> tuple[int, ...]:
-    return (TEXT, TEXT - 2, TEXT + 3) if family.several_captions else (TEXT,) * IMAGES
+        return family.generate(built(name), IMAGES, **{"captions": family.captions()} | settings)
 
 
 @functools.cache

@@ -16,14 +16,14 @@ pytest.importorskip("diffusers")
 
 from PIL import Image
 
-from helpers import pipeline_families, pipeline_families_video
-from helpers.pipeline_families import TEXT, Family
+from helpers.families import FAMILIES, Family
+from helpers.families.core import denoiser
+from helpers.families.videos import WAN_VAE
 from negtome_fast import Reference
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.pipelines import encoders, known_layouts, negtome_guidance
 from negtome_fast.pipelines.references import at_timestep
 
-FAMILIES: dict[str, Family] = {**pipeline_families.FAMILIES, **pipeline_families_video.FAMILIES}
 IMAGES = 3
 EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, alpha=0.5)
 SINGLE_PRECISION = ("kandinsky 5",)
@@ -34,11 +34,6 @@ CACHED = ("flux2-klein-kv", "qwen-2.1")
 """Families whose pipelines keep keys and values of one forward for the next."""
 LATENTS_ONLY = ("CosmosTransformer3DModel",)
 """Families whose references must be given as latents: Cosmos scales its latents by itself."""
-
-
-def denoiser(pipe: Any) -> nn.Module:
-    model = getattr(pipe, "transformer", None)
-    return pipe.unet if model is None else model
 
 
 @pytest.fixture
@@ -71,16 +66,12 @@ class FirstForward:
             answers.append(stacked(output[0]).clone())
 
         family = self._family
-        captions = (TEXT, TEXT - 2, TEXT + 3) if family.several_captions else (TEXT,) * IMAGES
-        size = next(iter(family.grids))
         with (
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(after),
             torch.no_grad(),
         ):
-            family.generate(
-                self.pipe, IMAGES, size=size, steps=1, cfg=False, captions=captions, seed=7
-            )
+            family.generate(self.pipe, IMAGES, steps=1, captions=family.captions())
         return seen[0], answers[0]
 
 
@@ -216,7 +207,7 @@ def test_a_video_is_pushed_away_from_a_video(source: str, monkeypatch: pytest.Mo
     """The frames of the reference are sampled at those of the run, and go through the VAE."""
     family = FAMILIES["wan"]
     pipe = family.build()
-    pipe.vae = pipeline_families_video.wan_vae()
+    pipe.vae = WAN_VAE.build()
     pipe.vae.config.latents_mean = [0.1, 0.2, 0.3, 0.4]
     seen: list[Tensor] = []
     forward = pipe.transformer.forward
@@ -229,7 +220,7 @@ def test_a_video_is_pushed_away_from_a_video(source: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipe.transformer, "forward", record)
 
     def run() -> Tensor:
-        return family.generate(pipe, 1, size=(64, 96), steps=1, cfg=False, captions=(TEXT,), seed=7)
+        return family.generate(pipe, 1, steps=1)
 
     with torch.no_grad():
         plain = run()
@@ -258,4 +249,4 @@ def test_an_image_model_refuses_a_video() -> None:
         negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(frames(2))),
         pytest.raises(ValueError, match=r"reference 0 is a video.*one frame"),
     ):
-        family.generate(pipe, 1, size=(64, 96), steps=1, cfg=False, captions=(TEXT,), seed=7)
+        family.generate(pipe, 1, steps=1)

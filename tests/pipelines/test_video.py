@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from diffusers import (
-    CosmosTransformer3DModel,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    UNetSpatioTemporalConditionModel,
-)
-
-from helpers import pipeline_families_video as families
-from helpers.pipeline_families import DenoiserLoop, embeddings, noise, seeded
+from helpers.families import FAMILIES
+from helpers.families.core import TWO_RESOLUTIONS, Denoiser, LoopFamily, Part, Run
+from helpers.families.videos import FRAMES
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import ImageTokens, negtome_guidance
@@ -32,14 +26,24 @@ FRAME = 4 * 6
 
 
 def generate(name: str, pipe: Any, images: int = 3, **settings: Any) -> Tensor:
-    settings = {"size": SIZE, "steps": 1, "cfg": False, "captions": (5,) * 3, "seed": 7} | settings
     with torch.no_grad():
-        return families.FAMILIES[name].generate(pipe, images, **settings)
+        return FAMILIES[name].generate(pipe, images, **{"steps": 1} | settings)
+
+
+def wan_22() -> Any:
+    """Return a pipeline of two denoisers: the second one goes on from timestep 700."""
+    wan = FAMILIES["wan"]
+    second = wan.denoiser.build()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.1)
+    scheduler = Part(wan.scheduler.name, shift=1.0)
+    return wan.build(boundary_ratio=0.7, transformer_2=second, scheduler=scheduler)
 
 
 def test_both_denoisers_of_wan_22_are_guided_as_one() -> None:
     """Five steps at 1000, 800, 600, 400 and 200; the second denoiser begins below 700."""
-    pipe = families.wan_22()
+    pipe = wan_22()
     forwards: list[nn.Module] = []
     blocks: list[nn.Module] = []
     with ExitStack() as stack:
@@ -71,7 +75,7 @@ def test_both_denoisers_of_wan_22_are_guided_as_one() -> None:
 
 @pytest.mark.parametrize("boundary", [0.99, 0.01], ids=["first only", "second only"])
 def test_the_window_decides_in_each_denoiser_of_wan_22(boundary: float) -> None:
-    pipe = families.wan_22()
+    pipe = wan_22()
     pipe.register_to_config(boundary_ratio=boundary)
     with negtome_guidance(pipe, ALWAYS, t_start=700, t_end=500) as handle:
         generate("wan", pipe, steps=5)
@@ -97,17 +101,17 @@ def test_frames_of_one_video_are_matched_as_one_and_never_pushed_apart() -> None
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return negtome(output.reshape(3, -1, output.shape[2]), threshold=0.1).reshape(output.shape)
 
-    pipe = families.latte()
+    pipe = FAMILIES["latte"].build()
     model = pipe.transformer
     blocks = [attn for block in model.transformer_blocks for attn in (block.attn1, block.attn2)]
     expected = pushed_by_hand("latte", pipe, blocks, push)
     with negtome_guidance(pipe, ALWAYS) as handle:
         torch.testing.assert_close(generate("latte", pipe), expected)
-        assert handle.guidance.summary().rows[0].tokens == 2 * families.FRAMES * FRAME
+        assert handle.guidance.summary().rows[0].tokens == 2 * FRAMES * FRAME
 
 
 def test_time_alone_is_left_out() -> None:
-    for pipe in (families.latte(), families.animatediff()):
+    for pipe in (FAMILIES["latte"].build(), FAMILIES["animatediff"].build()):
         with negtome_guidance(pipe, ALWAYS) as handle:
             assert not any("temporal" in name or "motion" in name for name in handle.blocks)
 
@@ -120,7 +124,7 @@ def test_the_given_frame_is_neither_moved_nor_matched() -> None:
         return torch.cat([output[:, :FRAME], generated], dim=1)
 
     name = "wan image-to-video by token"
-    pipe = families.FAMILIES[name].build()
+    pipe = FAMILIES[name].build()
     expected = pushed_by_hand(name, pipe, modules(pipe, "attn1", "attn2"), push)
     with negtome_guidance(pipe, ALWAYS):
         torch.testing.assert_close(generate(name, pipe), expected)
@@ -128,10 +132,10 @@ def test_the_given_frame_is_neither_moved_nor_matched() -> None:
 
 def test_before_the_projection_the_text_of_cogvideox_is_left_alone() -> None:
     def push(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        text, video = args[0].split([5, families.FRAMES * FRAME], dim=1)
+        text, video = args[0].split([5, FRAMES * FRAME], dim=1)
         return (torch.cat([text, negtome(video, threshold=0.1)], dim=1),)
 
-    pipe = families.cogvideox()
+    pipe = FAMILIES["cogvideox"].build()
     with ExitStack() as stack:
         for block in modules(pipe, "attn1.to_out.0"):
             stack.enter_context(block.register_forward_pre_hook(push))
@@ -142,7 +146,7 @@ def test_before_the_projection_the_text_of_cogvideox_is_left_alone() -> None:
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan video", "mochi", "ltx 2", "latte", "animatediff"])
 def test_before_the_projection_too_only_the_other_videos_change(name: str) -> None:
-    pipe = families.FAMILIES[name].build()
+    pipe = FAMILIES[name].build()
     before = generate(name, pipe, steps=2)
     with negtome_guidance(pipe, ALWAYS, placement="pre_projection"):
         guided = generate(name, pipe, steps=2)
@@ -159,7 +163,7 @@ def test_given_tokens_are_whole_frames_or_there_is_no_grid() -> None:
 @pytest.mark.parametrize("given", [0, 6])
 def test_coordinates_tell_the_grid_of_ltx(given: int) -> None:
     """The pipeline with conditions gives no sizes, and puts conditions before the video."""
-    pipe = families.ltx()
+    pipe = FAMILIES["ltx"].build()
     axes = (torch.arange(3.0) * 8, torch.arange(2.0) * 32, torch.arange(3.0) * 32)
     places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
     places = torch.cat([torch.full((3, given), 7.0), places], dim=1)
@@ -173,7 +177,7 @@ def test_coordinates_tell_the_grid_of_ltx(given: int) -> None:
 
 
 def test_what_ltx_2_appends_is_not_generated() -> None:
-    pipe = families.ltx()
+    pipe = FAMILIES["ltx"].build()
     arguments = {
         "hidden_states": torch.zeros(2, 24, 4),
         "timestep": torch.tensor([[0.0] * 6 + [900.0] * 12 + [0.0] * 6] * 2),
@@ -199,86 +203,80 @@ def test_one_time_for_all_gives_nothing_away(timestep: Any) -> None:
     assert given_tokens(timestep, 12) == 0
 
 
-def stable_video() -> tuple[DenoiserLoop, Any]:
+def stable_video_arguments(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
     """The input image is in four more channels, and zero in the unconditional half."""
-    unet = seeded(
-        UNetSpatioTemporalConditionModel,
+    image = run.given(FRAMES, 4, *run.grid(8))
+    image = torch.cat([torch.zeros_like(image), image]) if run.cfg else image
+    return {
+        "sample": torch.cat([latents, image], dim=2),
+        "timestep": timesteps,
+        "encoder_hidden_states": run.repeated(run.text(tokens=1)),
+        "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(run.batch, 1),
+    }
+
+
+STABLE_VIDEO = LoopFamily(
+    Denoiser(
+        "UNetSpatioTemporalConditionModel",
         in_channels=8,
-        out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2,
         up_block_types=("CrossAttnUpBlockSpatioTemporal",) * 2,
         block_out_channels=(32, 64),
         layers_per_block=1,
-        cross_attention_dim=16,
-        num_attention_heads=2,
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24,
-        num_frames=families.FRAMES,
-    )
-    scheduler = EulerDiscreteScheduler(timestep_type="continuous", sigma_max=700.0, sigma_min=0.002)
-    loop = DenoiserLoop(unet, scheduler)
-    image = embeddings(1, families.FRAMES, 4, 8, 12).repeat(IMAGES, 1, 1, 1, 1)
-
-    def run() -> Tensor:
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            scaled = scheduler.scale_model_input(latents, timestep)
-            given = torch.cat([torch.zeros_like(image), image])
-            output = unet(
-                torch.cat([torch.cat([scaled] * 2), given], dim=2),
-                timestep,
-                encoder_hidden_states=embeddings(1, 1, 16).repeat(2 * IMAGES, 1, 1),
-                added_time_ids=torch.tensor([[6.0, 127.0, 0.02]]).repeat(2 * IMAGES, 1),
-                return_dict=False,
-            )[0]
-            return output.chunk(2)[0] * -1 + output.chunk(2)[1] * 2
-
-        with torch.no_grad():
-            return loop(noise(IMAGES, 7, families.FRAMES, 4, 8, 12) * 700, predict, 4)
-
-    return loop, run
+        num_frames=FRAMES,
+    ),
+    lambda run: (FRAMES, 4, *run.grid(8)),
+    stable_video_arguments,
+    scheduler=Part(
+        "EulerDiscreteScheduler", timestep_type="continuous", sigma_max=700.0, sigma_min=0.002
+    ),
+    grids=TWO_RESOLUTIONS,
+    frames=FRAMES,
+)
 
 
-def cosmos() -> tuple[DenoiserLoop, Any]:
+def cosmos_arguments(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
     """The first frame is given."""
-    transformer = seeded(
-        CosmosTransformer3DModel,
-        **families.HEADS,
+    mask = torch.zeros(run.images, 1, FRAMES, *run.grid(8))
+    mask[:, :, 0] = 1
+    return {
+        "hidden_states": latents,
+        "timestep": timesteps,
+        "encoder_hidden_states": run.text(),
+        "condition_mask": mask,
+    }
+
+
+COSMOS = LoopFamily(
+    Denoiser(
+        "CosmosTransformer3DModel",
+        attention_head_dim=16,
         in_channels=5,
-        out_channels=4,
-        num_layers=2,
         mlp_ratio=2.0,
-        text_embed_dim=16,
         adaln_lora_dim=4,
         max_size=(4, 16, 16),
         concat_padding_mask=False,  # it would need torchvision
         extra_pos_embed_type=None,
-    )
-    loop = DenoiserLoop(transformer, EDMEulerScheduler())
-    mask = torch.zeros(IMAGES, 1, families.FRAMES, 8, 12)
-    mask[:, :, 0] = 1
+    ),
+    lambda run: (4, FRAMES, *run.grid(8)),
+    cosmos_arguments,
+    scheduler=Part("EDMEulerScheduler"),
+    frames=FRAMES - 1,
+    cfg=False,
+)
+
+
+@pytest.mark.parametrize("family", [STABLE_VIDEO, COSMOS], ids=["svd", "cosmos"])
+def test_without_timesteps_the_window_is_in_steps(family: LoopFamily) -> None:
+    """Their schedulers give logarithms of the noise."""
+    pipe, groups = family.build(), 2 if family.cfg else 1
 
     def run() -> Tensor:
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            return transformer(
-                hidden_states=loop.scheduler.scale_model_input(latents, timestep),
-                timestep=timestep.expand(IMAGES),
-                encoder_hidden_states=embeddings(1, 5, 16).repeat(IMAGES, 1, 1),
-                condition_mask=mask,
-                return_dict=False,
-            )[0]
-
         with torch.no_grad():
-            return loop(noise(IMAGES, 7, 4, families.FRAMES, 8, 12) * 80, predict, 4)
+            return family.generate(pipe, IMAGES, steps=4, cfg=family.cfg)
 
-    return loop, run
-
-
-@pytest.mark.parametrize(
-    ("make", "groups", "frames"), [(stable_video, 2, 3), (cosmos, 1, 2)], ids=["svd", "cosmos"]
-)
-def test_without_timesteps_the_window_is_in_steps(make: Any, groups: int, frames: int) -> None:
-    """Their schedulers give logarithms of the noise."""
-    pipe, run = make()
     before = run()
     expected = r"does not count .* use a share .* steps=\(0"
     with negtome_guidance(pipe, ALWAYS), pytest.raises(ValueError, match=expected):
@@ -289,8 +287,9 @@ def test_without_timesteps_the_window_is_in_steps(make: Any, groups: int, frames
     assert (summary.forwards, summary.guided, summary.groups) == (4, 2, groups)
     for row in summary.rows:
         assert row.grid is not None
+        frames = family.frames
         assert row.tokens == 2 * groups * (IMAGES - 1) * frames * row.grid[0] * row.grid[1]
-    assert {row.grid for row in summary.rows} == ({(8, 12), (4, 6)} if groups == 2 else {(4, 6)})
+    assert {row.grid for row in summary.rows} == family.grids[SIZE]
     assert torch.equal(guided[0], before[0])
     assert all(not torch.equal(guided[i], before[i]) for i in (1, 2))
     assert torch.equal(run(), before)

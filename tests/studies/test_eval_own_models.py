@@ -14,7 +14,7 @@ pytest.importorskip("dicebear", reason="the extra 'eval' is not installed")
 pytest.importorskip("matplotlib", reason="the extra 'eval' is not installed")
 
 from helpers.eval_own import CONDITIONS
-from helpers.pipeline_families import qwen
+from helpers.families import FAMILIES
 from helpers.pipelines_fixtures import sdxl_pipeline
 from negtome_fast import generation
 from negtome_fast.cli import main
@@ -87,7 +87,7 @@ def test_a_tiny_qwen_image_differs_in_the_negative_prompt_alone(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
-    parts = qwen()
+    parts = FAMILIES["qwen"].build()
     pipe = QwenImagePipeline(parts.scheduler, vae, None, None, parts.transformer)
     monkeypatch.setattr(generation, "load_pipeline", lambda settings: pipe)
 
