@@ -8,14 +8,15 @@ measured". That of the supported models comes from the layouts and the families 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ._path import ROOT
-from .marked import Tables, body_of, fill, update
-from .readme_rows import results_table
+from .marked import NOTHING, Tables, body_of, fill, update
+from .readme_rows import FILES, results_table
 from .results import FOLDER as RESULTS
 from .results import end_to_end, micro
 from .tables import (
@@ -395,7 +396,10 @@ def render(text: str, results: Path = RESULTS) -> str:
         if name == "families":
             return families_table()
         if name == "results":
-            return results_table(results)
+            paths = [results / file for file in FILES]
+            if not all(path.is_file() for path in paths):
+                return NOTHING
+            return results_table(*(json.loads(path.read_text("utf-8")) for path in paths))
         return body_of(name, TABLES, results)
 
     return fill(text, body)

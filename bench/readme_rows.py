@@ -1,9 +1,7 @@
-"""The table `results` of README.md: speed, cost and effect, one row each, from bench/results/."""
+"""The table `results` of README.md: speed, cost and effect, one row each."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from .results import end_to_end, micro
@@ -56,20 +54,16 @@ def effect_row(record: dict[str, Any]) -> str:
     )
 
 
-ROWS = (
-    ("speed", "cpu.json", speed_row, "[benchmarks](docs/benchmarks.md)"),
-    ("cost", "end-to-end-cpu.json", cost_row, "[end to end](docs/benchmarks.md#a-whole-model)"),
-    ("effect", "eval/diversity.json", effect_row, "[studies](docs/evaluation.md)"),
-)
+FILES = ("cpu.json", "end-to-end-cpu.json", "eval/diversity.json")
+"""Files below bench/results that `results_table` takes the content of."""
 
 
-def results_table(results: Path) -> str:
-    """The three rows; "not measured" where a row's file is missing."""
-    lines = ["| | measured | more |", "| --- | --- | --- |"]
-    for name, file, row, link in ROWS:
-        path = results / file
-        told = "not measured"
-        if path.is_file():
-            told = row(json.loads(path.read_text(encoding="utf-8")))
-        lines.append(f"| {name} | {told} | {link} |")
-    return "\n".join(lines)
+def results_table(speed: dict[str, Any], cost: dict[str, Any], effect: dict[str, Any]) -> str:
+    """The three rows, each with a link to its page."""
+    rows = (
+        ("speed", speed_row(speed), "[benchmarks](docs/benchmarks.md)"),
+        ("cost", cost_row(cost), "[end to end](docs/benchmarks.md#a-whole-model)"),
+        ("effect", effect_row(effect), "[studies](docs/evaluation.md)"),
+    )
+    header = ("| | measured | more |", "| --- | --- | --- |")
+    return "\n".join((*header, *(f"| {' | '.join(row)} |" for row in rows)))

@@ -1,16 +1,13 @@
-"""README.md: its length and order, its example, and the tables that are made from results."""
+"""README.md: its length, its order, and its example of the operator."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 import negtome_fast as nf
-from bench import readme
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,38 +52,3 @@ def test_the_example_of_the_operator_runs() -> None:
     assert names["y"].shape == x.shape
     assert names["similarity"].shape == names["index"].shape == (4, 9)
     assert names["index"].dtype == torch.int64
-
-
-def test_tables_are_those_of_the_results() -> None:
-    assert readme.main(["--check"]) == 0
-
-
-def test_missing_result_reads_not_measured(tmp_path: Path) -> None:
-    marked = "<!-- begin: gpu -->\n| old |\n<!-- end: gpu -->"
-    assert "not measured" in readme.render(marked, tmp_path)
-    assert "old" not in readme.render(marked, tmp_path)
-    rows = readme.render("<!-- begin: results -->\n<!-- end: results -->", tmp_path)
-    assert rows.count("not measured") == 3
-
-
-def test_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'speed'; known"):
-        readme.render("<!-- begin: speed -->\n<!-- end: speed -->", tmp_path)
-
-
-def test_figures_come_from_the_file(tmp_path: Path) -> None:
-    record = json.loads((readme.RESULTS / "demo.json").read_text(encoding="utf-8"))
-    record["results"][0]["guided"]["cosine"] = 0.1234
-    (tmp_path / "demo.json").write_text(json.dumps(record))
-    marked = "<!-- begin: demo -->\n<!-- end: demo -->"
-    assert "0.123" in readme.render(marked, tmp_path)
-
-
-def test_figures_of_the_three_rows_come_from_the_files(tmp_path: Path) -> None:
-    record = json.loads((readme.RESULTS / "eval" / "diversity.json").read_text(encoding="utf-8"))
-    for one in record["frontiers"]:
-        one["ratio"] = [7.0, 6.0, 8.0]
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "diversity.json").write_text(json.dumps(record))
-    rows = readme.render("<!-- begin: results -->\n<!-- end: results -->", tmp_path)
-    assert "7.00 times [6.00, 8.00]" in rows
