@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from .arguments import mark_checked
 from .config import NegToMeConfig
-from .functional import guide_tokens, mark_checked
+from .functional import guide_tokens
 from .ops import BACKEND_VARIABLE
 from .statistics import SEEN_TOKENS, BlockRow, Grid, GuidanceSummary, Seen, Statistics, sums_of
 

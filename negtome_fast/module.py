@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import Reference, negtome
+from .arguments import ReferenceTokens
+from .functional import negtome
 
 
 class NegToMe(nn.Module):
@@ -73,7 +74,7 @@ class NegToMe(nn.Module):
     def forward(
         self,
         x: Tensor,
-        reference: Reference | None = None,
+        reference: ReferenceTokens | None = None,
         reference_mask: Tensor | None = None,
         source_mask: Tensor | None = None,
         generator: torch.Generator | None = None,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairing import Pairing
+from .call import Call
 
 NOTHING = float("-inf")
 
@@ -52,51 +52,48 @@ def match_pair(
     return best, index.where(best > NOTHING, -1)
 
 
-def match(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    matching: str,
-) -> tuple[Tensor, Tensor]:
-    """Similarity and token index, each `(B, slots, N)`; -inf and -1 where nothing matches."""
+def match(call: Call) -> tuple[Tensor, Tensor]:
+    """Find the best reference token of every source token, in every slot by itself.
+
+    Returns:
+        Similarity (fp32, fp64 for fp64) and token index (int64), each `(B, slots, N)`; -inf and -1
+        where nothing matches.
+    """
+    x, pairing, reference_mask = call.x, call.pairing, call.reference_mask
     dtype = compute_dtype(x.dtype)
     if reference_mask is None:
-        reference_mask = torch.ones(reference.shape[:2], dtype=torch.bool, device=x.device)
+        reference_mask = torch.ones(call.reference.shape[:2], dtype=torch.bool, device=x.device)
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, device=x.device)
     for item in pairing.sources:
         for slot in range(pairing.slots):
             other = pairing.reference_item(item, slot)
+            source, reference = x[item].to(dtype), call.reference[other].to(dtype)
             similarity[item, slot], index[item, slot] = match_pair(
-                x[item].to(dtype), reference[other].to(dtype), reference_mask[other], matching
+                source, reference, reference_mask[other], call.matching
             )
     return similarity, index
 
 
-def guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    source_mask: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Write `x`, pushed away from its matches, to `out`; return similarity and pushed indices."""
+def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write `x`, pushed away from its matches, to `out` `(B, N, D)`, which may be `x` itself.
+
+    Returns:
+        Similarity (fp32, fp64 for fp64), -inf where nothing matches; and `slot * M + token` (int64)
+        of the reference token that a token was pushed away from, -1 where it stayed. Each is
+        `(B, S, N)`, where S is 1 for `combine="nearest"`, else the number of slots.
+    """
+    x, reference, pairing = call.x, call.reference, call.pairing
     dtype = compute_dtype(x.dtype)
-    tokens = reference.shape[1]
-    alpha = per_slot(alpha, x, pairing.slots)
-    threshold = per_slot(threshold, x, pairing.slots)
-    similarity, index = match(x, reference, pairing, reference_mask, matching)
+    alpha = per_slot(call.alpha, x, pairing.slots)
+    threshold = per_slot(call.threshold, x, pairing.slots)
+    similarity, index = match(call)
     pushed = (similarity > threshold[:, None]) & (index >= 0)
-    if source_mask is not None:
-        pushed &= source_mask[:, None]
-    if combine == "nearest" and pairing.slots > 0:
+    if call.source_mask is not None:
+        pushed &= call.source_mask[:, None]
+    nearest = call.combine == "nearest" and pairing.slots > 0
+    if nearest:
         pushed &= F.one_hot(similarity.argmax(dim=1), pairing.slots).bool().movedim(-1, 1)
 
     result = x.clone()
@@ -111,7 +108,7 @@ def guide(
     out.copy_(result)
 
     slots = torch.arange(pairing.slots, device=x.device)[:, None]
-    moved_to = torch.where(pushed, slots * tokens + index, -1)
-    if combine == "nearest" and pairing.slots > 0:
+    moved_to = torch.where(pushed, slots * reference.shape[1] + index, -1)
+    if nearest:
         return similarity.amax(dim=1, keepdim=True), moved_to.amax(dim=1, keepdim=True)
     return similarity, moved_to

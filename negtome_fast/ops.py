@@ -8,9 +8,9 @@ was pushed, and `dL/dr_j = -alpha * sum of g_i` over the tokens pushed away from
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 
 from . import naive
 from .backends import torch_backend
-from .pairing import Mode, Pairing
+from .call import Call
+from .pairing import Mode, Pairing, pairing_of
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
@@ -73,72 +74,34 @@ def _backend(name: str, x: Tensor) -> ModuleType:
     return naive if name == "reference" else torch_backend
 
 
-class Call(NamedTuple):
-    """The arguments of `guide` and `guide_`, in the order of their schema."""
+def run(call: Call, out: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Guide without torch's dispatcher; only where `can_skip_dispatcher`.
 
-    x: Tensor
-    reference: Tensor | None
-    alpha: Tensor
-    threshold: Tensor
-    reference_mask: Tensor | None
-    source_mask: Tensor | None
-    pairing_mode: Mode
-    groups: int
-    per_item: bool
-    matching: str
-    combine: str
-    backend: str
+    The result is written to `out`, which may be `call.x`.
 
-    @property
-    def pairing(self) -> Pairing:
-        return _pairing(self.x, self.reference, self.pairing_mode, self.groups, self.per_item)
-
-    def run(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        return _run(
-            self.backend,
-            self.x,
-            "guide",
-            self.x if self.reference is None else self.reference,
-            self.pairing,
-            self.alpha,
-            self.threshold,
-            self.reference_mask,
-            self.source_mask,
-            self.matching,
-            self.combine,
-            out,
-        )
-
-    def empty_results(self) -> tuple[Tensor, Tensor]:
-        slots = self.pairing.slots if self.combine == "sum" else 1
-        return _empty_pair(self.x, slots)
-
-
-def _pairing(
-    x: Tensor, reference: Tensor | None, pairing_mode: Mode, groups: int, per_item: bool
-) -> Pairing:
-    items = x.shape[0]
-    # Not where the size is symbolic.
-    make = _made_pairing if type(items) is int and not torch.compiler.is_compiling() else Pairing
-    if reference is None:
-        return make(pairing_mode, items, groups)
-    count = reference.shape[0] // items if per_item else reference.shape[0]
-    return make("external", items, groups, count, per_item)
-
-
-_made_pairing = lru_cache(maxsize=256)(Pairing)
-
-
-def _run(backend: str, x: Tensor, function: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Call a backend; autocast, which would round what must be exact, is off meanwhile."""
-    call = getattr(_backend(backend, x), function)
-    result: tuple[Tensor, Tensor]
-    if not torch.is_autocast_enabled(x.device.type):
-        result = call(x, *arguments)
-        return result
-    with torch.autocast(x.device.type, enabled=False):
-        result = call(x, *arguments)
+    Returns:
+        similarity and pushed, as `functional.guide_tokens`.
+    """
+    module = _backend(backend, call.x)
+    if torch.is_grad_enabled():
+        with torch.no_grad(), _without_autocast(call.x):
+            result: tuple[Tensor, Tensor] = module.guide(call, out)
+    else:
+        with _without_autocast(call.x):
+            result = module.guide(call, out)
+    if out is call.x:
+        torch.autograd.graph.increment_version(out)
     return result
+
+
+_nothing = nullcontext()
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which autocast, which would round what must be exact, is off."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _nothing
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -181,6 +144,9 @@ def can_skip_dispatcher(*tensors: Any) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------------
+# A call as the flat arguments of a schema
+# ---------------------------------------------------------------------------------------------
 _PAIRING = "str pairing_mode, int groups, bool per_item, str matching"
 _ARGUMENTS = (
     "Tensor? reference, Tensor alpha, Tensor threshold, Tensor? reference_mask, "
@@ -188,6 +154,58 @@ _ARGUMENTS = (
 )
 
 
+def flat_arguments(call: Call, backend: str) -> tuple[Any, ...]:
+    """Arguments of `guide` and `guide_`; references that are `x` itself are None there."""
+    pairing = call.pairing
+    return (
+        call.x,
+        call.reference if pairing.mode == "external" else None,
+        *(call.alpha, call.threshold, call.reference_mask, call.source_mask),
+        *(pairing.mode, pairing.groups, pairing.per_item),
+        *(call.matching, call.combine, backend),
+    )
+
+
+def _call(
+    x: Tensor,
+    reference: Tensor | None,
+    alpha: Tensor,
+    threshold: Tensor,
+    reference_mask: Tensor | None,
+    source_mask: Tensor | None,
+    pairing_mode: Mode,
+    groups: int,
+    per_item: bool,
+    matching: str,
+    combine: str,
+    _backend: str,
+) -> Call:
+    """Undo `flat_arguments`."""
+    pairing = _pairing(x, reference, pairing_mode, groups, per_item)
+    target = x if reference is None else reference
+    return Call(
+        *(x, target, pairing, reference_mask, matching),
+        *(alpha, threshold, source_mask, combine),
+    )
+
+
+def _pairing(
+    x: Tensor, reference: Tensor | None, pairing_mode: Mode, groups: int, per_item: bool
+) -> Pairing:
+    items = x.shape[0]
+    if reference is None:
+        return pairing_of(pairing_mode, items, groups)
+    count = reference.shape[0] // items if per_item else reference.shape[0]
+    return pairing_of("external", items, groups, count, per_item)
+
+
+def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
+    return _empty_pair(call.x, call.pairing.slots if call.combine == "sum" else 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The operators
+# ---------------------------------------------------------------------------------------------
 @torch.library.custom_op(
     "negtome_fast::match",
     mutates_args=(),
@@ -206,8 +224,10 @@ def match(
 ) -> tuple[Tensor, Tensor]:
     """Similarity and token index `(B, slots, N)` of the best reference token in every slot."""
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
-    target = x if reference is None else reference
-    return _run(backend, x, "match", target, pairing, reference_mask, matching)
+    call = Call(x, x if reference is None else reference, pairing, reference_mask, matching)
+    with _without_autocast(x):
+        result: tuple[Tensor, Tensor] = _backend(backend, x).match(call)
+    return result
 
 
 @match.register_fake
@@ -222,15 +242,17 @@ def _(x: Tensor, reference: Tensor | None, _mask: Tensor | None, *rest: Any) -> 
 )
 def guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Pushed tokens `(B, N, D)`, similarity and what was pushed, as `guide_tokens` returns."""
-    call = Call(*arguments)
+    call = _call(*arguments)
     out = call.x.new_empty(call.x.shape)
-    return out, *call.run(out)
+    with _without_autocast(call.x):
+        similarity, pushed = _backend(arguments[-1], call.x).guide(call, out)
+    return out, similarity, pushed
 
 
 @guide.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*arguments)
-    return call.x.new_empty(call.x.shape), *call.empty_results()
+    call = _call(*arguments)
+    return call.x.new_empty(call.x.shape), *_empty_results(call)
 
 
 @torch.library.custom_op(
@@ -240,22 +262,24 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`guide` in place; returns similarity and what was pushed."""
-    call = Call(*arguments)
-    return call.run(call.x)
+    call = _call(*arguments)
+    with _without_autocast(call.x):
+        result: tuple[Tensor, Tensor] = _backend(arguments[-1], call.x).guide(call, call.x)
+    return result
 
 
 @guide_.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return Call(*arguments).empty_results()
+    return _empty_results(_call(*arguments))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = Call(*inputs)
+    call = _call(*inputs)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2], call.alpha)
     ctx.pairing = call.pairing
-    ctx.in_batch = call.reference is None
-    ctx.reference_shape = (call.x if call.reference is None else call.reference).shape
+    ctx.in_batch = call.pairing.mode != "external"
+    ctx.reference_shape = call.reference.shape
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -264,10 +288,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     dtype = naive.compute_dtype(grad.dtype)
     wide = grad.to(dtype)
     slot, token = pushed.clamp_min(0) // tokens, pushed.clamp_min(0) % tokens
-    strengths = alpha.to(grad.device, dtype).expand(pairing.slots)
-    strength = torch.where(pushed >= 0, strengths[slot], 0.0)
+    alpha = alpha.to(grad.device, dtype).expand(pairing.slots)
+    alpha = torch.where(pushed >= 0, alpha[slot], 0.0)
 
-    grad_x = wide * (1 + strength.sum(dim=1))[..., None]
+    grad_x = wide * (1 + alpha.sum(dim=1))[..., None]
     grad_reference = None
     if ctx.in_batch or ctx.needs_input_grad[1]:
         item = torch.arange(pushed.shape[0], device=grad.device)[:, None, None]
@@ -276,7 +300,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         for number in range(pushed.shape[1]):
             # Not a product with zero: the gradient of a token left alone may be infinite.
             moved = (pushed[:, number] >= 0)[..., None]
-            pull = torch.where(moved, -strength[:, number, :, None] * wide, 0.0)
+            pull = torch.where(moved, -alpha[:, number, :, None] * wide, 0.0)
             grad_reference = grad_reference.index_add(
                 0, row[:, number].flatten(), pull.flatten(0, 1)
             )
@@ -286,18 +310,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         else:
             grad_reference = grad_reference.to(grad.dtype)
     return grad_x.to(grad.dtype), grad_reference, *([None] * 10)
-
-
-def run_at_once(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the backend without torch's dispatcher; only where `can_skip_dispatcher`."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            result = call.run(out)
-    else:
-        result = call.run(out)
-    if out is call.x:
-        torch.autograd.graph.increment_version(out)
-    return result
 
 
 guide.register_autograd(_backward, setup_context=_save_for_backward)

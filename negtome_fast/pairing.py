@@ -8,7 +8,10 @@ Every mode of the operator is one table `(items, slots) -> reference item`:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import torch
 
 Mode = Literal["first", "others", "external"]
 
@@ -59,3 +62,18 @@ class Pairing:
         if self.mode == "first":
             return start
         return start + slot + (slot >= item % self.group_size)
+
+
+_known_pairing = lru_cache(maxsize=256)(Pairing)
+
+
+def pairing_of(
+    mode: Mode, items: int, groups: int, references: int = 1, per_item: bool = False
+) -> Pairing:
+    """Return the `Pairing` of these arguments: the same object every time, which is quick to hash.
+
+    Symbolic sizes, as compilers use them, are not remembered.
+    """
+    symbolic = type(items) is not int or torch.compiler.is_compiling()
+    make = Pairing if symbolic else _known_pairing
+    return make(mode, items, groups, references, per_item)

@@ -83,14 +83,16 @@ def _guide(x: Tensor, name: str, **arguments: Any) -> Work:
 
 def _match(x: Tensor, name: str, **arguments: Any) -> Work:
     from negtome_fast import ops
-    from negtome_fast.functional import check_problem
+    from negtome_fast.arguments import check_problem
 
     groups, matching = arguments.get("groups", 1), arguments.get("matching", "paper")
     reference, mask = arguments.get("reference", "first"), arguments.get("reference_mask")
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         p = check_problem(x, reference, mask, matching, groups)
-        return ops.match(x, p.reference, p.mask, p.mode, groups, p.per_item, matching, "triton")
+        return ops.match(
+            x, p.reference, p.mask, p.pairing.mode, groups, p.pairing.per_item, matching, "triton"
+        )
 
     def verify(x: Tensor, results: tuple[Tensor, ...]) -> None:
         oracle().Problem(x, arguments).check_match(*results)
@@ -100,11 +102,12 @@ def _match(x: Tensor, name: str, **arguments: Any) -> Work:
 
 def _scale(x: Tensor, name: str) -> Work:
     from negtome_fast.backends.triton_coarse import column_scales
+    from negtome_fast.call import Call
     from negtome_fast.pairing import Pairing
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         # Beyond the tokens there is room that says so, to whole blocks.
-        scale = column_scales(x, x, None, Pairing("others", len(x)))
+        scale = column_scales(Call(x, x, Pairing("others", len(x))))
         assert bool((scale[:, x.shape[1] :] < 0).all()), "room that looks like tokens"
         return (scale[:, : x.shape[1]],)
 

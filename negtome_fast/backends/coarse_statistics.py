@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..kernels import tuning
 from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_coarse import (
-    MOST_CHANNELS,
     TERM_ERROR,
     _Layout,
     _layout,
@@ -24,7 +24,7 @@ from .triton_coarse import (
     _Rounded,
     column_scales,
 )
-from .triton_geometry import plan_of
+from .triton_geometry import MOST_COARSE_CHANNELS, plan_of
 
 #: A row of which more than this share of blocks is in question counts as undecided.
 UNDECIDED = 0.25
@@ -59,12 +59,14 @@ def coarse_statistics(
         the source tokens were cut; `scratch_bytes`: memory of values, bounds and lists.
 
     Raises:
-        ValueError: another dtype, more than MOST_CHANNELS channels, or nothing to match.
+        ValueError: another dtype, more than MOST_COARSE_CHANNELS channels, or nothing to match.
         RuntimeError: Triton cannot run on the device of `x`.
     """
     runtime.require(x)
-    if x.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"x has {x.shape[2]} channels; at most {MOST_CHANNELS} can be bounded")
+    if x.shape[2] > MOST_COARSE_CHANNELS:
+        raise ValueError(
+            f"x has {x.shape[2]} channels; at most {MOST_COARSE_CHANNELS} can be bounded"
+        )
     if reference is None:
         pairing, tokens = Pairing("first", len(x), groups), x
     else:
@@ -75,18 +77,18 @@ def coarse_statistics(
         )
     with runtime.launch_device(x):
         plan = plan_of(x, tokens.shape[1], pairing)
-        layout = _layout(x, tokens, pairing, plan)
-        scale = column_scales(x, tokens, reference_mask, pairing)
-        return _count(x, tokens, scale, layout, plan, sample)
+        call = Call(x, tokens, pairing, reference_mask)
+        layout = _layout(call, plan)
+        return _count(call, column_scales(call), layout, plan, sample)
 
 
 def _count(
-    x: Tensor, reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan, sample: int
+    call: Call, scale: Tensor, layout: _Layout, plan: tuning.Plan, sample: int
 ) -> dict[str, Any]:
     blocks_a_row, columns_a_row = [], []
     tasks = held = parts = 0
     step = max(1, layout.sources * layout.tokens // sample)
-    for part, columns in _parts(x, reference, scale, layout, plan):
+    for part, columns in _parts(call, scale, layout, plan):
         finite = part.rounded.stats[0] > 0
         in_question = in_question_of(part).view(layout.sources, -1, *part.lower.shape[1:])
         blocks_a_row.append(in_question.sum(dim=1)[finite])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import Call
 from ..naive import NOTHING, compute_dtype
 from ..pairing import Pairing
 from .coarse import EPSILON, RUN, padded
@@ -113,9 +114,10 @@ def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Place
         )
 
 
-def fits(x: Tensor, reference: Tensor, pairing: Pairing) -> bool:
-    """Whether a problem is small, and not empty."""
-    return x.is_cpu and 0 < elements(x.shape, reference.shape[1], pairing) <= SMALL
+def fits(call: Call) -> bool:
+    """Return True if a call is small, and not empty."""
+    x = call.x
+    return x.is_cpu and 0 < elements(x.shape, call.reference.shape[1], call.pairing) <= SMALL
 
 
 def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
@@ -182,10 +184,9 @@ def _best(
     return _maximum(scores, keepdim=items == 1)
 
 
-def _one_way(
-    sources: _Tokens, references: _Tokens, pairing: Pairing, mask: Tensor | None, paper: bool
-) -> tuple[Tensor, Tensor]:
+def _one_way(sources: _Tokens, references: _Tokens, call: Call) -> tuple[Tensor, Tensor]:
     """Cosine and index `(P, S, N)` of "first" and of external references."""
+    pairing, mask, paper = call.pairing, call.reference_mask, call.matching == "paper"
     items, tokens, channels = sources.wide.shape
     sets = pairing.groups if pairing.mode == "first" else items if pairing.per_item else 1
     source, source_norm = sources.wide.view(sets, -1, channels), sources.norm.view(sets, -1, 1)
@@ -253,19 +254,15 @@ def _both_ways(
 
 
 def _match(
-    sources: _Tokens,
-    references: _Tokens,
-    pairing: Pairing,
-    places: _Places,
-    mask: Tensor | None,
-    paper: bool,
+    sources: _Tokens, references: _Tokens, call: Call, places: _Places
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(P, S, N)` of the items that move; -inf and -1 where nothing matches."""
+    pairing, mask, paper = call.pairing, call.reference_mask, call.matching == "paper"
     if pairing.mode == "others":
         candidates = mask if paper else None
         similarity, index = _both_ways(sources, places, pairing.slots, candidates)
     else:
-        similarity, index = _one_way(sources, references, pairing, mask, paper)
+        similarity, index = _one_way(sources, references, call)
     if sources.finite and references.finite and mask is None:
         return similarity, index
     found = similarity > NOTHING
@@ -289,53 +286,41 @@ def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Ten
     return torch.cat((fill, values.view(shape)), dim=1).view(pairing.items, 1, -1)
 
 
-def match(
-    x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None, matching: str
-) -> tuple[Tensor, Tensor]:
+def match(call: Call) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.naive.match`."""
+    x, reference, pairing = call.x, call.reference, call.pairing
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, matching, x.shape[1], reference.shape[1])
-    found = _match(sources, references, pairing, places, mask, matching == "paper")
+    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    found = _match(sources, references, call, places)
     similarity = _with_those_that_stay(found[0], pairing, places.nothing.to(found[0].dtype))
     return similarity, _with_those_that_stay(found[1], pairing, places.stays)
 
 
-def guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    mask: Tensor | None,
-    source_mask: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See `negtome_fast.naive.guide`; `out` may be `x`."""
-    plain = pairing.mode == "first" and pairing.groups == 1 and mask is None
-    if plain and matching == "paper" and alpha.numel() == threshold.numel() == 1:
-        done = guide_from_first(x, alpha, threshold, source_mask, out)
+def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
+    """See `negtome_fast.naive.guide`."""
+    x, reference, pairing, alpha = call.x, call.reference, call.pairing, call.alpha
+    plain = pairing.mode == "first" and pairing.groups == 1 and call.reference_mask is None
+    if plain and call.matching == "paper" and alpha.numel() == call.threshold.numel() == 1:
+        done = guide_from_first(x, alpha, call.threshold, call.source_mask, out)
         if done is not None:
             return done
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, matching, x.shape[1], reference.shape[1])
-    found = _match(sources, references, pairing, places, mask, matching == "paper")
+    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    found = _match(sources, references, call, places)
 
-    dtype, finite = sources.wide.dtype, sources.finite and references.finite
-    alpha, threshold = (v if v.dtype == dtype else v.to(dtype) for v in (alpha, threshold))
-    similarity, choice = _choose(found, pairing, places, alpha, threshold, combine)
+    finite = sources.finite and references.finite
+    similarity, choice = _choose(found, call, places)
     pushed = choice.pushed
-    if source_mask is not None:
-        pushed &= _moving(source_mask, pairing).reshape(-1, 1, x.shape[1])
+    if call.source_mask is not None:
+        pushed &= _moving(call.source_mask, pairing).reshape(-1, 1, x.shape[1])
     number = torch.where(pushed, choice.number, places.none)
     table = references.wide.view(-1, x.shape[2])
     own = None if pairing.mode == "external" else places.own
     _push(x, sources.wide, table, choice, own, pairing, finite, out)
     return (
-        _with_those_that_stay(similarity, pairing, places.nothing.to(dtype)),
+        _with_those_that_stay(similarity, pairing, places.nothing.to(sources.wide.dtype)),
         _with_those_that_stay(number, pairing, places.stays),
     )
 
@@ -432,23 +417,18 @@ class _Choice(NamedTuple):
     alpha: Tensor
 
 
-def _choose(
-    found: tuple[Tensor, Tensor],
-    pairing: Pairing,
-    places: _Places,
-    alpha: Tensor,
-    threshold: Tensor,
-    combine: str,
-) -> tuple[Tensor, _Choice]:
+def _choose(found: tuple[Tensor, Tensor], call: Call, places: _Places) -> tuple[Tensor, _Choice]:
     """The reference token that each token is pushed from, and its cosine."""
     (similarity, index), starts, slot = found, places.starts, None
-    number = index
-    if pairing.slots > 1 and combine == "nearest":
+    dtype, numbers = similarity.dtype, (call.alpha, call.threshold)
+    alpha, threshold = (value if value.dtype == dtype else value.to(dtype) for value in numbers)
+    number, several = index, call.pairing.slots > 1
+    if several and call.combine == "nearest":
         similarity, slot = similarity.max(dim=1, keepdim=True)
         index = index.gather(1, slot)
         number = torch.add(index, slot, alpha=places.length)
         starts = None if starts is None else starts.gather(1, slot)
-    elif pairing.slots > 1:
+    elif several:
         number = index + places.offsets
     pushed = similarity > _by_slot(threshold, slot)
     row = number if starts is None else index + starts

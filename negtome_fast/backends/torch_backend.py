@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..naive import NOTHING, compute_dtype, is_finite, per_slot
 from ..pairing import Pairing
 from . import coarse, small
@@ -140,33 +141,19 @@ def _search(columns: Tensor, allowed: Tensor | None, searches: list[Search], til
         tiles.team.each(len(tasks), multiply)
 
 
-def match(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    matching: str,
-) -> tuple[Tensor, Tensor]:
+def match(call: Call) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.naive.match`."""
-    if small.fits(x, reference, pairing):
-        return small.match(x, reference, pairing, reference_mask, matching)
-    arguments = (x, reference, pairing, reference_mask, matching)
-    return _conduct(partial(_match, *arguments), x)
+    if small.fits(call):
+        return small.match(call)
+    return _conduct(partial(_match, call), call.x)
 
 
-def _look_at_places(
-    valid: Tensor,
-    index: Tensor,
-    norm: Tensor,
-    x: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    team: Team,
-) -> None:
-    """Official matching: a token that is moved, and that which it is moved from, must be finite.
+def _look_at_places(valid: Tensor, index: Tensor, norm: Tensor, call: Call, team: Team) -> None:
+    """Official matching: clear `valid` unless a token and what it is moved from are finite.
 
     `valid`, `index` and the `norm` of the reference tokens are `(B, slots, N)`.
     """
+    x, pairing = call.x, call.pairing
     tasks = _parts(x, pairing.sources)
 
     def look(_: int, number: int) -> None:
@@ -175,10 +162,10 @@ def _look_at_places(
 
     team.each(len(tasks), look)
     valid &= norm.isfinite().gather(2, index.clamp_min(0))
-    if reference_mask is not None:
+    if call.reference_mask is not None:
         for item in pairing.sources:
             for slot in range(pairing.slots):
-                valid[item, slot] &= reference_mask[pairing.reference_item(item, slot)]
+                valid[item, slot] &= call.reference_mask[pairing.reference_item(item, slot)]
 
 
 def _conduct(function: Callable[[Team], T], x: Tensor) -> T:
@@ -186,31 +173,19 @@ def _conduct(function: Callable[[Team], T], x: Tensor) -> T:
     return conduct(function) if x.device.type == "cpu" else function(ALONE)
 
 
-def _match(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    matching: str,
-    team: Team,
-) -> tuple[Tensor, Tensor]:
+def _match(call: Call, team: Team) -> tuple[Tensor, Tensor]:
+    x, reference, pairing = call.x, call.reference, call.pairing
+    paper, reference_mask = call.matching == "paper", call.reference_mask
     dtype = compute_dtype(x.dtype)
     shape = (x.shape[0], pairing.slots, x.shape[1])
     similarity = torch.full(shape, NOTHING, dtype=dtype, device=x.device)
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
     tiles, norm = _Tiles(x, reference, team), torch.zeros_like(similarity)
-    for shared, members in _pairs(pairing, matching).items():
-        columns = reference[shared] if matching == "paper" else x[shared]
-        allowed = None
-        if reference_mask is not None and matching == "paper":
-            allowed = reference_mask[shared]
+    for shared, members in _pairs(pairing, call.matching).items():
+        columns = reference[shared] if paper else x[shared]
+        allowed = None if reference_mask is None or not paper else reference_mask[shared]
         searches = [
-            Search(
-                x[i] if matching == "paper" else reference[o],
-                similarity[i, s],
-                index[i, s],
-                norm[i, s],
-            )
+            Search(x[i] if paper else reference[o], similarity[i, s], index[i, s], norm[i, s])
             for i, s, o in members
         ]
         if coarse.pays(columns, searches):
@@ -218,8 +193,8 @@ def _match(
         else:
             _search(columns, allowed, searches, tiles)
     valid = norm.isfinite() & (index >= 0)
-    if matching == "official":
-        _look_at_places(valid, index, norm, x, pairing, reference_mask, team)
+    if not paper:
+        _look_at_places(valid, index, norm, call, team)
     similarity.div_(norm.clamp_min_(EPSILON))
     return similarity.where(valid, NOTHING), index.where(valid, -1)
 
@@ -228,52 +203,27 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    source_mask: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
+def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """See `negtome_fast.naive.guide`."""
-    arguments = (x, reference, pairing, alpha, threshold, reference_mask, source_mask)
-    if small.fits(x, reference, pairing):
-        return small.guide(*arguments, matching, combine, out)
-    return _conduct(partial(_guide, *arguments, matching, combine, out), x)
+    if small.fits(call):
+        return small.guide(call, out)
+    return _conduct(partial(_guide, call, out), call.x)
 
 
-def _guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    source_mask: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-    team: Team,
-) -> tuple[Tensor, Tensor]:
+def _guide(call: Call, out: Tensor, team: Team) -> tuple[Tensor, Tensor]:
+    x, reference, pairing, source_mask = call.x, call.reference, call.pairing, call.source_mask
     if out is x and pairing.mode != "first" and _shares_memory(x, reference):
         # A token that has moved must not serve as a reference of the next item.
         moved = torch.empty_like(x)
-        arguments = (x, reference, pairing, alpha, threshold, reference_mask, source_mask)
-        result = _guide(*arguments, matching, combine, moved, team)
+        result = _guide(call, moved, team)
         parts = _parts(x, range(pairing.items))
         team.each(len(parts), lambda _, number: x[parts[number]].copy_(moved[parts[number]]))
         return result
 
-    compute_dtype(x.dtype)
     tokens = reference.shape[1]
-    alpha = per_slot(alpha, x, pairing.slots)
-    threshold = per_slot(threshold, x, pairing.slots)
-    similarity, index = _match(x, reference, pairing, reference_mask, matching, team)
+    alpha = per_slot(call.alpha, x, pairing.slots)
+    threshold = per_slot(call.threshold, x, pairing.slots)
+    similarity, index = _match(call, team)
     pushed = similarity > threshold[:, None]
     if source_mask is not None:
         pushed &= source_mask[:, None]
@@ -281,7 +231,7 @@ def _guide(
     if pairing.slots > 1:
         slots = torch.arange(pairing.slots, device=x.device)[:, None]
         flat = index + slots * tokens
-        if combine == "nearest":
+        if call.combine == "nearest":
             similarity, best_slot = similarity.max(dim=1, keepdim=True)
             flat, pushed = flat.gather(1, best_slot), pushed.gather(1, best_slot)
     flat = torch.where(pushed, flat, -1)

@@ -8,17 +8,22 @@ with the strides that they have; so every call can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pairing import Pairing
+from ..call import Call
+from . import triton_coarse
 from . import triton_runtime as runtime
 from .triton_descriptors import with_tokens
 from .triton_geometry import Geometry, Push, geometry
 from .triton_streams import SideStream
+
+#: A launch and its arguments.
+Step = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -73,110 +78,88 @@ def _aligned(*pointers: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Launches in their order; new memory is always aligned
+# The launches of a call in their order, and the memory that they fill; new memory is aligned
 # ---------------------------------------------------------------------------------------------
-class _Matching:
-    """The tensors of one call that matching reads, and its launches."""
-
-    def __init__(self, shape: Geometry, x: Tensor, reference: Tensor, mask: Tensor | None) -> None:
-        self.shape, self.x, self.reference, self.mask = shape, x, reference, _bytes(mask)
-        self.aligned = _aligned(x, None if reference is x else reference, mask)
-
-    def scales(self, keys: Tensor | None) -> Tensor:
-        """Column scales of the references; `keys` are emptied."""
-        scale = self.x.new_empty(self.shape.reference_scales, dtype=torch.float32)
-        self.shape.scale(self.aligned, self.reference, self.mask, scale, keys)
-        return scale
-
-    def tiles(self, scale: Tensor, keys: Tensor, part: int = 0) -> None:
-        """Raise `keys` to the best candidates of the geometry's `part`."""
-        shape = self.shape
-        launch = shape.tiles[part]
-        if launch is None:
-            return
-        sides = (self.reference, self.x) if shape.official else (self.x, self.reference)
-        row, column = shape.templates if self.aligned else (None, None)
-        if row is not None:
-            row, column = with_tokens(row, sides[0]), with_tokens(column, sides[1])
-        launch(self.aligned, *sides, row, column, scale, keys)
-
-    def by_slot(self) -> tuple[Tensor, Tensor]:
-        """Similarity (B, C, N) fp32 and index (B, C, N) int64 of every slot by itself."""
-        shape, size = self.shape, (self.shape.items, self.shape.slots, self.shape.N)
-        similarity = self.x.new_empty(size, dtype=torch.float32)
-        index = self.x.new_empty(size, dtype=torch.int64)
-        if similarity.numel() == 0:
-            return similarity, index
-        keys = torch.empty_like(index)
-        scale = searched = self.scales(keys)
-        if shape.official:
-            searched = self.x.new_empty(shape.source_scales, dtype=torch.float32)
-            shape.source_scale(self.aligned, self.x, None, searched, None)
-        self.tiles(searched, keys)
-        pointers = (self.x, self.reference, searched, scale, keys, similarity, index)
-        shape.resolve(self.aligned, *pointers)
-        return similarity, index
+def _tiles(
+    shape: Geometry, call: Call, aligned: bool, scale: Tensor, keys: Tensor, part: int = 0
+) -> list[Step]:
+    """Raise `keys` to the best candidates of the geometry's `part`, if that has any products."""
+    launch = shape.tiles[part]
+    if launch is None:
+        return []
+    sides = (call.reference, call.x) if shape.official else (call.x, call.reference)
+    row, column = shape.templates if aligned else (None, None)
+    if row is not None:
+        row, column = with_tokens(row, sides[0]), with_tokens(column, sides[1])
+    return [(launch, (aligned, *sides, row, column, scale, keys))]
 
 
-def _push(
-    match: _Matching, numbers: tuple[Any, ...], source_mask: Any, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Match and push; similarity (B, S, N) fp32 and what was pushed, int64."""
-    shape, x, reference = match.shape, match.x, match.reference
-    source_mask = _bytes(source_mask)
+def _match_by_slot(shape: Geometry, call: Call, aligned: bool) -> tuple[list[Step], Tensor, Tensor]:
+    """Find the match of every slot: launches, similarity (B, C, N) fp32, index (B, C, N) int64."""
+    x, reference = call.x, call.reference
+    size = (shape.items, shape.slots, shape.N)
+    similarity = x.new_empty(size, dtype=torch.float32)
+    index = x.new_empty(size, dtype=torch.int64)
+    if similarity.numel() == 0:
+        return [], similarity, index
+    keys = torch.empty_like(index)
+    scale = searched = x.new_empty(shape.reference_scales, dtype=torch.float32)
+    mask = _bytes(call.reference_mask)
+    steps: list[Step] = [(shape.scale, (aligned, reference, mask, scale, keys))]
+    if shape.official:
+        searched = x.new_empty(shape.source_scales, dtype=torch.float32)
+        steps.append((shape.source_scale, (aligned, x, None, searched, None)))
+    steps += _tiles(shape, call, aligned, searched, keys)
+    pointers = (x, reference, searched, scale, keys, similarity, index)
+    steps.append((shape.resolve, (aligned, *pointers)))
+    return steps, similarity, index
+
+
+def _match_and_push(
+    shape: Geometry, call: Call, numbers: tuple[Any, ...], out: Tensor
+) -> tuple[list[Step], Tensor, Tensor]:
+    """Match and push: launches, similarity (B, S, N) fp32 and what is pushed (B, S, N) int64."""
+    x, reference, mask = call.x, call.reference, call.reference_mask
+    source_mask = _bytes(call.source_mask)
+    tokens_aligned = _aligned(x, None if reference is x else reference, mask)
+    aligned = tokens_aligned and _aligned(*numbers, source_mask, out)
     size = shape.items, shape.result_slots, shape.N
-    aligned = match.aligned and _aligned(*numbers, source_mask, out)
+    steps: list[Step] = []
     if shape.by_slot:
-        found, index = match.by_slot()
+        steps, found, index = _match_by_slot(shape, call, tokens_aligned)
         similarity = found if shape.total else x.new_empty(size, dtype=torch.float32)
     else:
         similarity = x.new_empty(size, dtype=torch.float32)
     pushed = torch.empty_like(similarity, dtype=torch.int64)
     results = (*numbers, source_mask, out, similarity, pushed)
     if shape.N == 0:
-        pass
-    elif shape.by_slot:
-        shape.from_matches(aligned, x, reference, found, index, *results)
-    elif shape.by_rows:
-        shape.rows(aligned, x, reference, match.scales(None), *results)
-    else:
-        keys = torch.empty_like(pushed)
-        scale = match.scales(keys)
-        pointers = (x, reference, scale, keys, *results)
-        if len(shape.finish) == 1:
-            if shape.coarse:
-                from .triton_coarse import raise_keys
-
-                raise_keys(x, reference, shape.pairing, scale, keys, shape.plan)
-            else:
-                match.tiles(scale, keys)
-            shape.finish[0](aligned, *pointers)
+        return [], similarity, pushed
+    if shape.by_slot:
+        steps.append((shape.from_matches, (aligned, x, reference, found, index, *results)))
+        return steps, similarity, pushed
+    keys = None if shape.by_rows else torch.empty_like(pushed)
+    scale = x.new_empty(shape.reference_scales, dtype=torch.float32)
+    steps.append((shape.scale, (tokens_aligned, reference, _bytes(mask), scale, keys)))
+    if keys is None:
+        steps.append((shape.rows, (aligned, x, reference, scale, *results)))
+        return steps, similarity, pushed
+    for part, finish in enumerate(shape.finish):
+        if shape.coarse:
+            steps.append((triton_coarse.raise_keys, (call, scale, keys, shape.plan)))
         else:
-            with SideStream(x) as side:
-                for part, finish in enumerate(shape.finish):
-                    match.tiles(scale, keys, part)
-                    side.follow(partial(finish, aligned, *pointers))
-    return similarity, pushed
+            steps += _tiles(shape, call, tokens_aligned, scale, keys, part)
+        steps.append((finish, (aligned, x, reference, scale, keys, *results)))
+    return steps, similarity, pushed
 
 
 # ---------------------------------------------------------------------------------------------
 # What the operator calls
 # ---------------------------------------------------------------------------------------------
-def match(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    reference_mask: Tensor | None,
-    matching: str,
-) -> tuple[Tensor, Tensor]:
-    """Best reference token per source token and slot.
+def match(call: Call) -> tuple[Tensor, Tensor]:
+    """Find the best reference token of every source token, in every slot by itself.
 
     Args:
-        x: (B, N, D) fp32, bf16 or fp16, any strides.
-        reference: (P, M, D), any strides; `x` itself unless `pairing.mode` is `"external"`.
-        pairing: which source item meets which reference item, in C slots.
-        reference_mask: (P, M) bool or None, True where a token may be matched.
-        matching: `"paper"` or `"official"`.
+        call: fp32, bf16 or fp16 tokens; see `Call`.
 
     Returns:
         similarity (B, C, N) fp32 and index (B, C, N) int64; -inf and -1 where there is no match.
@@ -184,59 +167,56 @@ def match(
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
+    x, reference = call.x, call.reference
     runtime.require(x)
-    shape = geometry(x, reference, pairing, reference_mask, matching == "official")
+    aligned = _aligned(x, None if reference is x else reference, call.reference_mask)
     with runtime.launch_device(x):
-        return _Matching(shape, x, reference, reference_mask).by_slot()
+        steps, similarity, index = _match_by_slot(geometry(call), call, aligned)
+        for launch, arguments in steps:
+            launch(*arguments)
+    return similarity, index
 
 
-def guide(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    alpha: Tensor,
-    threshold: Tensor,
-    reference_mask: Tensor | None,
-    source_mask: Tensor | None,
-    matching: str,
-    combine: str,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
+def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """Match, threshold and push; the result is written to `out`.
 
     Args:
-        x, reference, pairing, reference_mask, matching: as for `match`.
-        alpha, threshold: fp32, shape () or (C,), on any device.
-        source_mask: (B, N) bool or None, True where a source token may move.
-        combine: `"nearest"` (S = 1) or `"sum"` (S = C).
-        out: (B, N, D), any strides, written completely; or `x` for in-place, where only tokens
+        call: fp32, bf16 or fp16 tokens; see `Call`.
+        out: (B, N, D), any strides, written completely; or `x` itself, of which only the tokens
             that move are written.
 
     Returns:
         similarity (B, S, N) fp32, -inf where there is no match; and pushed (B, S, N) int64,
-        slot * M + token where a token was pushed, else -1.
+        slot * M + token where a token was pushed, else -1. S is 1 for "nearest", else C.
 
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
+    x = call.x
     runtime.require(x)
     # Group heads are never written, so "first" has no hazard; other references that are also
     # outputs would be read by one program after another has moved them.
-    hazard = pairing.mode != "first" and _overlap(out, reference)
+    hazard = call.pairing.mode != "first" and _overlap(out, call.reference)
     target = torch.empty_like(x) if hazard else out
-    numbers, strides = _per_slot((alpha, threshold), x)
+    numbers, strides = _per_slot((call.alpha, call.threshold), x)
     push = Push(
         target.stride(),
         _same_view(target, x),
         isinstance(numbers[0], float),
         strides,
-        None if source_mask is None else source_mask.stride(),
+        None if call.source_mask is None else call.source_mask.stride(),
     )
-    official, total = matching == "official", combine == "sum"
-    shape = geometry(x, reference, pairing, reference_mask, official, total, push)
+    shape = geometry(call, push)
     with runtime.launch_device(x):
-        match = _Matching(shape, x, reference, reference_mask)
-        results = _push(match, numbers, source_mask, target)
+        steps, similarity, pushed = _match_and_push(shape, call, numbers, target)
+        if len(shape.parts) == 1:
+            for launch, arguments in steps:
+                launch(*arguments)
+        else:
+            with SideStream(x) as side:
+                for launch, arguments in steps:
+                    with side.following() if launch in shape.finish else nullcontext():
+                        launch(*arguments)
         if hazard:
             out.copy_(target)
-    return results
+    return similarity, pushed

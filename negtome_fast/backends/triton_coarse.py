@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..kernels import tuning
 from ..pairing import Pairing
 from . import triton_runtime as runtime
@@ -26,21 +27,11 @@ from .triton_geometry import cdiv, geometry, programs, reference_step
 #: The most memory for what grows with the number of source tokens at a time; at least one block of
 #: rows of all items is taken at a time, whatever it needs.
 SCRATCH_BYTES = 2**28
-#: kernels/coarse.py bounds the errors of sums of fewer channels than this.
-MOST_CHANNELS = 2**15 - 1
 #: The values of a token begin at multiples of this, and steps over them need no masks.
 STEP = 128
 #: Bound on the relative error of a term of a sum of fp32, in any order, times that on the centre's
 #: norm and on the rounding of the bound itself.
 TERM_ERROR = 2.0**-24 * 1.02
-
-
-def serves(mode: str, channels: int) -> bool:
-    """Whether this kind takes a problem where the tuning table asks for it.
-
-    For "others", kind "pairs" computes half of the products: int8 at twice the rate gains nothing.
-    """
-    return mode != "others" and channels <= MOST_CHANNELS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,16 +171,17 @@ class _Scratch:
         )
 
 
-def _layout(x: Tensor, reference: Tensor, pairing: Pairing, plan: tuning.Plan) -> _Layout:
+def _layout(call: Call, plan: tuning.Plan) -> _Layout:
+    (_, tokens, channels), (references, columns, _) = call.x.shape, call.reference.shape
     score = plan.score
     if score.BLOCK_N > plan.bound.BLOCK_N:
         score = score._replace(BLOCK_N=plan.bound.BLOCK_N)
     return _Layout(
-        pairing,
-        tokens=x.shape[1],
-        references=reference.shape[0],
-        columns=reference.shape[1],
-        channels=x.shape[2],
+        call.pairing,
+        tokens=tokens,
+        references=references,
+        columns=columns,
+        channels=channels,
         bound=plan.bound,
         score=score,
     )
@@ -202,11 +194,12 @@ def _power_of_two(length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def column_scales(x: Tensor, reference: Tensor, mask: Tensor | None, pairing: Pairing) -> Tensor:
+def column_scales(call: Call) -> Tensor:
     """Column scales of the references, as `raise_keys` takes them."""
-    shape = geometry(x, reference, pairing, mask)
+    x, reference, mask = call.x, call.reference, call.reference_mask
+    shape = geometry(call)
     scale = x.new_empty((len(reference), shape.scale_room(shape.M)), dtype=torch.float32)
-    keys = x.new_empty((len(x), pairing.slots, shape.N), dtype=torch.int64)
+    keys = x.new_empty((len(x), shape.slots, shape.N), dtype=torch.int64)
     shape.scale(False, reference, None if mask is None else mask.view(torch.uint8), scale, keys)
     return scale
 
@@ -342,12 +335,11 @@ def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
     )
 
 
-def _score(
-    x: Tensor, reference: Tensor, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout
-) -> None:
+def _score(call: Call, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout) -> None:
     """Raise `keys` to the best candidates of the listed rows and blocks of columns."""
     from ..kernels.coarse import score_kernel
 
+    x, reference = call.x, call.reference
     config, pairing, count = layout.score, layout.pairing, part.lower.shape[1]
     split = layout.bound.BLOCK_N // config.BLOCK_N
     score_kernel[(programs(config, part.tasks.numel() * split, x.device),)](
@@ -380,9 +372,10 @@ def _score(
 
 
 def _parts(
-    x: Tensor, reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan
+    call: Call, scale: Tensor, layout: _Layout, plan: tuning.Plan
 ) -> Iterator[tuple[_Part, _Rounded]]:
     """All source tokens, part by part, once it is listed what is in question for them."""
+    x, reference = call.x, call.reference
     shape = layout.rounded, layout.columns
     columns = _Rounded(
         torch.empty((*shape, layout.width), dtype=torch.int8, device=x.device),
@@ -399,21 +392,17 @@ def _parts(
         yield part, columns
 
 
-def raise_keys(
-    x: Tensor, reference: Tensor, pairing: Pairing, scale: Tensor, keys: Tensor, plan: tuning.Plan
-) -> None:
+def raise_keys(call: Call, scale: Tensor, keys: Tensor, plan: tuning.Plan) -> None:
     """Raise `keys` to the best candidates.
 
     Args:
-        x: (B, N, D) fp32, bf16 or fp16, any strides; at most MOST_CHANNELS channels.
-        reference: (P, M, D), any strides; `x` itself unless `pairing.mode` is `"external"`.
-        pairing: which source item meets which reference item; any mode.
+        call: fp32, bf16 or fp16 tokens of at most MOST_COARSE_CHANNELS channels; any mode.
         scale: (P, M up to whole blocks) fp32, the column scales of `reference`.
         keys: (B, 1, N) int64, emptied; tokens are slot * M + token.
         plan: configurations of the kernels in `tuning.COARSE`.
     """
-    layout = _layout(x, reference, pairing, plan)
+    layout = _layout(call, plan)
     if layout.lists == 0 or layout.tokens == 0:
         return
-    for part, _ in _parts(x, reference, scale, layout, plan):
-        _score(x, reference, scale, keys, part, layout)
+    for part, _ in _parts(call, scale, layout, plan):
+        _score(call, scale, keys, part, layout)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..kernels import tuning
 from ..pairing import Pairing
 from . import triton_runtime as runtime
@@ -23,6 +24,8 @@ from .triton_launch import Launch
 #: For OVERLAP: the time of a token's push over that of its matching, times the reference tokens.
 #: 6 bytes a channel at 3 TB/s, against 2 operations a channel and reference token at 700 TFLOP/s.
 PUSH_BY_MATCHING = 700
+#: kernels/coarse.py bounds the errors of sums of fewer channels than this.
+MOST_COARSE_CHANNELS = 2**15 - 1
 #: Strides of a tensor.
 Strides = tuple[int, ...]
 
@@ -77,43 +80,31 @@ def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
     return tuning.plan(arch, runtime.DTYPES[x.dtype], sources * pairing.slots, N, M, D)
 
 
-def _coarse_serves(mode: str, channels: int) -> bool:
-    """Whether int8 bounds may leave few tiles to the exact product."""
-    from .triton_coarse import serves
+def coarse_serves(mode: str, channels: int) -> bool:
+    """Return True if kind "coarse" takes a call where the tuning table asks for it.
 
-    return serves(mode, channels)
+    For "others", kind "pairs" computes half of the products: int8 at twice the rate gains nothing.
+    """
+    return mode != "others" and channels <= MOST_COARSE_CHANNELS
 
 
 class Geometry:
     """Sizes, plan and launches of one kind of call.
 
     Args:
-        x, reference: where the tokens lie.
-        pairing: which source item meets which reference item.
-        mask: strides of the mask of reference tokens, or None.
-        official: official matching.
-        total: the sum of all slots' pushes.
-        push: None where the call only matches.
-        device, dtype: of the tokens.
+        call: a call of this kind.
+        push: how it pushes; None where it only matches.
         plan: of the tuning table.
     """
 
-    def __init__(
-        self,
-        x: Tokens,
-        reference: Tokens,
-        pairing: Pairing,
-        mask: Strides | None,
-        official: bool,
-        total: bool,
-        push: Push | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        plan: tuning.Plan,
-    ) -> None:
-        self.x, self.reference, self.pairing, self.mask = x, reference, pairing, mask
-        self.official, self.total, self.push, self.plan = official, total, push, plan
-        self.device, self.dtype, self.interpreted = device, dtype, runtime.interpreting()
+    def __init__(self, call: Call, push: Push | None, plan: tuning.Plan) -> None:
+        pairing, mask = call.pairing, call.reference_mask
+        self.x, self.reference = x, reference = Tokens.of(call.x), Tokens.of(call.reference)
+        self.official, self.total = call.matching == "official", call.combine == "sum"
+        self.mask = None if mask is None else mask.stride()
+        self.pairing, self.push, self.plan = pairing, push, plan
+        self.device, self.dtype = call.x.device, call.x.dtype
+        self.interpreted = runtime.interpreting()
         self.reference_scales = reference.shape[0], self.scale_room(reference.shape[1])
         self.source_scales = x.shape[0], self.scale_room(x.shape[1])
         self.items, self.N, self.D = x.shape
@@ -122,10 +113,10 @@ class Geometry:
         self.products = len(pairing.sources) * pairing.slots
         self.pairs = self.mode == "others"
         # Matches of every slot by itself, for a push that takes them all or another way round.
-        self.by_slot = push is None or official or total
+        self.by_slot = push is None or self.official or self.total
         # A key of the union of all slots has 31 bits for slot and token.
         self.by_rows = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
-        self.coarse = plan.kind == "coarse" and _coarse_serves(self.mode, self.D)
+        self.coarse = plan.kind == "coarse" and coarse_serves(self.mode, self.D)
         step = reference_step(pairing)
         self._sizes = (self.N, self.M, self.D, self.slots, self.group_size, step)
 
@@ -319,29 +310,20 @@ _known: dict[tuple[Any, ...], Geometry] = {}
 MOST = 1024
 
 
-def geometry(
-    x: Tensor,
-    reference: Tensor,
-    pairing: Pairing,
-    mask: Tensor | None,
-    official: bool = False,
-    total: bool = False,
-    push: Push | None = None,
-) -> Geometry:
-    """The geometry of a call; arguments as for `Geometry`, but tensors."""
-    device, mask_strides = x.device, None if mask is None else mask.stride()
+def geometry(call: Call, push: Push | None = None) -> Geometry:
+    """Return the `Geometry` of a call, which pushes as `push` says, or only matches."""
+    x, reference, mask = call.x, call.reference, call.reference_mask
     shape, other = x.shape, reference.shape
     key = (
-        *(shape, x.stride(), other, reference.stride(), x.dtype, device, mask_strides),
-        *(pairing, official, total, push),
+        *(shape, x.stride(), other, reference.stride(), x.dtype, x.device),
+        *(None if mask is None else mask.stride(), call.pairing),
+        *(call.matching, call.combine, push),
     )
     # Asked every time: a table may have changed.
-    plan = plan_of(x, other[1], pairing)
+    plan = plan_of(x, other[1], call.pairing)
     known = _known.get(key)
     if known is None or known.plan != plan:
         if len(_known) >= MOST:
             _known.clear()
-        given = Tokens.of(x), Tokens.of(reference), pairing, mask_strides
-        known = Geometry(*given, official, total, push, device, x.dtype, plan)
-        _known[key] = known
+        known = _known[key] = Geometry(call, push, plan)
     return known

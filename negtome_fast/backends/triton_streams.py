@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +32,13 @@ class SideStream:
         self._main = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self._side = _side_stream(x.device) if x.is_cuda else None
 
-    def follow(self, launch: Callable[[], None]) -> None:
-        """Call `launch` on the second stream, behind what the current stream has now."""
+    def following(self) -> AbstractContextManager[Any]:
+        """Context of launches on the second stream, behind what the current stream has now."""
         if self._side is None or self._main is None:
-            launch()
-            return
+            return nullcontext()
         self._side.wait_stream(self._main)
         self._used = True
-        with torch.cuda.stream(self._side):
-            launch()
+        return torch.cuda.stream(self._side)
 
     def __enter__(self) -> SideStream:
         return self

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import check_tokens
+from ..arguments import check_tokens
 from ..functional import negtome as _negtome
 
 

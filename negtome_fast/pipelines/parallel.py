@@ -18,17 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import (
-    Problem,
-    Reference,
+from ..arguments import (
+    MatchProblem,
+    ReferenceTokens,
     check_combine,
     check_problem,
     check_tokens,
     draw_source_mask,
-    guide_tokens,
-    match_tokens,
     parameter_tensor,
 )
+from ..functional import guide_tokens, match_tokens
 from ..naive import NOTHING, compute_dtype, is_finite
 from .layouts import ImageTokens, Layout
 
@@ -232,7 +231,7 @@ class TokenShards:
     def guide_tokens(
         self,
         x: Tensor,
-        reference: Reference = "first",
+        reference: ReferenceTokens = "first",
         *,
         alpha: float | Tensor = 0.9,
         threshold: float | Tensor = 0.65,
@@ -266,12 +265,12 @@ class TokenShards:
         everywhere = x.new_empty(()).expand(x.shape[0], sum(self.sizes), x.shape[2])
         problem = check_problem(everywhere, reference, reference_mask, matching, groups)
         check_combine(combine)
-        strength = parameter_tensor("alpha", alpha, x, problem.slots)
-        limit = parameter_tensor("threshold", threshold, x, problem.slots)
+        strength = parameter_tensor("alpha", alpha, x, problem.pairing.slots)
+        limit = parameter_tensor("threshold", threshold, x, problem.pairing.slots)
         source_mask = draw_source_mask(everywhere, source_mask, dropout, generator)
         source_mask = None if source_mask is None else source_mask[:, self.own]
 
-        slots = problem.slots if combine == "sum" else 1
+        slots = problem.pairing.slots if combine == "sum" else 1
         shape = (x.shape[0], slots, x.shape[1])
         similarity = x.new_full(shape, NOTHING, dtype=compute_dtype(x.dtype))
         pushed = x.new_full(shape, -1, dtype=torch.int64)
@@ -302,24 +301,24 @@ class TokenShards:
         return x if inplace else torch.cat([*pieces, x[done:]]), similarity, pushed
 
     def _parts(
-        self, x: Tensor, problem: Problem, groups: int
+        self, x: Tensor, problem: MatchProblem, groups: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Items with the same references: the items, the references `(R, M, D)`, mask `(R, M)`."""
         reference, mask, items = problem.reference, problem.mask, x.shape[0]
         size = items // groups
-        if reference is not None and not problem.per_item:
+        if reference is not None and not problem.pairing.per_item:
             yield slice(0, items), reference, mask
         elif reference is not None:
             for item in range(items):
-                rows = slice(item * problem.slots, (item + 1) * problem.slots)
+                rows = slice(item * problem.pairing.slots, (item + 1) * problem.pairing.slots)
                 yield slice(item, item + 1), reference[rows], None if mask is None else mask[rows]
-        elif problem.mode == "first" and size > 1:
+        elif problem.pairing.mode == "first" and size > 1:
             reference = self.gather(x[::size])
             for group in range(groups):
                 first = group * size
                 allowed = None if mask is None else mask[first : first + 1]
                 yield slice(first + 1, first + size), reference[group : group + 1], allowed
-        elif problem.mode == "others":
+        elif problem.pairing.mode == "others":
             tokens = self.gather(x)
             for item in range(items):
                 first = item - item % size

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 from helpers.counted import operators
 from helpers.pipelines_fixtures import flux_pipeline, generate, sdxl_pipeline
 from negtome_fast.backends import torch_backend
+from negtome_fast.call import Call
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.guidance import Guidance
 from negtome_fast.pairing import Pairing
@@ -121,8 +122,8 @@ def test_the_torch_backend_waits_for_no_accelerator(reference: Any, matching: st
     scalar = torch.empty((), device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool((x > 0).any())
-    arguments = (scalar, scalar, None, None, matching, "nearest", torch.empty_like(x))
-    similarity, index = torch_backend.guide(x, x, Pairing(reference, 4, 2), *arguments)
+    call = Call(x, x, Pairing(reference, 4, 2), None, matching, scalar, scalar)
+    similarity, index = torch_backend.guide(call, torch.empty_like(x))
     assert similarity.shape == index.shape == (4, 1, 96)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negtome_fast import naive as oracle
-from negtome_fast.functional import check_problem
-from negtome_fast.pairing import Pairing
+from negtome_fast.arguments import check_problem
+from negtome_fast.call import Call
 
 NOTHING = float("-inf")
 
@@ -54,16 +54,7 @@ class Problem:
             groups,
         )
         target = self.x if checked.reference is None else checked.reference
-        self.mask = checked.mask
-        self.pairing = Pairing(
-            checked.mode,
-            len(self.x),
-            groups,
-            checked.slots,
-            checked.per_item,  # type: ignore[arg-type]
-        )
-        if checked.reference is None:
-            self.pairing = Pairing(checked.mode, len(self.x), groups)  # type: ignore[arg-type]
+        self.mask, self.pairing = checked.mask, checked.pairing
         slots = self.pairing.slots
         self.alpha = _wide(arguments.get("alpha", 0.9)).expand(slots)
         self.threshold = _wide(arguments.get("threshold", 0.65)).expand(slots)
@@ -75,9 +66,8 @@ class Problem:
             else source_mask.expand(shape)
         )
         self.wide, self.reference = self._upcast(self.x), self._upcast(target)
-        self.best, self.index = oracle.match(
-            self.wide, self.reference, self.pairing, self.mask, self.matching
-        )
+        call = Call(self.wide, self.reference, self.pairing, self.mask, self.matching)
+        self.best, self.index = oracle.match(call)
         self.tolerance = cosine_tolerance(self.x.shape[2], self.x.dtype)
 
     def _upcast(self, values: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from bench.shapes import Shape, random_tokens
 from helpers.cases import CASES, Case, tokens
 from helpers.oracle import Problem, bits
 from negtome_fast import ops
+from negtome_fast.arguments import check_problem
 from negtome_fast.backends import coarse, small
 from negtome_fast.backends.workers import ALONE
-from negtome_fast.functional import check_problem, guide_tokens
+from negtome_fast.functional import guide_tokens
 
 CHANNELS = 96
 HAS_INT8_PRODUCTS = coarse.has_int8_products
@@ -56,7 +57,9 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def match(x: Tensor, reference: Tensor | str = "first", matching: str = "paper") -> tuple:
     p = check_problem(x, reference, None, matching, 1)
-    return ops.match(x, p.reference, p.mask, p.mode, 1, p.per_item, matching, "torch")
+    return ops.match(
+        x, p.reference, p.mask, p.pairing.mode, 1, p.pairing.per_item, matching, "torch"
+    )
 
 
 def match_without(x: Tensor, reference: Tensor | str = "first", matching: str = "paper") -> tuple:

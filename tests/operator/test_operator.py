@@ -10,7 +10,8 @@ from helpers.cases import CASES, Case, tokens
 from helpers.device import BACKENDS, DEVICE
 from helpers.oracle import Problem, bits
 from negtome_fast import ops
-from negtome_fast.functional import check_problem, guide_tokens
+from negtome_fast.arguments import check_problem
+from negtome_fast.functional import guide_tokens
 
 
 def runs_on(case: Case, backend: str) -> bool:
@@ -42,7 +43,7 @@ def test_match_is_right(case: Case, backend: str, poisoned: None) -> None:
         x, arguments.get("reference", "first"), arguments.get("reference_mask"), matching, groups
     )
     similarity, index = ops.match(
-        x, p.reference, p.mask, p.mode, groups, p.per_item, matching, backend
+        x, p.reference, p.mask, p.pairing.mode, groups, p.pairing.per_item, matching, backend
     )
     Problem(x, arguments).check_match(similarity, index)
 

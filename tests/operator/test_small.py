@@ -15,8 +15,9 @@ from torch import Tensor
 from helpers.cases import CASES, Case, tokens
 from helpers.counted import operators
 from helpers.oracle import Problem, bits
-from negtome_fast import functional
+from negtome_fast import arguments
 from negtome_fast.backends import small, torch_backend
+from negtome_fast.call import Call
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import guide_tokens, match_tokens, negtome
 from negtome_fast.guidance import Guidance
@@ -63,10 +64,9 @@ def test_a_guided_block_takes_few_operators(
     x = similar(4, 64, 160)
     scalars = torch.tensor(0.9), torch.tensor(0.3)
     out = x if inplace else torch.empty_like(x)
-    pairing = Pairing(mode, 4, groups)
-    arguments = (pairing, *scalars, None, None, "paper", "nearest", out)
-    torch_backend.guide(x.clone(), x.clone(), *arguments[:-1], torch.empty_like(x))  # its constants
-    calls = operators(lambda: torch_backend.guide(x, x, *arguments)).calls
+    call = Call(x, x, Pairing(mode, 4, groups), None, "paper", *scalars)
+    torch_backend.guide(call, torch.empty_like(x))  # its constants
+    calls = operators(lambda: torch_backend.guide(call, out)).calls
     looked = sum(calls[name] for name in VIEWS)
     assert calls.total() - looked <= work, calls
     assert looked <= views, calls
@@ -246,8 +246,8 @@ class TestWhatIsRemembered:
             negtome(x, alpha=alpha)
 
     def test_numbers_made_in_inference_mode_serve_outside_of_it(self) -> None:
-        functional._known_number.cache_clear()
-        functional._known_problem.cache_clear()
+        arguments._known_number.cache_clear()
+        arguments._known_problem.cache_clear()
         small._places.cache_clear()
         x = similar(4, 64, 32)
         with torch.inference_mode():

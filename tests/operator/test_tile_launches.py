@@ -132,14 +132,16 @@ def test_the_second_stream_is_forked_and_joined_by_events(
         with SideStream(x) as side:
             for number in range(2):
                 order.append(f"match {number}")
-                side.follow(lambda number=number: order.append(f"push {number}"))
+                with side.following():
+                    order.append(f"push {number}")
         one = ["side waits for main", "on side", "push {}", "off side"]
         expected = [line.format(number) for number in range(2) for line in ("match {}", *one)]
         assert order == [*expected, "main waits for side"]
 
         order.clear()
         with pytest.raises(RuntimeError, match="no memory"), SideStream(x) as side:
-            side.follow(lambda: order.append("push"))
+            with side.following():
+                order.append("push")
             raise RuntimeError("no memory")
         assert order[-1] == "main waits for side"
     finally:

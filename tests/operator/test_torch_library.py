@@ -16,6 +16,8 @@ from helpers.cases import tokens
 from helpers.device import BACKENDS, DEVICE
 from negtome_fast import ops
 from negtome_fast.backends import small
+from negtome_fast.call import Call
+from negtome_fast.pairing import Pairing
 
 
 def sample(dtype: torch.dtype = torch.float32, items: int = 4) -> torch.Tensor:
@@ -158,16 +160,18 @@ def test_exports_with_a_dynamic_number_of_tokens() -> None:
 
 def test_a_plain_call_skips_the_dispatcher_and_computes_the_same() -> None:
     x = sample()
-    values = arguments("torch", x=x)[1:]
+    number, limit = torch.tensor(0.9, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    call = Call(x, x, Pairing("first", 4), alpha=number, threshold=limit)
     assert ops.can_skip_dispatcher(x)
     out = torch.empty_like(x)
-    plain = (out, *ops.run_at_once(ops.Call(x, *values), out))
-    for one, dispatched in zip(plain, ops.guide(x, *values), strict=True):
+    plain = (out, *ops.run(call, out, "torch"))
+    values = ops.flat_arguments(call, "torch")
+    for one, dispatched in zip(plain, ops.guide(*values), strict=True):
         assert torch.equal(one, dispatched)
     moved = x.clone()
     version = moved._version
-    ops.run_at_once(ops.Call(moved, *values), moved)
-    assert torch.equal(moved, ops.guide(x, *values)[0])
+    ops.run(call._replace(x=moved, reference=moved), moved, "torch")
+    assert torch.equal(moved, ops.guide(*values)[0])
     assert moved._version > version, "autograd must learn that the tokens were written into"
 
 

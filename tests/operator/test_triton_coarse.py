@@ -27,8 +27,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench import coarse_columns
 from bench.shapes import Shape, random_tokens
 from negtome_fast.backends import coarse_statistics as statistics
-from negtome_fast.backends import triton_backend, triton_coarse
+from negtome_fast.backends import triton_backend, triton_coarse, triton_geometry
 from negtome_fast.backends.triton_geometry import plan_of
+from negtome_fast.call import Call
 from negtome_fast.functional import guide_tokens
 from negtome_fast.kernels import tuning
 from negtome_fast.kernels.tuning import Config
@@ -53,7 +54,7 @@ OTHERS = {
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that this kind can do goes through it, "others" too."""
-    monkeypatch.setattr(triton_coarse, "serves", lambda *_: True)
+    monkeypatch.setattr(triton_geometry, "coarse_serves", lambda *_: True)
 
 
 @pytest.fixture
@@ -186,10 +187,9 @@ def test_in_place_and_strided(poisoned: None) -> None:
     expected = guided("tiles", x.contiguous(), {})
     y = joint.clone()[:, 30:]
     with forced("coarse", **SMALL):
-        similarity, pushed = triton_backend.guide(
-            y, y, Pairing("first", 2), torch.tensor(0.9), torch.tensor(0.65), None, None,
-            "paper", "nearest", y,
-        )  # fmt: skip
+        numbers = torch.tensor(0.9), torch.tensor(0.65)
+        call = Call(y, y, Pairing("first", 2), None, "paper", *numbers)
+        similarity, pushed = triton_backend.guide(call, y)
     assert (pushed >= 0).any() or bool((expected[2] < 0).all())
     assert_same((y, similarity, pushed), expected)
 
@@ -220,11 +220,12 @@ def bounded(x: Tensor, **configurations: Config) -> Iterator[tuple[Any, ...]]:
     pairing = Pairing("first", len(x))
     with forced("coarse", **configurations):
         plan = plan_of(x, x.shape[1], pairing)
-    layout = triton_coarse._layout(x, x, pairing, plan)
-    scale = triton_coarse.column_scales(x, x, None, pairing)
+    call = Call(x, x, pairing)
+    layout = triton_coarse._layout(call, plan)
+    scale = triton_coarse.column_scales(call)
     centre = triton_coarse._centres(x, scale, layout, plan).double()
     columns = x[0].double() * scale[0, : x.shape[1]].clamp_min(0).double()[:, None]
-    for part, rounded in triton_coarse._parts(x, x, scale, layout, plan):
+    for part, rounded in triton_coarse._parts(call, scale, layout, plan):
         rows = x[1:, part.first : part.first + part.lower.shape[1]].double()
         # The kernel's own scale, as its bounds are about.
         norm = rows.float().square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-12).double()
@@ -350,20 +351,19 @@ def test_who_takes_this_kind(
 ) -> None:
     launched: list[bool] = []
     monkeypatch.setattr(triton_coarse, "raise_keys", lambda *_: launched.append(True))
-    monkeypatch.setattr(triton_backend._Matching, "tiles", lambda *_: launched.append(False))
+    monkeypatch.setattr(triton_backend, "_tiles", lambda *_: launched.append(False) or [])
     x = torch.zeros(2, 1, channels, device=DEVICE)
     with forced("coarse"):
-        triton_backend.guide(
-            x, x, pairing, torch.tensor(0.9), torch.tensor(0.6), None, None,
-            "paper", "nearest", torch.empty_like(x),
-        )  # fmt: skip
+        numbers = torch.tensor(0.9), torch.tensor(0.6)
+        call = Call(x, x, pairing, None, "paper", *numbers)
+        triton_backend.guide(call, torch.empty_like(x))
     assert launched == [coarse]
 
 
 def test_memory_of_long_videos_is_bounded() -> None:
     video = torch.empty(1, 1, 1).expand(2, 75600, 5120)
     plan = tuning.plan("sm_90", "bfloat16", 1, 75600, 75600, 5120)
-    layout = triton_coarse._layout(video, video, Pairing("first", 2), plan)
+    layout = triton_coarse._layout(Call(video, video, Pairing("first", 2)), plan)
     row = layout.width + 16 + 8 * layout.column_blocks
     assert layout.rows * row <= triton_coarse.SCRATCH_BYTES and layout.rows % 128 == 0
     # The last part is nearly as long as the others.

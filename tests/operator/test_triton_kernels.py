@@ -24,6 +24,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from negtome_fast.backends import triton_backend, triton_runtime
 from negtome_fast.backends.triton_descriptors import descriptor
+from negtome_fast.backends.triton_geometry import Geometry
+from negtome_fast.call import Call
 from negtome_fast.functional import guide_tokens
 from negtome_fast.kernels import tuning
 from negtome_fast.pairing import Pairing
@@ -104,18 +106,9 @@ def guide(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.full_like(x, float("nan")) if out is None else out
-    similarity, pushed = triton_backend.guide(
-        x,
-        reference,
-        pairing,
-        torch.as_tensor(alpha),
-        torch.as_tensor(threshold),
-        reference_mask,
-        source_mask,
-        matching,
-        combine,
-        out,
-    )
+    numbers = torch.as_tensor(alpha), torch.as_tensor(threshold)
+    matched = x, reference, pairing, reference_mask, matching
+    similarity, pushed = triton_backend.guide(Call(*matched, *numbers, source_mask, combine), out)
     return out, similarity, pushed
 
 
@@ -191,7 +184,9 @@ def test_each_pair_of_others_is_computed_for_both(
     # References handed over are never symmetric: the other items of the group, for each item.
     launch("tiles", 32, 64, 32, 4, 1)
     x = tokens(items, 40, 24)
-    similarity, index = triton_backend.match(x, x, Pairing("others", items, groups), None, matching)
+    similarity, index = triton_backend.match(
+        Call(x, x, Pairing("others", items, groups), None, matching)
+    )
     size = items // groups
     own = [
         [other for other in range(i - i % size, i - i % size + size) if other != i]
@@ -199,7 +194,7 @@ def test_each_pair_of_others_is_computed_for_both(
     ]
     external = x[torch.tensor(own, device=DEVICE).flatten()]
     pairing = Pairing("external", items, references=size - 1, per_item=True)
-    expected, expected_index = triton_backend.match(x, external, pairing, None, matching)
+    expected, expected_index = triton_backend.match(Call(x, external, pairing, None, matching))
     assert torch.equal(index, expected_index)
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-6)
 
@@ -227,13 +222,13 @@ def test_more_candidates_than_a_key_can_number_are_matched_by_rows(launch, monke
     launch("tiles")
     launched: list[str] = []
 
-    def note(call: object, keys: Tensor | None) -> None:
-        launched.append("without" if keys is None else "with keys")
+    def note(shape: Geometry, *_: object) -> None:
+        launched.append("rows" if shape.by_rows else "keys")
         raise InterruptedError
 
-    monkeypatch.setattr(triton_backend._Matching, "scales", note)
+    monkeypatch.setattr(triton_backend, "_match_and_push", note)
     x = tokens(1, 3, 8)
-    for references, expected in ((2**20, "with keys"), (2**29, "without")):
+    for references, expected in ((2**20, "keys"), (2**29, "rows")):
         many = tokens(1, 4, 8).expand(references, 4, 8)
         with pytest.raises(InterruptedError):
             guide(x, many, Pairing("external", 1, references=references))
@@ -295,10 +290,10 @@ def test_matches_do_not_depend_on_the_launch(launch, config, matching: str, kind
     x = tokens(2, 70, 24)
     x[:, 45:65] = x[:, 10:30]  # exact ties, in another tile for some of the configurations
     launch("fused")
-    expected = triton_backend.match(x, x, pairing, None, matching)
+    expected = triton_backend.match(Call(x, x, pairing, None, matching))
     _, expected_best, expected_pushed = guide(x, x, pairing, matching=matching)
     launch(LAUNCHES[kind]["kind"], *config, 4, 1, descriptors=kind == "descriptors")
-    similarity, index = triton_backend.match(x, x, pairing, None, matching)
+    similarity, index = triton_backend.match(Call(x, x, pairing, None, matching))
     _, best, pushed = guide(x, x, pairing, matching=matching)
     assert int(index.max()) < 70 and not ((index >= 45) & (index < 65)).any()
     assert torch.equal(index, expected[1])
@@ -313,7 +308,7 @@ def test_ties_go_to_the_lowest_token_and_slot(launch, kind: str) -> None:
     x = tokens(2, 40, 24)
     reference = tokens(1, 20, 24, seed=1).repeat(3, 2, 1)
     pairing = Pairing("external", 2, references=3)
-    _, index = triton_backend.match(x, reference, pairing, None, "paper")
+    _, index = triton_backend.match(Call(x, reference, pairing, None, "paper"))
     assert int(index.max()) < 20
     _, _, pushed = guide(x, reference, pairing, threshold=-1.0)
     assert int(pushed.max()) < 20
@@ -433,7 +428,7 @@ def test_broken_tokens_have_no_match_and_are_none(matching: str) -> None:
     x[0, 6, 3] = 1e20
     reference[0, 7] = x[0, 20] * float("nan")
     reference[0, 8] = INFINITY
-    similarity, index = triton_backend.match(x, reference, pairing, None, matching)
+    similarity, index = triton_backend.match(Call(x, reference, pairing, None, matching))
     index = index[0, 0].tolist()
     none = [i for i, j in enumerate(index) if j < 0]
     if matching == "paper":
@@ -466,7 +461,7 @@ def test_one_item_per_group_is_copied() -> None:
 def test_fp64_is_refused() -> None:
     x = tokens(2, 8, 8).double()
     with pytest.raises(ValueError, match="float64"):
-        triton_backend.match(x, x, Pairing("first", 2), None, "paper")
+        triton_backend.match(Call(x, x, Pairing("first", 2), None, "paper"))
 
 
 def test_importing_the_backend_does_not_import_the_kernels() -> None:

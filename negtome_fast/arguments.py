@@ -1,0 +1,283 @@
+"""Checks of the operator's arguments, and the form in which its backends take them.
+
+Every check raises `TypeError` or `ValueError` with what was wrong. Answers that cannot change are
+remembered: with few tokens, checking again would take longer than matching.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .backends import small
+from .naive import compute_dtype
+from .pairing import Pairing, pairing_of
+
+ReferenceTokens = Literal["first", "others"] | Tensor
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class MatchProblem:
+    """Which tokens are matched with which.
+
+    Attributes:
+        reference: reference tokens `(P, M, D)`; None where they are those of the batch.
+        mask: bool `(P, M)`, True where a reference token may be matched, or None.
+        pairing: which source item meets which reference item.
+        small_elements: `small.elements` where `small.guide_from_first` could serve, else 0.
+    """
+
+    reference: Tensor | None
+    mask: Tensor | None
+    pairing: Pairing
+    small_elements: int = 0
+
+
+def check_tokens(x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `x` is tokens `(B, N, D)` of a known dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor (B, N, D), got {type(x).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"x must have the shape (B, N, D), got {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"x must be one of {names}, got {x.dtype}")
+    if x.shape[2] == 0:
+        raise ValueError(f"x has no channels: {tuple(x.shape)}")
+
+
+def check_combine(combine: str) -> None:
+    """Raise `ValueError` unless `combine` is one of the two ways."""
+    if combine not in ("nearest", "sum"):
+        raise ValueError(f'combine must be "nearest" or "sum", got {combine!r}')
+
+
+def check_problem(
+    x: Tensor, reference: ReferenceTokens, mask: Tensor | None, matching: str, groups: int
+) -> MatchProblem:
+    """Check all arguments that say what is matched; see `negtome_fast.negtome` for them."""
+    check_tokens(x)
+    items, tokens, _ = x.shape
+    if matching not in ("paper", "official"):
+        raise ValueError(f'matching must be "paper" or "official", got {matching!r}')
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
+    if items % groups:
+        raise ValueError(
+            f"the batch of {items} items does not divide into {groups} equal groups; "
+            f"x is {tuple(x.shape)}"
+        )
+    if isinstance(reference, Tensor):
+        return _external(x, reference, mask, matching, int(groups))
+    if not isinstance(reference, str):
+        raise TypeError(
+            f'reference must be "first", "others" or a tensor, got {type(reference).__name__}'
+        )
+    if reference not in ("first", "others"):
+        raise ValueError(f'reference must be "first", "others" or a tensor, got {reference!r}')
+    size = items // groups
+    if reference == "others" and size < 2:
+        raise ValueError(
+            f'reference="others" needs at least 2 items in a group; {items} items in {groups} '
+            "groups have one each. Generate more images, or hand over a reference tensor"
+        )
+    mask = _mask("reference_mask", mask, x, [(tokens,), (1, tokens), (items, tokens)])
+    return MatchProblem(None, mask, pairing_of(reference, items, int(groups)))
+
+
+def find_problem(
+    x: Tensor,
+    reference: ReferenceTokens,
+    mask: Tensor | None,
+    matching: str,
+    groups: int,
+    skips_dispatcher: bool,
+) -> MatchProblem:
+    """Return what `check_problem` returns, from memory where shapes alone decide it."""
+    # Exact types only: True is equal to 1, and no number of groups.
+    plain = type(reference) is str and type(matching) is str and type(groups) is int
+    if plain and skips_dispatcher and mask is None:
+        return _known_problem(x.shape, x.dtype, reference, matching, groups)
+    return check_problem(x, reference, mask, matching, groups)
+
+
+@lru_cache(maxsize=256)
+def _known_problem(
+    shape: torch.Size, dtype: torch.dtype, reference: Any, matching: str, groups: int
+) -> MatchProblem:
+    """`check_problem` of an in-batch reference without a mask; errors are not remembered."""
+    with torch.inference_mode(False):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+    problem = check_problem(x, reference, None, matching, groups)
+    if reference != "first" or matching != "paper" or groups != 1:
+        return problem
+    return replace(problem, small_elements=small.elements(shape, shape[1], problem.pairing))
+
+
+def _external(
+    x: Tensor, reference: Tensor, mask: Tensor | None, matching: str, groups: int
+) -> MatchProblem:
+    items, tokens, channels = x.shape
+    if reference.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"reference must be (M, D), (R, M, D) or (B, R, M, D), got {tuple(reference.shape)}"
+        )
+    if reference.dtype != x.dtype or reference.device != x.device:
+        raise TypeError(
+            f"reference and x must share dtype and device; reference is {reference.dtype} on "
+            f"{reference.device}, x is {x.dtype} on {x.device}"
+        )
+    if reference.shape[-1] != channels:
+        raise ValueError(
+            f"reference has {reference.shape[-1]} channels, x has {channels}: "
+            f"{tuple(reference.shape)} against {tuple(x.shape)}"
+        )
+    per_item = reference.dim() == 4
+    if per_item and reference.shape[0] != items:
+        raise ValueError(
+            f"a reference (B, R, M, D) needs one set for each of the {items} items, "
+            f"got {tuple(reference.shape)}"
+        )
+    if per_item and reference.stride(0) == 0 and (mask is None or mask.dim() < 3):
+        # One set expanded to the batch: shared, and not worth B copies.
+        reference, per_item = reference[0], False
+    number, length = (1, *reference.shape)[-3], reference.shape[-2]
+    if number == 0:
+        raise ValueError(f"reference holds no references: {tuple(reference.shape)}")
+    if matching == "official" and length != tokens:
+        raise ValueError(
+            f'matching="official" needs as many reference tokens as source tokens, got {length} '
+            f'and {tokens}; use matching="paper"'
+        )
+    shapes: list[tuple[int, ...]] = [(length,), (number, length)]
+    if per_item:
+        shapes.append((items, number, length))
+        reference = reference.flatten(0, 1)
+        if mask is not None and mask.dim() == 2:
+            mask = mask.expand(items, *mask.shape)
+    else:
+        reference = reference.reshape(number, length, channels)
+    mask = _mask("reference_mask", mask, x, shapes, rows=reference.shape[0])
+    pairing = pairing_of("external", items, groups, number, per_item)
+    return MatchProblem(reference, mask, pairing)
+
+
+def _mask(
+    name: str,
+    mask: Tensor | None,
+    x: Tensor,
+    shapes: list[tuple[int, ...]],
+    rows: int | None = None,
+) -> Tensor | None:
+    """Check a mask and bring it to `(rows, tokens)`; rows default to the batch."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {kind}; write {name} > 0.5, say")
+    if mask.device != x.device:
+        raise TypeError(f"{name} is on {mask.device}, x is on {x.device}")
+    if tuple(mask.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name} must have the shape {wanted}, got {tuple(mask.shape)}")
+    rows = x.shape[0] if rows is None else rows
+    return mask.reshape(-1, mask.shape[-1]).expand(rows, -1).contiguous()
+
+
+def mark_checked(value: Tensor) -> Tensor:
+    """Mark a tensor that its owner never changes as a finite `alpha` or `threshold`."""
+    value._negtome_checked = True  # type: ignore[attr-defined]
+    return value
+
+
+def find_parameter(
+    name: str, value: float | Tensor, x: Tensor, slots: int, skips_dispatcher: bool
+) -> Tensor:
+    """Return what `parameter_tensor` returns, or a tensor that was made or checked before."""
+    if not skips_dispatcher:
+        return parameter_tensor(name, value, x, slots)
+    if type(value) is float:
+        return _known_number(name, value, x.dtype)
+    if isinstance(value, Tensor) and getattr(value, "_negtome_checked", False):
+        same = value.dtype == compute_dtype(x.dtype) and value.device == x.device
+        if same and value.ndim == 0:
+            return value
+    return parameter_tensor(name, value, x, slots)
+
+
+@lru_cache(maxsize=64)
+def _known_number(name: str, value: float, dtype: torch.dtype) -> Tensor:
+    """In host memory, whatever the device of x: backends take it as a number, without a fill.
+
+    Nobody else sees it, and they only read it.
+    """
+    with torch.inference_mode(False):
+        return parameter_tensor(name, value, torch.empty((), dtype=dtype, device="cpu"), 1)
+
+
+def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:
+    """`alpha` or `threshold` as an fp32 tensor on x's device, `()` or `(slots,)`."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        if not torch.compiler.is_compiling():
+            limit = torch.finfo(compute_dtype(x.dtype)).max
+            if not -limit <= value <= limit:
+                raise ValueError(f"{name} must be finite in fp32, got {value}")
+            value = float(value)
+        if torch.compiler.is_compiling():
+            # A product keeps the number symbolic in the graph; `full` would specialise on it.
+            return torch.ones((), dtype=compute_dtype(x.dtype), device=x.device) * value
+        return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.numel() == 1:
+        value = value.reshape(())
+    elif tuple(value.shape) != (slots,):
+        raise ValueError(
+            f"{name} must be a scalar or one value for each of the {slots} references, "
+            f"got the shape {tuple(value.shape)}"
+        )
+    given, value = value, value.detach().to(compute_dtype(x.dtype))
+    # On an accelerator the values are not looked at: that would wait for the device.
+    if value.device.type == "cpu" and _is_real(value):
+        if not all(math.isfinite(number) for number in value.reshape(-1).tolist()):
+            raise ValueError(f"{name} must be finite in fp32, got {given.tolist()}")
+        if x.device.type != "cpu" and value.dim() == 0:
+            # Known on the host: the argument of a fill, where a copy would wait for the device.
+            return torch.full((), float(value), dtype=value.dtype, device=x.device)
+    return value.to(x.device)
+
+
+def _is_real(value: Tensor) -> bool:
+    """Whether the tensor's values can be looked at now: not while compiling or tracing."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
+
+
+def draw_source_mask(
+    x: Tensor, source_mask: Tensor | None, dropout: float, generator: torch.Generator | None
+) -> Tensor | None:
+    items, tokens = x.shape[:2]
+    source_mask = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
+    if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if dropout > 0.0:
+        # As diffusers does: a generator on the CPU draws there, whatever the device of x.
+        device = x.device if generator is None else generator.device
+        # Not generator=None: that overload takes no symbolic sizes.
+        given = {} if generator is None else {"generator": generator}
+        drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
+        kept = (drawn > dropout).to(x.device)
+        source_mask = kept if source_mask is None else source_mask & kept
+    return source_mask
