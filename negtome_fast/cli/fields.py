@@ -13,7 +13,9 @@ ALIASES = {"references": ("image",), "folder": ("output", "out")}
 """Fields that are set under another name: `references` by the option that begins a reference."""
 
 
-_FIELD = re.compile(r"`([a-z_]+)`|\b([a-z]+(?:_[a-z]+)+)\b|^([a-z]+)(?=:? )")
+# A path or a file name is no field, even if a part of it has the name of one.
+_LONG = r"(?<![\w/.'-])([a-z]+(?:_[a-z]+)+)(?![\w/'-]|\.\w)"
+_FIELD = re.compile(rf"`([a-z_]+)`|{_LONG}|^([a-z]+)(?=:? )")
 
 
 def in_options(message: str, parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> str:

@@ -79,7 +79,7 @@ def generate_with_nudging(
     Raises:
         ValueError, TypeError: arguments that cannot be right.
         NudgingFailed: see `on_failure`.
-        Exception: whatever the pipeline raises; the pipeline is afterwards as it was.
+        Exception: whatever the pipeline raises; it is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
     if not filters:

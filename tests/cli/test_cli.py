@@ -1,4 +1,4 @@
-"""The command line: what it writes, and one clear line with exit code 2 for bad input."""
+"""The command line: its output, and one clear line with exit code 2 for bad input."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The page of `negtome-fast web`: what it makes, what it refuses, and in a real browser.
+"""`negtome-fast web`: drawn images, refused requests, and the page in a browser.
 
-Without gradio, which is no part of the extra `all` (it forbids the Pillow that tests run on), the
-tests of the page itself are left out; in the browser it is tried where Chromium is, too.
+Tests of the page itself need gradio, which is not in the extra `all`, because it forbids the Pillow
+that tests run on. The test in the browser also needs Chromium.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def session() -> WebSession:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """A face of the model's world: a disk on the background of its pictures."""
+    """A face as the model draws them: a disk on the background of its pictures."""
     image = Image.new("RGB", (120, 90), "#eef1f5")
     ImageDraw.Draw(image).ellipse((30, 15, 90, 75), fill="#f7d9b8")
     return image
