@@ -1,6 +1,7 @@
 """Translation of the fields that a library names in an error to the options of a command.
 
-The library writes a field in backticks: "`vae_tiling`: FluxPipeline has no VAE that can be tiled".
+A field is a name in backticks, a name with an underscore, or the first word of the message:
+"`call` eta: ...", "set guidance_scale above 1", "images must be at least 1, got 0".
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ ALIASES = {"references": ("image",), "folder": ("output", "out")}
 """Fields that are set under another name: `references` by the option that begins a reference."""
 
 
+# A path or a file name is no field, even if a part of it has the name of one.
+_LONG = r"(?<![\w/.'-])([a-z]+(?:_[a-z]+)+)(?![\w/'-]|\.\w)"
+_FIELD = re.compile(rf"`([a-z_]+)`|{_LONG}|^([a-z]+)(?=:? )")
+
+
 def in_options(message: str, parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> str:
-    """Replace the fields in backticks by the options of the chosen command that set them.
+    """Replace fields by the options of the chosen command that set them.
 
     A name that no option of the command sets stays as it is.
     """
     options = _options_by_field(parser, chosen)
-    return re.sub(r"`([a-z][a-z_]*)`", lambda found: options.get(found[1], found[0]), message)
+    return _FIELD.sub(lambda found: options.get(found[found.lastindex or 0], found[0]), message)
 
 
 def _options_by_field(

@@ -87,6 +87,7 @@ def _from_pretrained(settings: Settings, dtype: torch.dtype) -> Any:
 
 
 def default_device() -> str:
+    """Return `"cuda"`, `"mps"` or `"cpu"`, the first that is there."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -211,7 +211,7 @@ class Settings:
         if not self.prompts:
             raise ValueError("needs `prompts`: what is to be made?")
         if any(not prompt.strip() for prompt in self.prompts) and self.model != EMBEDDED:
-            raise ValueError("`prompts` has an empty one; say what is to be made")
+            raise ValueError("`prompts`: one is empty; say what is to be made")
         for name in ("images", "steps", "height", "width", "frames", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,7 +1,7 @@
 """Embedding nudging: move latents away from undesired points and toward desired ones.
 
 Source: Zand and Nasr, "Avoiding Generative Model Writer's Block With Embedding Nudging",
-arXiv 2408.15450. `objective.py` says what of it is the paper's and what is this project's choice.
+arXiv 2408.15450. `objective.py` says which parts are the paper's and which this project chose.
 """
 
 from .attempts import Attempt, NudgedImages, NudgingFailed

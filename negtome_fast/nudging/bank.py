@@ -1,7 +1,7 @@
-"""`ReferenceBank`: undesired or desired images, their features, and their place on disk.
+"""`ReferenceBank`: undesired or desired images and their features, saved as a folder of two files.
 
-A folder of two files: `bank.safetensors` (images uint8, features fp32) and `bank.json` (version,
-encoder, names). Nothing is pickled, so a bank from a stranger cannot run code.
+`bank.safetensors` holds images (uint8) and features (fp32), `bank.json` version, encoder and names.
+Nothing is pickled, so a stranger's bank cannot run code.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ReferenceBank:
-    """Images with names and, where an encoder was given, features.
+    """Images with names and, if an encoder was given, features.
 
     Attributes:
-        names: one for each image, unique; file names relative to the folder they came from.
+        names: a unique name for each image; file names are relative to the folder of the images.
         images: `(K, 3, S, S)` uint8.
-        features: `(K, C)` fp32 of `encoder`, or None.
+        features: `(K, C)` fp32 from `encoder`, or None.
         encoder: name of the encoder of `features`, or None.
-        skipped: what could not be read when the bank was built, and why: `{name: reason}`.
+        skipped: (name, reason) of each image that could not be read when the bank was built.
     """
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class ReferenceBank:
 
     @property
     def pixels(self) -> Tensor:
-        """All images in [0, 1], `(K, 3, S, S)` fp32: four times the memory of `images`."""
+        """All images in [0, 1], `(K, 3, S, S)` fp32; needs four times the memory of `images`."""
         return self.images.float() / 255
 
     @classmethod
@@ -76,18 +76,18 @@ class ReferenceBank:
         size: int = 512,
         encoder: ImageEncoder | None = None,
     ) -> ReferenceBank:
-        """A bank from a folder (searched in depth) or from images.
+        """Build a bank from a folder (searched in depth) or from images.
 
         Args:
-            images: a folder, or images: PIL, paths, or uint8 arrays `(H, W, 3)`; or pairs of a
-                name and one of these. Unnamed ones are called by their number or their path.
-            size: images are cropped to the central square and resized to this many pixels.
-            encoder: whose features are kept; None keeps none.
+            images: a folder, or images: PIL, paths, uint8 arrays `(H, W, 3)`, or pairs of a name
+                and one of these. An image without a name gets its number or path.
+            size: side in pixels; images are cropped to the central square and resized.
+            encoder: encoder whose features are kept; None keeps none.
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: nothing in it could be read. Single files that cannot are left out with a
-                warning that names them; `skipped` says why.
+            ValueError: nothing in it could be read. If only some files cannot be read, a warning
+                names them, and `skipped` says why.
         """
         kept: list[Tensor] = []
         names: list[str] = []
@@ -109,14 +109,16 @@ class ReferenceBank:
         return built if encoder is None else built.with_features(encoder)
 
     def with_features(self, encoder: ImageEncoder) -> ReferenceBank:
-        """The bank with this encoder's features; itself where it has them."""
+        """Return the bank with this encoder's features, or itself if it has them."""
         if self.features is not None and self.encoder == encoder.name:
             return self
         parts = [encoder(part.float() / 255).cpu() for part in self.images.split(BATCH)]
         return ReferenceBank(self.names, self.images, torch.cat(parts), encoder.name, self.skipped)
 
     def passing(self, filters: Sequence[Filter]) -> ReferenceBank:
-        """The images on which no filter triggers: desired ones must not be undesired themselves.
+        """Return a bank of the images on which no filter triggers.
+
+        Desired images must not be undesired themselves.
 
         Raises:
             ValueError: every image is flagged.
@@ -132,15 +134,18 @@ class ReferenceBank:
         return ReferenceBank(names, self.images[kept], features, self.encoder, self.skipped)
 
     def thumbnails(self, size: int | tuple[int, int]) -> Tensor:
-        """The images at `size` pixels (a side, or height and width) in [0, 1], `(K, 3, h, w)` fp32.
+        """Return the images resized to `size`, `(K, 3, h, w)` fp32 in [0, 1].
 
-        Made a few at a time: the whole bank is never held in floating point at its own size.
+        They are resized a few at a time, so that the whole bank is never held in floating point.
+
+        Args:
+            size: pixels: a side, or height and width.
         """
         parts = self.images.split(BATCH)
         return torch.cat([resized(part.float() / 255, size) for part in parts])
 
     def save(self, folder: str | Path) -> None:
-        """Writes `bank.safetensors` and `bank.json`; what was there is replaced when both are."""
+        """Write `bank.safetensors` and `bank.json`, each of which appears whole or not at all."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -164,11 +169,11 @@ class ReferenceBank:
 
     @classmethod
     def load(cls, folder: str | Path, encoder: ImageEncoder | None = None) -> ReferenceBank:
-        """Reads a saved bank.
+        """Load a saved bank.
 
         Args:
-            folder: where `save` wrote.
-            encoder: whose features are wanted; features of another encoder are an error.
+            folder: the folder that `save` wrote.
+            encoder: encoder whose features are needed; features of another one are an error.
 
         Raises:
             FileNotFoundError: a file is missing.

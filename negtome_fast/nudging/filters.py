@@ -1,9 +1,4 @@
-"""Filters: what must not be returned, as scores against references with a threshold and a name.
-
-A filter is asked for images (B, 3, H, W) in [0, 1] and answers with a score and the nearest
-reference of each. `judge` asks filters in their order and stops, image by image, at the first that
-triggers.
-"""
+"""Filters that compare images with a bank of references, and any function as a filter."""
 
 from __future__ import annotations
 
@@ -22,12 +17,12 @@ from .verdicts import Verdict, checked_images
 
 
 def _triggers(score: float, threshold: float, above: bool) -> bool:
-    """Whether the score is on the wrong side; NaN is, because nothing vouches for the image."""
+    """Return True if the score is on the wrong side; NaN is, as nothing vouches for the image."""
     return not (score < threshold if above else score > threshold)
 
 
 class _Nearest:
-    """A filter that compares with the nearest image of a bank."""
+    """Base of filters that compare an image with the nearest one of a bank."""
 
     def __init__(self, bank: ReferenceBank, threshold: float, name: str) -> None:
         self.bank = bank
@@ -55,7 +50,8 @@ class PixelDistance(_Nearest):
     Args:
         bank: the references.
         threshold: 0 (equal) to 1.
-        size: both are resized to this many pixels a side.
+        size: side in pixels that images and references are resized to.
+        name: name in the verdicts.
     """
 
     def __init__(
@@ -77,9 +73,10 @@ class LatentDistance(_Nearest):
     Args:
         bank: the references.
         threshold: in units of the latents, whose variance is about 1.
-        encode: `(B, 3, H, W)` in [0, 1] -> latents `(B, ...)`, such as a VAE's mean, scaled.
-        size: pixels a side that images are resized to before they are encoded; None leaves the
-            generated ones as they are and resizes the references to them.
+        encode: `(B, 3, H, W)` in [0, 1] -> latents `(B, ...)`, such as a VAE's scaled mean.
+        size: side in pixels that images are resized to before they are encoded; None resizes the
+            references to the size of the generated images.
+        name: name in the verdicts.
     """
 
     def __init__(
@@ -115,9 +112,10 @@ class EncoderSimilarity(_Nearest):
     """Cosine of image features; triggers at or above the threshold.
 
     Args:
-        bank: the references; its features are used where they are this encoder's.
+        bank: the references; its features are used if this encoder made them.
         threshold: cosine similarity, -1 to 1.
         encoder: None is EfficientNet-lite0 (`default_encoder`).
+        name: name in the verdicts.
     """
 
     def __init__(
@@ -145,8 +143,10 @@ class PerceptualHash(_Nearest):
 
     Args:
         bank: the references.
-        threshold: differing bits, of `hash_size ** 2`.
-        kind: of the library imagehash: `"phash"`, `"dhash"`, `"average_hash"` or `"whash"`.
+        threshold: number of differing bits, 0 to `hash_size ** 2`.
+        kind: a function of the library imagehash.
+        hash_size: side of the square of bits.
+        name: name in the verdicts.
 
     Raises:
         ImportError: imagehash is not installed; names the extra.
@@ -188,13 +188,13 @@ class PerceptualHash(_Nearest):
 
 @dataclass(frozen=True)
 class CallableFilter:
-    """Any function of images as a filter.
+    """A filter that calls any function of images.
 
     Attributes:
-        function: `(B, 3, H, W)` in [0, 1] -> a score for each image, a tensor or a sequence.
-        threshold: where it triggers.
-        name: of the verdicts.
-        above: triggers at or above the threshold, otherwise at or below it.
+        function: `(B, 3, H, W)` in [0, 1] -> a score for each image, as a tensor or a sequence.
+        threshold: score at which the filter triggers.
+        name: name in the verdicts.
+        above: True triggers at or above the threshold, False at or below it.
     """
 
     function: Callable[[Tensor], Tensor | Sequence[float]]

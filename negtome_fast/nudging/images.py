@@ -18,7 +18,7 @@ BATCH = 32
 
 
 def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """Images `(B, C, H, W)` at `size` pixels (a side, or height and width), antialiased."""
+    """Resize images `(B, C, H, W)` to `size` pixels (a side, or height and width), antialiased."""
     size = (size, size) if isinstance(size, int) else size
     if tuple(images.shape[-2:]) == size:
         return images
@@ -26,7 +26,11 @@ def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
 
 
 def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Names and sources of the images of a folder, searched in depth, or of an iterable."""
+    """Yield names and sources of the images of a folder, searched in depth, or of an iterable.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
     if isinstance(images, (str, Path)):
         folder = Path(images)
         if not folder.is_dir():
@@ -43,7 +47,7 @@ def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]
 
 
 def square(source: Any, size: int) -> Tensor:
-    """The central square of an image, `(3, size, size)` uint8."""
+    """Return the central square of an image, `(3, size, size)` uint8."""
     from PIL import Image
 
     if isinstance(source, np.ndarray):

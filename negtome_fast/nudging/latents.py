@@ -1,8 +1,8 @@
 """Images of a bank as points in the latents of a running pipeline, at the noise of a step.
 
-A point is what the image's latents would be there on average over the noise: (1 - s) x0 for flow
-matching, sqrt(a) x0 for DDPM, x0 for Euler. The inner products of the objective are linear in the
-points, so this is their mean over all noise.
+A point is the mean, over the noise, of the image's noised latents: (1 - s) x0 for flow matching,
+sqrt(a) x0 for DDPM, x0 for Euler. The inner products of the objective are linear in the points, so
+the mean point gives the mean product.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .images import resized
 
 
 def layout_of_pipeline(pipe: Any) -> Layout:
-    """Layout of the pipeline's denoiser; the first one's where it has several."""
+    """Return the layout of the pipeline's denoiser, or of the first one of several."""
     return layout_of(next(iter(_denoisers(pipe)[0])))
 
 
 class LatentPoints:
-    """Points to steer by, for each of the images that are being generated.
+    """Points that steer each of the images that are being generated.
 
     Args:
         pipe: a pipeline with a VAE.
-        layout: of its denoiser; says how pictures become latents.
-        pixels: for each image its points, `(k, 3, S, S)` in [0, 1], the same k for all.
+        layout: layout of its denoiser, which says how pictures become latents.
+        pixels: points of each image, `(k, 3, S, S)` in [0, 1], the same k for all.
         size: (height, width) of the images.
 
     Raises:
@@ -59,11 +59,11 @@ class LatentPoints:
 
     @torch.no_grad()
     def at_step(self, scheduler: Any, latents: Tensor, step: int) -> Tensor:
-        """Points `(B, k, ...)` for latents `(B, ...)` that are about to enter step number `step`.
+        """Return points `(B, k, ...)` for latents `(B, ...)` that are about to enter step `step`.
 
         Raises:
-            ValueError: these latents are not of the form that the pictures were encoded to, or the
-                scheduler does not tell how it adds noise.
+            ValueError: these latents have another form than the encoded pictures, or the scheduler
+                does not tell how it adds noise.
         """
         if self._clean.shape[2:] != latents.shape[1:] or len(self._clean) != len(latents):
             raise ValueError(

@@ -42,7 +42,7 @@ def generate_with_nudging(
     output_type: Literal["pil", "pt"] = "pil",
     **call: Any,
 ) -> NudgedImages:
-    """Images that pass the filters, or are flagged, of an unmodified diffusers pipeline.
+    """Generate images that pass the filters, or are flagged, with an unmodified diffusers pipeline.
 
     ```python
     bank = ReferenceBank.build("protected/", encoder=default_encoder())
@@ -54,21 +54,22 @@ def generate_with_nudging(
     Args:
         pipe: a text-to-image pipeline whose call takes `callback_on_step_end`.
         prompt: one or several.
-        filters: asked in their order; see `judge`.
-        undesired: images to steer away from; those nearest to a flagged image in pixels are chosen.
-        desired: images to steer toward, drawn from those nearest: one bank for all, or one for each
-            prompt. They should show what the prompt asks for and pass the filters
-            (`ReferenceBank.passing`): what comes out resembles them.
-        max_attempts: generations of an image at most, the plain one included; at least 1.
-        method: what a retry does; `"reseed"` is the baseline that only changes the noise.
-        on_failure: `"flag"`: the images come back with `passed` False; `"raise"`: `NudgingFailed`.
+        filters: at least one, asked in this order; see `judge`.
+        undesired: images to steer away from; the nearest to a flagged image in pixels are chosen.
+        desired: images to steer toward, drawn from the nearest: one bank for all prompts, or one
+            for each. They should show what the prompt asks for and pass the filters
+            (`ReferenceBank.passing`), because the results resemble them.
+        max_attempts: maximum number of attempts at an image, the plain one included; at least 1.
+        method: method of the retries; `"reseed"` is the baseline that only changes the noise.
+        on_failure: `"flag"` returns flagged images with `passed` False; `"raise"` raises
+            `NudgingFailed`.
         schedule: None is `NudgeSchedule()`.
         negtome: settings of `"negtome"` and `"both"`; None is the preset of the model's family.
-        num_images_per_prompt: as the pipeline's.
+        num_images_per_prompt: as in the pipeline.
         generator: one for each image, so that one image can be generated again alone; None makes
-            them. They are used as the pipeline would, and retries use copies.
-        first: what the plain pipeline made of these generators, `(B, 3, H, W)` in [0, 1], where it
-            exists already: it is judged in place of a first generation.
+            them. The pipeline uses them for the first attempt, and retries use copies.
+        first: images that the plain pipeline has already drawn from these generators,
+            `(B, 3, H, W)` in [0, 1]; they are judged in place of a first generation.
         output_type: `"pil"`, or `"pt"` for tensors (3, H, W) in [0, 1].
         call: further arguments of the pipeline's call; `negative_prompt` may be a list.
 

@@ -2,7 +2,7 @@
 
     minimise over L   -alpha * mean_D <D, L>  +  beta * mean_U <U, L>  +  |L - L0|
 
-D are the desired points, U the undesired ones and L0 the latents as they came. The inner products
+D are the desired points, U the undesired ones and L0 the given latents. The inner products
 depend on the means alone, so hundreds of thousands of points cost one pass; and every iterate lies
 in the plane of L0 and g = -alpha * mean(D) + beta * mean(U), so all steps are taken on two numbers.
 """
@@ -23,21 +23,21 @@ from .call import NudgeCall, Objective
 OBJECTIVES = get_args(Objective)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: What stopped an item, by the code in `NudgeResult.stopped`.
 REASONS = ("converged", "steps", "distance", "non-finite")
+"""Reasons why an item stops; `NudgeResult.stopped` holds their indices."""
 
 
 @dataclass(frozen=True)
 class NudgeResult:
-    """What `nudge` did to each item of the batch.
+    """Latents that `nudge` moved, and how far each item went.
 
     Attributes:
-        latents: shape and dtype of the input; bit-identical to it in items that did not move.
+        latents: same shape and dtype as the input; items that did not move are bit-identical.
         distance: `(B,)`, L2 distance from the input before rounding to its dtype.
         steps: `(B,)` int64, descent steps that moved the item.
-        stopped: `(B,)` int64, a code: an index of `REASONS`.
-        trace: `(B, steps + 1)`, the objective at the start and after each step (its last value is
-            repeated once an item has stopped); None without `return_trace`.
+        stopped: `(B,)` int64, an index of `REASONS`.
+        trace: `(B, steps + 1)`, the objective at the start and after each step; the last value is
+            repeated once an item has stopped. None without `return_trace`.
     """
 
     latents: Tensor
@@ -48,12 +48,12 @@ class NudgeResult:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why each item stopped; waits for the device.
+        """Reason why each item stopped; waits for the device.
 
         `"converged"`: a further step would not move it by `tolerance` of its norm (for "squared":
-        the minimum was reached). `"steps"`: they were used up. `"distance"`: it stands on the
+        the minimum was reached). `"steps"`: all steps were used. `"distance"`: the item is on the
         sphere of radius `max_distance`. `"non-finite"`: the item or its points hold a NaN or an
-        infinity, and it was left as it came.
+        infinity, and the item was not moved.
         """
         return tuple(REASONS[code] for code in self.stopped.tolist())
 
@@ -74,7 +74,7 @@ def nudge(
     return_trace: bool = False,
     backend: str = "auto",
 ) -> NudgeResult:
-    """Latents moved away from undesired points and toward desired ones (arXiv 2408.15450).
+    """Move latents away from undesired points and toward desired ones (arXiv 2408.15450).
 
     The objective is the paper's. Its optimiser, step count and weights are not published: plain
     gradient descent, the projection onto a trust radius and the defaults here are this project's.
@@ -90,17 +90,17 @@ def nudge(
 
     Args:
         latents: `(B, ...)`, fp32, bf16, fp16 or fp64; an item is one vector of all its numbers.
-        desired, undesired: points of the same space, `(K, ...)` for all items or `(B, K, ...)`
-            for each item its own; same dtype and device as `latents`. None: that term is absent.
+        desired, undesired: points of the same space, `(K, ...)` shared by all items or
+            `(B, K, ...)` for each item; same dtype and device as `latents`. None drops the term.
         alpha, beta: weights of the desired and the undesired points; a number or `(B,)`.
-        steps: most descent steps, at least 1.
+        steps: maximum number of descent steps, at least 1.
         step_size: factor of the gradient, positive. A step of "paper" is
             `step_size * (|g| - 1)` long; one of "cosine" is that share of |L0|, where |g| is at
             most `alpha + beta`.
         max_distance: trust radius, the largest L2 distance from the input: a number or `(B,)`,
-            positive; None is none.
+            positive; None sets no limit.
         tolerance: an item has converged when a step moves it by at most this share of its norm.
-        return_trace: whether the objective is recorded after each step.
+        return_trace: record the objective after each step.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
 
     Returns:
@@ -163,7 +163,7 @@ def _check_descent(objective: str, steps: int, step_size: float, tolerance: floa
 
 
 def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
-    """Points as `(P, K, n)` with P = 1 (shared) or B."""
+    """Return the points as `(P, K, n)` with P = 1 (shared) or B."""
     if points is None:
         return None
     if not isinstance(points, Tensor):
@@ -190,7 +190,7 @@ def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
 def _per_item(
     name: str, value: float | Tensor, latents: Tensor, *, positive: bool = False
 ) -> Tensor:
-    """A weight as `(B,)` in the dtype of the arithmetic, on the device of the latents."""
+    """Return a weight as `(B,)` in the dtype of the arithmetic, on the device of the latents."""
     items = latents.shape[0]
     dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):

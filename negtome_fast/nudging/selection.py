@@ -1,4 +1,4 @@
-"""Which points to steer by: exact nearest neighbours, in chunks, never storing the whole table."""
+"""`select_nearest`: exact nearest points, in chunks, without a table of all similarities."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 Metric = Literal["l2", "cosine"]
 CHUNK = 1 << 22
-"""Numbers of the points that are held in fp32 at once."""
+"""Elements of the points that are held in fp32 at once."""
 SPARE = 8
-"""Candidates beyond those asked for that are scored again without cancellation."""
+"""Candidates beyond `count` that are scored again without cancellation."""
 
 
 @torch.no_grad()
@@ -24,18 +24,18 @@ def select_nearest(
     metric: Metric = "l2",
     search: Literal["torch", "faiss"] = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """The `count` nearest points of every item.
+    """Find the `count` nearest points of every item.
 
     Args:
         latents: `(B, ...)`; an item is one vector of all its numbers.
         points: `(K, ...)`, of the same item shape and device; any floating dtype.
-        count: how many, 1 to K.
+        count: number of points, 1 to K.
         metric: `"l2"`, or `"cosine"` similarity.
-        search: `"torch"`, or `"faiss"` (extra `faiss`, on the CPU): both exact.
+        search: `"torch"`, or `"faiss"` (extra `faiss`, on the CPU); both are exact.
 
     Returns:
-        score: `(B, count)` fp32, L2 distances ascending or cosines descending.
-        index: `(B, count)` int64, rows of `points`; equal scores by ascending row.
+        score: `(B, count)` fp32; L2 distances ascend, cosines descend.
+        index: `(B, count)` int64, rows of `points`; equal scores are ordered by row.
 
     Raises:
         ValueError: shapes that do not fit, an unknown metric or search.
@@ -100,5 +100,5 @@ def _search_faiss(query: Tensor, bank: Tensor, count: int, metric: Metric) -> Te
         wide = part.float()
         index.add((F.normalize(wide, dim=-1) if metric == "cosine" else wide).cpu().numpy())
     rows = index.search(query.cpu().numpy(), count)[1]
-    # faiss finds nothing, -1, for an item that is not finite; its scores are NaN with any point.
+    # faiss returns -1 for an item that is not finite; its scores are NaN with any point.
     return torch.from_numpy(rows).clamp_min(0).to(query.device)

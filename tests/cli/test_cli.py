@@ -1,4 +1,4 @@
-"""The command line: what it writes, and one clear line with exit code 2 for bad input."""
+"""The command line: its output, and one clear line with exit code 2 for bad input."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_verdict_also_says_where_guidance_does_not_help(guided: Measures, words:
         (["demo", "--steps", "0"], "--steps must be at least 1"),
         (["demo", "--alpha", "nan"], "alpha"),
         (["demo", "--threshold", "1.5"], "threshold"),
-        (["demo", "--t-start", "100", "--t-end", "500"], "t_"),
+        (["demo", "--t-start", "100", "--t-end", "500"], "--t-end"),
         (["demo", "--output", "demo.gif"], "must end in .png"),
     ],
 )

@@ -49,11 +49,32 @@ def test_a_field_becomes_the_option_that_sets_it(
 
 
 @pytest.mark.parametrize(
-    "message",
-    ["`colour` is unknown", "images must be 1", "`pip install x`", "`Settings`", "no `steps` here"],
+    ("message", "shown"),
+    [
+        ("images must be at least 1", "--images must be at least 1"),
+        ("seed: not a number", "--seed: not a number"),
+        ("set true_cfg_scale above 1", "set --true-cfg-scale above 1"),
+        ("`call` eta: no such argument", "--argument eta: no such argument"),
+    ],
 )
-def test_what_no_option_of_the_command_sets_stays(message: str) -> None:
-    assert translated(message, "info") == message
+def test_a_field_is_quoted_or_long_or_first(message: str, shown: str) -> None:
+    assert translated(message, "generate") == shown
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "`colour` is unknown",
+        "the images differ",
+        "there is no model at x",
+        "steps=(start, end) are fractions",
+        "no max_attempts here",
+        "no model at /data/negative_prompt/x or in vae_tiling.json, true_cfg_scale/y",
+        "pip install 'negtome-fast[web]'",
+    ],
+)
+def test_other_words_stay(message: str) -> None:
+    assert translated(message, "generate") == message
 
 
 def test_generate_has_an_option_for_every_setting() -> None:

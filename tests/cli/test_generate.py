@@ -1,4 +1,4 @@
-"""`negtome-fast generate`: what it makes, that it repeats, what it refuses, what it leaves."""
+"""`negtome-fast generate`: its files, repeated runs, refused input, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_images_sheet_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_run_is_repeated_bit_for_bit(tmp_path: Path, picture: Path) -> None:
-    """Also where its folder was moved: the references are in it."""
+    """A moved folder repeats too, because it holds the references."""
     first, moved, again = tmp_path / "first", tmp_path / "moved", tmp_path / "again"
     reference = ["--reference", picture, "--mask", picture.with_name("top.png")]
     more = ["--reference-alpha", 1.5, "--reference", picture, "--clean-reference"]
@@ -315,7 +315,7 @@ def test_several_prompts_have_a_batch_each(tmp_path: Path) -> None:
 
 
 def test_any_pipeline_in_a_folder_is_loaded(tmp_path: Path) -> None:
-    """The embedded one, as a stranger: nothing of it is set by name."""
+    """Load the embedded model by its folder, so that nothing is set by its name."""
     call = ["--argument", "max_sequence_length=16", "--height", 64, "--width", 32]
     folder = tmp_path / "run"
     run(*QUICK, "--model", model_folder(), *call, "--guidance-scale", 1.5, *WIDE, "--vae-tiling",
@@ -363,7 +363,7 @@ def test_an_argument_that_a_pipeline_lacks_is_named() -> None:
 
 
 class VideoPipeline:
-    """Frames of the colour of each seed's noise, through a transformer that can be guided."""
+    """A pipeline whose frames are each seed's noise, with a transformer that can be guided."""
 
     def __init__(self) -> None:
         inner = flux_pipeline()

@@ -56,7 +56,7 @@ def generate(*arguments: Any) -> int:
 
 
 def frames(path: Path) -> list[Image.Image]:
-    """Of a video file, through the reader that a player would use."""
+    """Read a video file with the reader that a player would use."""
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     reader = imageio_ffmpeg.read_frames(str(path))
     size = next(reader)["size"]

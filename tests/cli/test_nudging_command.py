@@ -24,7 +24,7 @@ RED, GREEN = (np.full((20, 30, 3), c, np.uint8) for c in ([255, 0, 0], [0, 255, 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures and a file that is none."""
+    """A folder of two pictures and a file that cannot be read as one."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.fromarray(RED).save(pictures / "red.png")
@@ -114,7 +114,7 @@ def test_another_models_filters_are_checked_before_it_is_loaded(tmp_path: Path) 
 def test_the_demonstration_nudges_what_the_filters_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One character, few steps: what is flagged before and after, and all files of the record."""
+    """One character in few steps: the flagged images before and after, and all recorded files."""
     monkeypatch.setattr(nudge_filters, "DESCRIBED", 2)
     out = tmp_path / "run"
     arguments = ["nudge", "--prompt", "captain red", "-n", "2", "--steps", "4", "--output", out]

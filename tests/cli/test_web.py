@@ -1,7 +1,7 @@
-"""The page of `negtome-fast web`: what it makes, what it refuses, and in a real browser.
+"""`negtome-fast web`: drawn images, refused requests, and the page in a browser.
 
-Without gradio, which is no part of the extra `all` (it forbids the Pillow that tests run on), the
-tests of the page itself are left out; in the browser it is tried where Chromium is, too.
+Tests of the page itself need gradio, which is not in the extra `all`, because it forbids the Pillow
+that tests run on. The test in the browser also needs Chromium.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def session() -> WebSession:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """A face of the model's world: a disk on the background of its pictures."""
+    """A face as the model draws them: a disk on the background of its pictures."""
     image = Image.new("RGB", (120, 90), "#eef1f5")
     ImageDraw.Draw(image).ellipse((30, 15, 90, 75), fill="#f7d9b8")
     return image
@@ -295,55 +295,64 @@ def test_page_in_a_browser(address: str, tmp_path: Path, picture: Image.Image) -
         # The editor draws with WebGL, which software provides here.
         flags = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1300, "height": 1500})
-        page.set_default_timeout(60_000)  # of a busy machine
-        page.route("**/*", local_only)
-        page.goto(address)
-        page.click("text=More settings")
-        page.fill("#steps input[type=number]", "2")
-        page.fill("#count input[type=number]", "2")
-        page.press("#count input[type=number]", "Tab")
-        page.click("#generate")
-        page.wait_for_selector("#guided img")
-        page.wait_for_selector("#blocks img")
-        assert [page.locator(f"#{name} img").count() for name in ("plain", "guided")] == [2, 2]
-        width = page.eval_on_selector("#guided img", "image => image.naturalWidth")
-        assert width == 64
-        assert "forwards of the model" in page.inner_text("#told")
-
-        page.fill("#prompt textarea, #prompt input", "a <b>zebra</b>")
-        page.click("#generate")
-        page.wait_for_selector(".toast-body")
-        assert "does not know" in page.inner_text(".toast-body")
-        assert page.locator(".toast-body b:has-text('zebra')").count() == 0
-        page.click(".toast-close")
-        page.fill("#prompt textarea, #prompt input", PROMPT)
-
-        page.click("#mode label:has-text('picture')")
-        page.wait_for_selector("#reference canvas")
-        page.wait_for_function("document.querySelector('#alpha input[type=number]').value == 3")
-        with page.expect_file_chooser() as chooser:
-            page.click("#reference button[title='Upload']")
+        opened = browser.new_page(viewport={"width": 1300, "height": 1500})
+        opened.set_default_timeout(60_000)  # of a busy machine
+        opened.route("**/*", local_only)
+        opened.goto(address)
+        images_are_drawn(opened)
+        unknown_words_are_refused(opened)
+        opened.click("#mode label:has-text('picture')")
+        opened.wait_for_selector("#reference canvas")
+        opened.wait_for_function("document.querySelector('#alpha input[type=number]').value == 3")
+        with opened.expect_file_chooser() as chooser:
+            opened.click("#reference button[title='Upload']")
         chooser.value.set_files(path)
-        page.wait_for_timeout(1000)
-
-        def drawn_similarity() -> float:
-            before = page.evaluate(SENTENCE)
-            page.click("#generate")
-            page.wait_for_function(f"before => ![before, ''].includes(({SENTENCE})())", arg=before)
-            return float(page.evaluate(SENTENCE).split()[-1])
-
-        everywhere = drawn_similarity()
-        page.click("#reference button[title='Brush']")
-        box = page.locator("#reference canvas").first.bounding_box()
-        assert box is not None
-        left, top = box["x"] + box["width"] * 0.28, box["y"] + box["height"] / 2
-        page.mouse.move(left, top - 60)
-        page.mouse.down()
-        page.mouse.move(left, top + 60, steps=5)
-        page.mouse.up()
-        page.wait_for_timeout(500)
-        painted = drawn_similarity()
+        opened.wait_for_timeout(1000)
+        everywhere = drawn_similarity(opened)
+        paint_a_region(opened)
+        painted = drawn_similarity(opened)
         browser.close()
     assert painted < everywhere  # a part of the picture resembles less than all of it
     assert elsewhere == []
+
+
+def images_are_drawn(opened: Any) -> None:
+    opened.click("text=More settings")
+    opened.fill("#steps input[type=number]", "2")
+    opened.fill("#count input[type=number]", "2")
+    opened.press("#count input[type=number]", "Tab")
+    opened.click("#generate")
+    opened.wait_for_selector("#guided img")
+    opened.wait_for_selector("#blocks img")
+    assert [opened.locator(f"#{name} img").count() for name in ("plain", "guided")] == [2, 2]
+    assert opened.eval_on_selector("#guided img", "image => image.naturalWidth") == 64
+    assert "forwards of the model" in opened.inner_text("#told")
+
+
+def unknown_words_are_refused(opened: Any) -> None:
+    opened.fill("#prompt textarea, #prompt input", "a <b>zebra</b>")
+    opened.click("#generate")
+    opened.wait_for_selector(".toast-body")
+    assert "does not know" in opened.inner_text(".toast-body")
+    assert opened.locator(".toast-body b:has-text('zebra')").count() == 0
+    opened.click(".toast-close")
+    opened.fill("#prompt textarea, #prompt input", PROMPT)
+
+
+def drawn_similarity(opened: Any) -> float:
+    before = opened.evaluate(SENTENCE)
+    opened.click("#generate")
+    opened.wait_for_function(f"before => ![before, ''].includes(({SENTENCE})())", arg=before)
+    return float(opened.evaluate(SENTENCE).split()[-1])
+
+
+def paint_a_region(opened: Any) -> None:
+    opened.click("#reference button[title='Brush']")
+    box = opened.locator("#reference canvas").first.bounding_box()
+    assert box is not None
+    left, top = box["x"] + box["width"] * 0.28, box["y"] + box["height"] / 2
+    opened.mouse.move(left, top - 60)
+    opened.mouse.down()
+    opened.mouse.move(left, top + 60, steps=5)
+    opened.mouse.up()
+    opened.wait_for_timeout(500)

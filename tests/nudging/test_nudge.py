@@ -1,4 +1,4 @@
-"""nudge against its definition by autograd, closed forms, properties, errors, compilers."""
+"""`nudge` against its definition by autograd: closed forms, properties, errors, compilers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def problem(
 
 
 def oracle(latents: Tensor, arguments: dict[str, Any]) -> nf.nudging.NudgeResult:
-    """The definition in fp64 on the values as they were rounded to their dtype."""
+    """Result of the definition in fp64, on the values that were rounded to their dtype."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     return nudge(latents.double(), backend="reference", **wide)
 
@@ -153,7 +153,7 @@ def test_what_is_not_finite_comes_back_as_it_came(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_latents_and_wide_items(backend: str) -> None:
-    """Wider than a block of the kernel, and every second number of a tensor."""
+    """Items wider than a block of the kernel, made of every second number of a tensor."""
     latents, undesired = draw(0, 2, 10_000, 2)[..., 0], draw(1, 1, 10_000, scale=0.1)
     expected = oracle(latents, {"undesired": undesired, "steps": 3})
     result = nudge(latents, undesired=undesired, steps=3, backend=backend)

@@ -1,4 +1,4 @@
-"""generate_with_nudging on the embedded model: what passes is untouched, what fails is flagged."""
+"""`generate_with_nudging` on the embedded model: passing images stay, failing ones are flagged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pipe() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def bank(pipe: Any) -> ReferenceBank:
-    """What the model draws for two prompts."""
+    """A bank of the model's images of two prompts."""
     images = plain(pipe, ["captain red", "doctor blue"]).mul(255).round().to(torch.uint8)
     rows = images.permute(0, 2, 3, 1).numpy()
     return ReferenceBank.build([("captain", rows[0]), ("doctor", rows[1])], size=64)
@@ -140,7 +140,7 @@ def test_a_failure_can_be_an_exception_that_holds_the_images(
 
 
 def test_toward_desired_and_away_from_undesired_images(pipe: Any, bank: ReferenceBank) -> None:
-    """From the captain, toward the doctor: nearer to it than without."""
+    """A captain that is nudged toward the doctor ends nearer to it than without desired points."""
     captain, doctor = (
         ReferenceBank((n,), bank.images[i : i + 1]) for i, n in enumerate(bank.names)
     )

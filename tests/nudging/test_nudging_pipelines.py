@@ -1,4 +1,4 @@
-"""Nudging whole pipelines of several families: from noise schedules that differ to their latents.
+"""Nudging whole pipelines of several families, which differ in noise schedules and latents.
 
 Tiny random models with the text encoders, tokenizers and VAE that the embedded model's training
 builds; nothing is downloaded.

@@ -5,7 +5,8 @@ A module imports the libraries of its command only in `run`, so that the help ap
 
 from types import ModuleType
 
-from . import bank, demo, export, generate, info, nudge, studies, tune, web
+from . import bank, demo, export, generate, info, nudge, tune, web
+from . import eval as evaluation
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -13,7 +14,7 @@ COMMANDS: dict[str, ModuleType] = {
     "web": web,
     "tune": tune,
     "export": export,
-    "eval": studies,
+    "eval": evaluation,
     "nudge": nudge,
     "bank": bank,
     "info": info,

@@ -14,7 +14,7 @@ from ..call import NudgeCall
 
 TINY = 1e-12
 CHUNK = 1 << 22
-"""Numbers of the points that are held in the dtype of the arithmetic at once."""
+"""Elements of the points that are held in the dtype of the arithmetic at once."""
 
 
 def mean_of_points(points: Tensor, dtype: torch.dtype, unit: bool) -> Tensor:
