@@ -117,7 +117,7 @@ def overfit(
         ValueError: fewer than 16 ordinary avatars.
     """
     if ordinary < 16:
-        raise ValueError(f"ordinary must be at least 16, got {ordinary}")
+        raise ValueError(f"`ordinary` must be at least 16, got {ordinary}")
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline()
     characters = [avatar for avatar, _ in world.CHARACTERS.values()]
