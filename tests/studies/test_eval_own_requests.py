@@ -151,7 +151,10 @@ def test_bad_input_is_one_clear_line(
         ({"steps_window": [[0, 1], [0, 1]]}, "^`steps_window` has a value twice"),
         ({"sharpen": 0.0}, "^`sharpen` is the radius of a blur"),
         ({"sharpen": 2.0, "reference": ["first"]}, "leave it out with `sharpen`"),
-        ({"negative_prompt": "x", "call": {"negative_prompt": "y"}}, "^`negative_prompt` is also"),
+        (
+            {"negative_prompt": "x", "call": [("negative_prompt", "y")]},
+            "^`negative_prompt` is also",
+        ),
     ],
     ids=str,
 )
