@@ -290,7 +290,7 @@ class SPELL:
             yield {}
 
     def push(self, clean: Tensor, groups: int) -> Tensor:
-        """What is added to x_0 `(B, ...)`, whose items are `groups` equal parts."""
+        """Return the change of x_0 `(B, ...)`, whose items form `groups` equal groups."""
         difference, squared = _pairs(clean, groups)
         distance = squared.sqrt()
         excess = (self.radius / distance.clamp_min(_TINY) - 1).clamp_min(0) * (distance > 0)

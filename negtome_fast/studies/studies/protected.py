@@ -204,7 +204,7 @@ def _summary(
 
 
 def _style_kept(samples: Samples) -> Tensor:
-    """Whether each image has the style of its prompt, which for a name is the character's."""
+    """Return 1 for images in the style of their prompt, which for a name is the character's."""
     wanted = [attributes_in(prompt)["style"] for prompt in samples.prompts]
     shown = [reading["style"] for reading in samples.readings]
     return torch.tensor([a == b for a, b in zip(shown, wanted, strict=True)]).double()

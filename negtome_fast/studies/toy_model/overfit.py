@@ -83,6 +83,7 @@ class MemoryTask(FlowTask):
         self.prompts = tuple(prompts)
 
     def choose(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+        """Draw indices and prompts, the targets first."""
         indices, prompts = super().choose(rng)
         half = self.batch // 2
         memorised = rng.integers(len(self.prompts), size=half)

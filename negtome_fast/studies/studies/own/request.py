@@ -36,7 +36,7 @@ SWEPT = {
 
 @dataclass(frozen=True)
 class OwnCondition:
-    """How the images of a prompt are made; drawn at every guidance scale.
+    """A way to make images of a prompt; it is drawn at every guidance scale.
 
     Attributes:
         name: label in tables, unique in a request.
@@ -241,7 +241,7 @@ def _command(options: Mapping[str, Any]) -> str:
                 words += ["--mask", reference.mask] if reference.mask else []
                 words += [] if reference.noise else ["--clean-reference"]
         elif name == "call":
-            # As JSON, so that text which looks like a number stays text.
+            # Values are JSON, so that text which looks like a number stays text.
             words += [w for key, v in value for w in ("--argument", f"{key}={json.dumps(v)}")]
         elif isinstance(value, (list, tuple)):
             words += [option, *map(str, value)]
