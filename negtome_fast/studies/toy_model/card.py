@@ -34,9 +34,9 @@ sets these for you and refuses words that the model does not know.
 ## Intended use
 
 It shows and measures the effect of guidance at inference time on a model that repeats itself and
-has memorised some images, in seconds and without downloads. It knows {words} words and draws cartoon
-avatars. It is not for making art and says nothing about people. Effects on a large model may differ
-in size.
+has memorised some images, in seconds and without downloads. It knows {words} words and draws
+cartoon avatars. It is not for making art and says nothing about people. Effects on a large model
+may differ in size.
 
 ## Data
 
