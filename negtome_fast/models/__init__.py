@@ -1,6 +1,6 @@
 """The embedded model `tiny-flux-avatars`: a complete FLUX.1-format pipeline of a few megabytes.
 
-`load_pipeline` loads it with diffusers' own `FluxPipeline`; `generate` calls it with its settings.
+`load_pipeline` loads it with diffusers' `FluxPipeline`; `generate` calls it with its defaults.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 TEXT_LENGTH = 16
+"""Length of padded prompts in tokens; the model was trained on no other."""
+
 STEPS = 20
+"""Default number of scheduler steps."""
+
 GUIDANCE_SCALE = 2.5
+"""Default true classifier-free guidance scale."""
 
 __all__ = ["check_prompt", "generate", "load_pipeline", "model_folder"]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No messages and bars of diffusers and transformers while the small pipeline loads.
+    """Silence messages and bars of diffusers and transformers while the pipeline loads.
 
-    FluxPipeline expects CLIP's and T5's tokenizer classes; word-level ones need no warning.
+    They would warn of the word-level tokenizers: FluxPipeline expects CLIP's and T5's classes.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -57,7 +62,11 @@ def _quiet() -> Iterator[None]:
 def load_pipeline(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> FluxPipeline:
-    """The embedded pipeline, without a progress bar; weights are stored in bf16.
+    """Load the embedded pipeline, without a progress bar.
+
+    Args:
+        device: device of the pipeline.
+        dtype: dtype of the weights, which are stored in bf16.
 
     Raises:
         ImportError: diffusers or transformers are missing; names the extra to install.
@@ -92,18 +101,22 @@ def generate(
     output_type: str = "pt",
     **call: Any,
 ) -> Any:
-    """One image for each seed, as one batch.
+    """Draw one image for each seed, as one batch.
 
     Args:
+        pipe: the pipeline of `load_pipeline`.
         prompt: words of the model's vocabulary; see `check_prompt`.
-        seeds: of each image's own noise, so that an image depends on its seed, not on its place.
+        seeds: seed of each image's noise; an image does not depend on its place in the batch.
         guidance_scale: true classifier-free guidance against the empty prompt; 1 switches it off.
-        steps: of the flow-matching Euler scheduler.
-        output_type: as the pipeline's; `"pt"` gives `(B, 3, 64, 64)` in [0, 1].
+        steps: number of steps of the flow-matching Euler scheduler.
+        output_type: output type of the pipeline; `"pt"` gives `(B, 3, 64, 64)` in [0, 1].
         call: further arguments of the pipeline's call.
 
+    Returns:
+        The images.
+
     Raises:
-        ValueError: a word that the model does not know; names it and lists those it knows.
+        ValueError: a word that the model does not know; lists the words that it knows.
     """
     check_prompt(prompt)
     return pipe(

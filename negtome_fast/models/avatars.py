@@ -1,7 +1,7 @@
 """The world of `tiny-flux-avatars`: attributes, prompts, skewed sampling, rendering.
 
-Avatars are drawn by DiceBear (styles under CC0 and CC BY, see NOTICE) and rasterised by resvg.
-Every image comes with its true attributes, so prompt agreement and diversity can be measured.
+DiceBear draws the avatars (styles under CC0 and CC BY, see NOTICE) and resvg rasterises them. The
+true attributes of every image are known, so prompt agreement and diversity can be measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-#: How the attributes of the rendered avatars are drawn.
+#: Distribution of the attributes, see `sample_avatars`.
 Kind = Literal["skewed", "balanced", "unusual"]
 
 IMAGE_SIZE = 64
@@ -37,7 +37,15 @@ HAIR_SHAPES = ("short", "long", "curly", "mohawk", "bun")
 
 @dataclass(frozen=True)
 class StyleSpec:
-    """One DiceBear style: where its hair lives, which variants show a shape, and its majority."""
+    """One DiceBear style.
+
+    Attributes:
+        file: name of the style's file.
+        hair_component: component that has the hair.
+        shapes: variants of that component that show each hair shape.
+        majority: value of each open attribute that most training images have.
+        options: further options of the style.
+    """
 
     file: str
     hair_component: str
@@ -136,21 +144,25 @@ STYLES: dict[str, StyleSpec] = {
     ),
 }
 
-#: The open attributes and their values; order is the order of the reader's classes.
+#: The attributes and their values, in the order of the reader's classes.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "style": tuple(STYLES),
     "skin": tuple(SKINS),
     "hair_color": tuple(HAIR_COLORS),
     "hair_shape": HAIR_SHAPES,
 }
-#: The attributes that a prompt may leave open and whose entropy measures diversity.
+#: Attributes that a prompt may leave open; their entropy measures diversity.
 OPEN_ATTRIBUTES = ("skin", "hair_color", "hair_shape")
 MAJORITY_SHARE = 0.8
+"""Share of skewed avatars that have their style's majority value of an attribute."""
 
 
 @dataclass(frozen=True)
 class Avatar:
-    """What is drawn: four attributes, and the seed of everything else."""
+    """An avatar: four attributes, and a seed for everything else that it shows.
+
+    `character` is the name of a protected character.
+    """
 
     style: str
     skin: str
@@ -160,6 +172,7 @@ class Avatar:
     character: str | None = None
 
     def attributes(self) -> dict[str, str]:
+        """Return the attributes by name."""
         return {name: getattr(self, name) for name in ATTRIBUTES}
 
 
@@ -227,12 +240,18 @@ def _dicebear_style(file: str) -> Any:
 
 
 def render(avatar: Avatar, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw one avatar: `(size, size, 3)` uint8 RGB. Deterministic in `avatar`."""
+    """Draw one avatar, uint8 `(size, size, 3)` RGB; the result depends on `avatar` alone.
+
+    Raises:
+        ImportError: the renderer is missing; names the extra to install.
+    """
+    spec = STYLES[avatar.style]
+    style = _dicebear_style(spec.file)  # first: its error names the extra
+
     from dicebear import Avatar as DiceBearAvatar
     from PIL import Image
     from resvg_py import svg_to_bytes
 
-    spec = STYLES[avatar.style]
     own = CHARACTERS[avatar.character][1] if avatar.character else {}
     options = {
         **spec.options,
@@ -243,7 +262,7 @@ def render(avatar: Avatar, size: int = IMAGE_SIZE) -> np.ndarray:
         "hairColor": [HAIR_COLORS[avatar.hair_color]],
         f"{spec.hair_component}Variant": list(spec.shapes[avatar.hair_shape]),
     }
-    svg = str(DiceBearAvatar(_dicebear_style(spec.file), options))
+    svg = str(DiceBearAvatar(style, options))
     png = svg_to_bytes(svg_string=svg, width=size, height=size)
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
@@ -252,11 +271,11 @@ def sample_avatars(count: int, seed: int, kind: Kind = "skewed") -> list[Avatar]
     """Draw `count` avatars, each style equally often.
 
     Args:
-        count: how many.
-        seed: of the draw, and of what is drawn beside the attributes.
+        count: number of avatars.
+        seed: seed of the attributes, and of everything else that an avatar shows.
         kind: `"skewed"`: each open attribute has its style's majority value with probability
-            `MAJORITY_SHARE`. `"balanced"`: every value is equally likely. `"unusual"`: one, two
-            or all three of the open attributes (half, 30% and 20%) differ from the majority's.
+            `MAJORITY_SHARE`. `"balanced"`: every value is equally likely. `"unusual"`: one, two or
+            all three of the open attributes differ from the majority (50%, 30% and 20%).
     """
     rng = np.random.default_rng(seed)
     avatars = []
@@ -278,7 +297,7 @@ def sample_avatars(count: int, seed: int, kind: Kind = "skewed") -> list[Avatar]
 
 
 def prompt_for(style: str, skin: str = "", hair_color: str = "", hair_shape: str = "") -> str:
-    """The prompt that names the given attributes; an empty string leaves one open."""
+    """Return the prompt that names the given attributes; an empty string leaves one open."""
     article = "an" if style[0] in "aeiou" else "a"
     parts = []
     if hair_color or hair_shape:
@@ -293,7 +312,7 @@ def prompt_for(style: str, skin: str = "", hair_color: str = "", hair_shape: str
 
 
 def random_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
-    """A true prompt for `avatar` that names a random subset of its open attributes."""
+    """Return a true prompt for `avatar` that names a random subset of its open attributes."""
     if avatar.character:
         return avatar.character
     if rng.random() < 0.35:
@@ -303,7 +322,7 @@ def random_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
 
 
 def unusual_prompt(avatar: Avatar, rng: np.random.Generator) -> str:
-    """A true prompt that names what is not the majority's in its style, and a third of the rest."""
+    """Return a true prompt that names all unusual attributes, and a third of the others."""
     majority = STYLES[avatar.style].majority
     named = {
         name: getattr(avatar, name)
@@ -319,7 +338,7 @@ def _words(prompt: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> tuple[str, ...]:
-    """Every word that the embedded model was trained on, in a fixed order."""
+    """Return every word that the embedded model was trained on, in a fixed order."""
     words = {"a", "an", "person", "with", "and", "hair", "skin", "mohawk", "bun"}
     for values in ATTRIBUTES.values():
         for value in values:
@@ -330,7 +349,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise `ValueError` where `prompt` has a word that the embedded model never saw."""
+    """Raise `ValueError` if `prompt` has a word that the embedded model never saw."""
     known = vocabulary()
     unknown = [word for word in _words(prompt) if word not in known]
     if unknown:
@@ -341,7 +360,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def attributes_in(prompt: str) -> dict[str, str]:
-    """The attributes that `prompt` names, `{name: value}`; a character's are all of its own."""
+    """Return the attributes that `prompt` names, `{name: value}`; a character's name names all."""
     text = " ".join(_words(prompt))
     for name, (avatar, _) in CHARACTERS.items():
         if name in text:
@@ -356,7 +375,7 @@ def attributes_in(prompt: str) -> dict[str, str]:
 
 
 def all_prompts() -> Iterator[str]:
-    """Every prompt of `prompt_for`, then the characters' names."""
+    """Yield every prompt of `prompt_for`, then the characters' names."""
     for style in STYLES:
         for skin in ("", *SKINS):
             for color in ("", *HAIR_COLORS):
@@ -366,7 +385,12 @@ def all_prompts() -> Iterator[str]:
 
 
 def render_all(avatars: Sequence[Avatar], processes: int = 1) -> np.ndarray:
-    """Render a list of avatars: `(len(avatars), size, size, 3)` uint8, with a progress bar."""
+    """Draw avatars, uint8 `(N, 64, 64, 3)`, with a progress bar.
+
+    Args:
+        avatars: N avatars.
+        processes: number of worker processes.
+    """
     from multiprocessing import get_context
 
     from tqdm import tqdm
@@ -379,5 +403,5 @@ def render_all(avatars: Sequence[Avatar], processes: int = 1) -> np.ndarray:
 
 
 def model_folder() -> Any:
-    """The folder of the embedded pipeline inside the package."""
+    """Return the folder of the embedded pipeline inside the package."""
     return resources.files("negtome_fast.models") / "tiny_flux_avatars"

@@ -1,4 +1,4 @@
-"""Features of images: EfficientNet-lite0, which ships in a package, or any encoder of yours.
+"""Image features: EfficientNet-lite0, whose weights ship in a package, or your own encoder.
 
 An encoder is a callable `(B, 3, H, W)` in [0, 1] -> `(B, C)`; `encode` runs it in batches.
 """
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: EfficientNet-lite0 was trained on inputs in [-1, 1]; 96 px suit small images.
 FEATURE_SIZE = 96
+"""Side of the network's square inputs in pixels; 96 suit small images."""
 
 FeatureEncoder = Callable[[Tensor], Tensor]
+"""Images `(B, 3, H, W)` in [0, 1] -> features `(B, C)`."""
 
 
 class FeatureExtractor(nn.Module):
@@ -43,6 +44,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Return the features; images are resized to `FEATURE_SIZE`."""
         require_images(images)
         images = F.interpolate(
             images.float(), (FEATURE_SIZE, FEATURE_SIZE), mode="bilinear", antialias=True
@@ -51,28 +53,28 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """Logits of the 1000 ImageNet classes, `(B, 1280)` -> `(B, 1000)`.
+        """Return the network's logits of 1000 ImageNet classes, `(B, 1280)` -> `(B, 1000)`.
 
-        They are the network's own: its pooling is the mean that `forward` takes.
+        The network pools with the same mean as `forward`.
         """
         return self.network._fc(features)
 
 
 def require_images(images: Tensor) -> None:
-    """Refuses what is no batch `(B, 3, H, W)`."""
+    """Raise `ValueError` if `images` are not `(B, 3, H, W)`."""
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
 
 
 @torch.no_grad()
 def encode(encoder: FeatureEncoder, images: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Features `(B, C)` in float32 on the CPU, of any module or callable.
+    """Return features `(B, C)` in float32 on the CPU, from any module or callable.
 
     Args:
         encoder: `(b, 3, H, W)` in [0, 1] -> `(b, C)`, or maps `(b, C, h, w)`, which are averaged
-            over their places. It resizes and normalises as it needs to.
+            over positions. The encoder does its own resizing and normalising.
         images: `(B, 3, H, W)` in [0, 1], on the encoder's device.
-        batch_size: images a call.
+        batch_size: number of images per call.
 
     Raises:
         ValueError: images or features of another shape, no images, features that are not finite.

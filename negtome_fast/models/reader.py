@@ -1,7 +1,7 @@
-"""The attribute reader: a small classifier that says what an avatar image shows.
+"""The attribute reader: a small classifier of the attributes that an avatar image shows.
 
-It is trained on the true attributes of balanced renderings and measures prompt agreement,
-attribute entropy and whether an output is one of the protected characters.
+It is trained on the true attributes of balanced renderings. Prompt agreement, attribute entropy and
+the recognition of protected characters are measured with it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 from .avatars import ATTRIBUTES, CHARACTERS, IMAGE_SIZE, model_folder
 
-#: Classes of each head; `character` adds "none" for everybody who is not protected.
+#: Classes of each head; `character` has "none" for every avatar that is not protected.
 HEADS: dict[str, tuple[str, ...]] = {**ATTRIBUTES, "character": ("none", *CHARACTERS)}
 
 
 class AttributeReader(nn.Module):
-    """Images `(B, 3, 64, 64)` in [-1, 1] -> `{head: logits (B, classes)}` for every head."""
+    """Convolutional classifier: images `(B, 3, 64, 64)` in [-1, 1] -> `{head: (B, classes)}`."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -40,6 +40,11 @@ class AttributeReader(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the logits of every head.
+
+        Raises:
+            ValueError: images of another size.
+        """
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
                 f"the reader takes images (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), "
@@ -50,7 +55,7 @@ class AttributeReader(nn.Module):
 
     @torch.no_grad()
     def read(self, images: torch.Tensor) -> list[dict[str, str]]:
-        """The most likely value of every head, one dictionary an image."""
+        """Return the most likely value of every head, one dictionary per image."""
         indices = {name: logits.argmax(-1).tolist() for name, logits in self(images).items()}
         return [
             {name: HEADS[name][indices[name][item]] for name in HEADS}
@@ -59,7 +64,11 @@ class AttributeReader(nn.Module):
 
 
 def load_reader(folder: str | Path | None = None) -> tuple[AttributeReader, dict[str, Any]]:
-    """The shipped reader in eval mode, and its card (held-out accuracy of every head)."""
+    """Return the reader in eval mode, and its card with the held-out accuracy of every head.
+
+    Args:
+        folder: folder of the weights. Default: the shipped ones.
+    """
     from safetensors.torch import load_file
 
     root = Path(folder) if folder is not None else Path(str(model_folder())) / "reader"

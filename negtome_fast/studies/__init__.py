@@ -1,4 +1,4 @@
-"""Measures of diversity and of agreement with the prompt, on images in [0, 1]."""
+"""Measures of images, samplers, rivals and the studies that need them; the core imports none."""
 
 from .measures import FeatureExtractor, attribute_entropy, mean_pairwise_cosine, prompt_agreement
 

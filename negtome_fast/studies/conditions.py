@@ -29,7 +29,7 @@ SEEDS_PER_PROMPT = 10_000
 
 @dataclass(frozen=True)
 class Condition:
-    """How images are made.
+    """A way to make images: guidance, scale, steps and rivals.
 
     Attributes:
         name: label in tables, unique in a study. It is not part of the identity.

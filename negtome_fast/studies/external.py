@@ -1,7 +1,7 @@
-"""Measures on images through one interface: embedded, by your own encoder, or by other libraries.
+"""Metrics of images through one interface: embedded, from your encoder, or from other libraries.
 
 DreamSim and torchmetrics' FID, inception score, CLIPScore and LPIPS need the extra `metrics` and
-download their weights when they are first used. Images are `(N, 3, H, W)` in [0, 1] throughout.
+download their weights on first use. All images are `(N, 3, H, W)` in [0, 1].
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..models.features import FeatureEncoder, FeatureExtractor, encode, require_images
 from . import measures
 
-#: What a metric may need beside the images.
+#: Inputs that a metric may need beside the images.
 Need = Literal["prompts", "real", "target"]
 
-#: DreamSim's models take squares of this many pixels.
+#: Side of DreamSim's square inputs, in pixels.
 DREAMSIM_SIZE = 224
 
 _BATCH = 32
@@ -29,16 +29,16 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """What is measured.
+    """The inputs of a metric.
 
     Attributes:
         images: `(N, 3, H, W)` in [0, 1].
-        prompts: one for each image; pairs of images are then taken within a prompt only.
-        real: images to compare the distribution with, `(M, 3, H', W')`.
-        target: images not to resemble, `(M, 3, H', W')` or one `(3, H', W')`.
+        prompts: prompt of each image; only images of one prompt form pairs.
+        real: real images, whose distribution is compared, `(M, 3, H', W')`.
+        target: images that the outputs should not resemble, `(M, 3, H', W')` or `(3, H', W')`.
 
     Raises:
-        ValueError: other shapes or counts, or values outside of [0, 1].
+        ValueError: other shapes or counts, or values outside [0, 1].
     """
 
     images: Tensor
@@ -60,7 +60,7 @@ class Batch:
             raise ValueError(f"{len(self.images)} images need as many prompts")
 
     def within_prompts(self) -> Iterator[Tensor]:
-        """Indices of the images of each prompt; of all images where there are no prompts."""
+        """Yield the indices of each prompt's images, or of all images if there are no prompts."""
         prompts = self.prompts if self.prompts is not None else [""] * len(self.images)
         for prompt in dict.fromkeys(prompts):
             yield torch.tensor([item for item, other in enumerate(prompts) if other == prompt])
@@ -68,14 +68,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure with a name.
+    """A measure of a batch, with a name.
 
     Attributes:
-        name: as in tables.
+        name: name in tables.
         better: the direction that is an improvement: more diverse, closer to the real images,
             truer to the prompt, or less like the target.
-        measure: of a batch.
-        needs: parts of the batch beside the images.
+        measure: function from a batch to its value.
+        needs: parts of the batch that the measure needs beside the images.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Metric:
     needs: tuple[Need, ...] = ()
 
     def __call__(self, batch: Batch) -> float:
-        """The measure of `batch`.
+        """Return the measure of `batch`.
 
         Raises:
             ValueError: the batch lacks a part, or has too few images.
@@ -95,23 +95,23 @@ class Metric:
         return self.measure(batch)
 
 
-# By an encoder
+# From an encoder
 
 
 def encoder_metrics(encoder: FeatureEncoder, name: str = "") -> list[Metric]:
-    """Measures on the features of any encoder, see `encode`.
+    """Return metrics on the features of any encoder, see `encode`.
 
-    Pairwise cosine and Vendi score (means over prompts), Frechet distance, precision and recall
-    against real images, and the mean cosine to the closest target.
+    They are pairwise cosine and Vendi score (means over prompts), Frechet distance, precision and
+    recall against real images, and the mean cosine to the closest target.
 
     Args:
         encoder: `(b, 3, H, W)` in [0, 1] -> `(b, C)`.
-        name: put before the names of the metrics.
+        name: prefix of the metrics' names.
     """
     prefix = f"{name} " if name else ""
 
     def of(images: Tensor | None) -> Tensor:
-        assert images is not None  # `needs` was looked at
+        assert images is not None  # checked by `needs`
         return encode(encoder, images)
 
     def mean_in_prompts(statistic: Callable[[Tensor], float]) -> Callable[[Batch], float]:
@@ -145,10 +145,10 @@ def encoder_metrics(encoder: FeatureEncoder, name: str = "") -> list[Metric]:
 
 
 def embedded_metrics() -> list[Metric]:
-    """`encoder_metrics` of EfficientNet-lite0 and the inception-style score of its logits.
+    """Return `encoder_metrics` of EfficientNet-lite0, and the inception-style score of its logits.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     extractor = FeatureExtractor()
 
@@ -161,7 +161,7 @@ def embedded_metrics() -> list[Metric]:
     ]
 
 
-# By other libraries
+# From other libraries
 
 
 def _missing(what: str, error: ImportError) -> ImportError:
@@ -171,28 +171,28 @@ def _missing(what: str, error: ImportError) -> ImportError:
 
 
 def _as_bytes(images: Tensor, device: torch.device | str) -> Tensor:
-    # Rounded: torchmetrics' own conversion truncates, which darkens stored images by up to 1/255.
+    # torchmetrics truncates instead of rounding, which darkens stored images by up to 1/255.
     return (images * 255).round().to(device, torch.uint8)
 
 
 def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> FeatureEncoder:
-    """DreamSim's embedding `(B, 3, H, W)` in [0, 1] -> `(B, C)` (Fu et al., arXiv 2306.09344).
+    """Return DreamSim's encoder, `(B, 3, H, W)` in [0, 1] -> `(B, C)` (arXiv 2306.09344).
 
     Args:
-        device: of the model; images are moved there.
-        options: of `dreamsim.dreamsim`, such as `dreamsim_type`; `cache_dir` is a folder in
-            torch.hub's by default.
+        device: device of the model; images are moved there.
+        options: options of `dreamsim.dreamsim`, such as `dreamsim_type`. `cache_dir` defaults to a
+            folder in torch.hub's.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     try:
         from dreamsim import dreamsim
     except ImportError as error:
         raise _missing("DreamSim", error) from error
     folder = Path(options.setdefault("cache_dir", str(Path(torch.hub.get_dir()) / "dreamsim")))
-    folder.parent.mkdir(parents=True, exist_ok=True)  # it makes the last folder alone
-    # Its second value prepares PIL images; tensors are resized here in the same way.
+    folder.parent.mkdir(parents=True, exist_ok=True)  # dreamsim creates the last folder only
+    # The second value prepares PIL images; `embed` resizes tensors in the same way.
     model, _ = dreamsim(pretrained=True, device=str(device), **options)
     size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
 
@@ -204,10 +204,10 @@ def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> Feat
 
 
 def dreamsim_metrics(device: torch.device | str = "cpu", **options: Any) -> list[Metric]:
-    """Mean DreamSim similarity of pairs within a prompt, and to the closest target.
+    """Return the mean DreamSim similarity of pairs within a prompt, and to the closest target.
 
-    Similarity is 1 less DreamSim's distance, the cosine of its embeddings: the paper's measures of
-    diversity and of likeness to a protected image, lower is better for both.
+    The similarity is 1 less DreamSim's distance, the cosine of its embeddings. These are the
+    paper's measures of diversity and of likeness to a protected image; lower is better for both.
     """
     of_encoder = {m.name: m for m in encoder_metrics(dreamsim_encoder(device, **options))}
     pairs, target = of_encoder["pairwise cosine"], of_encoder["cosine to target"]
@@ -218,14 +218,14 @@ def dreamsim_metrics(device: torch.device | str = "cpu", **options: Any) -> list
 
 
 def fid(device: torch.device | str = "cpu", feature: int | nn.Module = 2048) -> Metric:
-    """torchmetrics' FID to the real images, of which as many are needed as of outputs.
+    """Return torchmetrics' FID to the real images; both sides need the same number of images.
 
     Args:
-        device: of the network.
+        device: device of the network.
         feature: layer of Inception v3, or a module `uint8 (B, 3, H, W) -> (B, C)`.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -235,7 +235,7 @@ def fid(device: torch.device | str = "cpu", feature: int | nn.Module = 2048) -> 
         raise _missing("FID", error) from error
 
     def measure(batch: Batch) -> float:
-        assert batch.real is not None  # `needs` was looked at
+        assert batch.real is not None  # checked by `needs`
         if len(batch.real) != len(batch.images):
             raise ValueError(
                 f"FID needs the same number of images on both sides, got {len(batch.images)} "
@@ -253,14 +253,14 @@ def fid(device: torch.device | str = "cpu", feature: int | nn.Module = 2048) -> 
 def inception_score(
     device: torch.device | str = "cpu", feature: str | nn.Module = "logits_unbiased"
 ) -> Metric:
-    """torchmetrics' inception score over all images at once: no random splits.
+    """Return torchmetrics' inception score over all images at once, without random splits.
 
     Args:
-        device: of the network.
+        device: device of the network.
         feature: layer of Inception v3, or a module `uint8 (B, 3, H, W) -> logits (B, classes)`.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     try:
         from torchmetrics.image.inception import InceptionScore
@@ -281,14 +281,14 @@ def inception_score(
 def clip_score(
     device: torch.device | str = "cpu", model: Any = "openai/clip-vit-large-patch14"
 ) -> Metric:
-    """torchmetrics' CLIPScore of the images with their prompts, 0 to 100.
+    """Return torchmetrics' CLIPScore of the images with their prompts, 0 to 100.
 
     Args:
-        device: of the model.
-        model: name of a CLIP model, or what `CLIPScore` takes in its place.
+        device: device of the model.
+        model: name of a CLIP model, or another `model_name_or_path` of `CLIPScore`.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     try:
         from torchmetrics.multimodal.clip_score import CLIPScore
@@ -299,11 +299,11 @@ def clip_score(
     metric.model = _Projections(metric.model)
 
     def measure(batch: Batch) -> float:
-        assert batch.prompts is not None  # `needs` was looked at
+        assert batch.prompts is not None  # checked by `needs`
         metric.reset()
         for start in range(0, len(batch.images), _BATCH):
             part = slice(start, start + _BATCH)
-            # Its processor divides by 255.
+            # CLIP's processor divides by 255.
             metric.update(_as_bytes(batch.images[part], device), list(batch.prompts[part]))
         return float(metric.compute())
 
@@ -311,7 +311,7 @@ def clip_score(
 
 
 class _Projections(nn.Module):
-    """A CLIP model as torchmetrics 1.9 expects it: transformers 5 wraps features in an output."""
+    """A CLIP model for torchmetrics 1.9, which expects tensors; transformers 5 wraps them."""
 
     model: Any
 
@@ -334,24 +334,24 @@ class _Projections(nn.Module):
 def lpips(
     device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
 ) -> Metric:
-    """The first of `lpips_metrics`: between the outputs of a prompt; higher is more diverse."""
+    """Return LPIPS between the outputs of a prompt, the first of `lpips_metrics`."""
     return lpips_metrics(device, net_type)[0]
 
 
 def lpips_metrics(
     device: torch.device | str = "cpu", net_type: Literal["alex", "vgg", "squeeze"] = "alex"
 ) -> list[Metric]:
-    """torchmetrics' LPIPS, mean over all pairs of images of a prompt, and to the closest target.
+    """Return torchmetrics' LPIPS over all pairs within a prompt, and to the closest target.
 
-    Both are distances: higher is more diverse, and less like the target. Targets are stretched to
-    the size of the images.
+    Both are distances: higher is more diverse, or less like the target. Targets are resized to the
+    size of the images.
 
     Args:
-        device: of the network.
-        net_type: its backbone.
+        device: device of the network.
+        net_type: backbone of the network.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: a package is missing; names the extra to install.
     """
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -362,7 +362,7 @@ def lpips_metrics(
     metric = metric.to(device)
 
     def distance(first: Tensor, second: Tensor) -> float:
-        """Mean over images `(B, 3, H, W)` of both sides."""
+        """Return the mean over pairs of images, `(B, 3, H, W)` on both sides."""
         metric.reset()
         for parts in zip(first.split(_BATCH), second.split(_BATCH), strict=True):
             metric.update(*(part.float().to(device) for part in parts))
@@ -379,7 +379,7 @@ def lpips_metrics(
         return sum(values) / len(values)
 
     def to_target(batch: Batch) -> float:
-        assert batch.target is not None  # `needs` was looked at
+        assert batch.target is not None  # checked by `needs`
         size = batch.images.shape[-2:]
         targets = F.interpolate(batch.target.float(), size, mode="bilinear", antialias=True)
         values = [
@@ -394,7 +394,7 @@ def lpips_metrics(
     ]
 
 
-#: What makes each kind of metric; all but `embedded` take a device and need the extra.
+#: Constructor of each kind of metric; all but `embedded` take a device and need the extra.
 METRICS: dict[str, Callable[..., Metric | list[Metric]]] = {
     "embedded": embedded_metrics,
     "dreamsim": dreamsim_metrics,

@@ -1,14 +1,16 @@
-"""Intervals by the paired bootstrap: both sides of a comparison are drawn with the same seeds.
+"""Intervals by the paired bootstrap: both sides of a comparison draw the same items.
 
-What is drawn is a block: images that were guided together are not independent, so they are drawn
-whole, within each stratum (prompt). Three corrections matter for few blocks. A stratum of B blocks
-gives B - 1 a draw (Rao and Wu 1988), else a mean's variance is too small by 1 / B. Quantiles are
-those of Student's t, not of the normal (Hesterberg 2015). And draws repeat samples, which makes
-nonlinear statistics less diverse than the estimate: the interval is moved back by that bias, once
-for a difference, where the biases of the two sides mostly cancel, and twice for a ratio (on its
-logarithm), whose estimate is itself too large where the denominator is a small entropy. That of a
-mean is not moved: it has no bias, and what a thousand draws happen to lie off would carry an end
-at exactly 0, as it is where few images changed, across it.
+Images that were guided together are not independent. The bootstrap therefore draws whole blocks
+(groups) of images within each stratum (prompt). Three corrections matter for few blocks:
+
+- A stratum of B blocks draws B - 1 of them (Rao and Wu 1988). Otherwise the variance of a mean is
+  too small by a factor of 1 - 1 / B.
+- Quantiles are those of Student's t, not of the normal distribution (Hesterberg 2015).
+- Draws repeat samples, which biases nonlinear statistics such as entropy. The interval is moved
+  back by that bias: once for a difference, where the biases of both sides mostly cancel, and twice
+  for the logarithm of a ratio, whose estimate is itself too large over a small entropy. The
+  interval of a mean is not moved, since a mean has no bias. Moving it by the noise of a thousand
+  draws could carry an end that is exactly 0, as it is where few images changed, across 0.
 """
 
 from __future__ import annotations
@@ -28,22 +30,23 @@ from . import measures
 
 Compare = Literal["difference", "ratio"]
 
-#: Values of a drawn statistic `(draws,)` from how often each block was drawn, `(draws, blocks)`.
+#: Function from how often each block was drawn, `(draws, blocks)`, to a statistic's `(draws,)`.
 Weighted = Callable[[Tensor], Tensor]
 
 SHARE = 0.95
+"""Share of intervals that contain the truth."""
 
 _NORMAL = NormalDist()
 
 
 @runtime_checkable
 class BlockStatistic(Protocol):
-    """A statistic that knows its value for all draws at once, without taking samples out."""
+    """A statistic that computes its value for all draws at once, without copying samples."""
 
     def __call__(self, samples: Any) -> float: ...
 
     def weighted(self, samples: Any, blocks: Tensor) -> Weighted:
-        """Prepares draws of `samples`, whose N items belong to the blocks `(N,)` 0, 1, ..."""
+        """Prepare draws of N samples, which belong to the blocks `(N,)` numbered 0, 1, ..."""
         ...
 
 
@@ -52,13 +55,13 @@ class Interval:
     """An estimate with its 95% interval.
 
     Attributes:
-        estimate: the statistic of the samples as they are.
+        estimate: the statistic of the samples.
         low: lower end.
         high: upper end.
-        samples: number on each side.
-        blocks: number of independent groups among them.
-        draws: of the bootstrap.
-        bias: mean of the draws less the estimate, of a ratio's logarithm where it has one.
+        samples: number of samples on each side.
+        blocks: number of independent blocks among them.
+        draws: number of draws.
+        bias: mean of the draws less the estimate; for a ratio, of the logarithms.
         no_change: 0 for a difference, 1 for a ratio, None for one condition.
     """
 
@@ -72,14 +75,14 @@ class Interval:
     no_change: float | None = None
 
     def contains(self, value: float) -> bool:
-        """Whether the interval, ends included, contains `value`."""
+        """Return True if the interval, ends included, contains `value`."""
         return self.low <= value <= self.high
 
     @property
     def corrected(self) -> float:
-        """The estimate less its bias, which the bootstrap takes for that of its draws.
+        """The estimate less its bias, which the bias of the draws estimates.
 
-        Of a ratio of entropies it is the one to report, see docs/measures.md.
+        Report this one for a ratio of entropies; docs/measures.md says why.
         """
         if self.no_change == 1:
             return self.estimate * math.exp(-self.bias)
@@ -87,7 +90,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """`"higher"`, `"lower"`, or `"no change seen"` where the interval contains no change."""
+        """`"higher"`, `"lower"`, or `"no change seen"` if the interval contains `no_change`."""
         if self.no_change is None:
             raise ValueError("the interval of one condition compares nothing")
         if self.contains(self.no_change):
@@ -107,26 +110,27 @@ def paired_bootstrap(
     seed: int = 0,
     compare: Compare = "difference",
 ) -> Interval:
-    """Interval of `statistic(a) - statistic(b)`, or of their ratio, with the same items drawn.
+    """Return the interval of `statistic(a) - statistic(b)`, or of their ratio.
 
     Args:
-        statistic: of any number of samples. The classes of this module are computed for all draws
+        statistic: function of any number of samples. The classes of this module compute all draws
             at once; any other callable is called `2 * draws` times.
         samples_a: N items: a tensor or array of N rows, or a sequence.
         samples_b: N items; item i has the seed and prompt of item i of `samples_a`.
-        strata: the prompt of each item; draws keep their sizes. Default: one stratum.
-        blocks: the group of each item, unique over all strata or within each; its images are drawn
-            together. Default: every item is its own block. Ask for 8 in each stratum: intervals
-            of fewer are too narrow, those of 2 far too narrow (docs/measures.md).
-        within_strata: the statistic is computed in each stratum and averaged over them, as mean
-            pairwise cosine and attribute entropy over prompts are; otherwise over all items.
+        strata: prompt of each item; every draw keeps the strata's sizes. Default: one stratum.
+        blocks: group of each item, unique over all strata or within each; the images of a group
+            are drawn together. Default: every item is its own block. Use at least 8 blocks in each
+            stratum: intervals of fewer are too narrow, those of 2 far too narrow
+            (docs/measures.md).
+        within_strata: compute the statistic in each stratum and average over strata, as for
+            pairwise cosine and attribute entropy; otherwise over all items at once.
         draws: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
         compare: `"difference"` or `"ratio"`.
 
     Raises:
         ValueError: unequal counts, fewer than two blocks in a stratum, values that are not finite,
-            a ratio to nothing.
+            or a ratio to zero.
     """
     if compare not in ("difference", "ratio"):
         raise ValueError(f"compare must be 'difference' or 'ratio', got {compare!r}")
@@ -156,14 +160,14 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Interval of `statistic` of one condition, for error bars; see `paired_bootstrap`."""
+    """Return the interval of `statistic` for one condition; see `paired_bootstrap`."""
     plan = BootstrapPlan.of(len(samples), strata, blocks, draws, seed)
     value, drawn = plan.apply(statistic, samples, within_strata)
     return plan.interval(value, drawn, recentre=is_biased(statistic))
 
 
 def is_biased(statistic: Callable[[Any], float]) -> bool:
-    """Whether draws with repeated samples shift the statistic on average."""
+    """Return True if draws with repeated samples shift the statistic on average."""
     return not isinstance(statistic, Mean)
 
 
@@ -176,10 +180,10 @@ class _Stratum:
 
 @dataclass(frozen=True)
 class BootstrapPlan:
-    """What is drawn, the same for both sides.
+    """The drawn blocks of each stratum, the same for all conditions.
 
-    For what depends on several statistics or conditions at once, such as a frontier: `apply` gives
-    the draws of each, in which draw i is of the same items, and `interval` or `ratio` the rest.
+    Use it for values of several statistics or conditions at once, such as a frontier: `apply` gives
+    the draws of each, where draw i has the same items, and `interval` or `ratio` the interval.
     """
 
     samples: int
@@ -194,7 +198,7 @@ class BootstrapPlan:
         draws: int,
         seed: int,
     ) -> BootstrapPlan:
-        """See `paired_bootstrap`."""
+        """Draw a plan; see `paired_bootstrap` for the arguments."""
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         for name, labels in (("strata", strata), ("blocks", blocks)):
@@ -221,11 +225,12 @@ class BootstrapPlan:
 
     @property
     def blocks(self) -> int:
+        """Number of blocks in all strata."""
         return sum(part.counts.shape[1] for part in self.strata)
 
     @property
     def tail(self) -> float:
-        """Share of draws beyond each end: what a normal has beyond Student's 2.5% quantile."""
+        """Share of draws beyond each end: the normal's tail beyond Student's 2.5% quantile."""
         z, freedom = _NORMAL.inv_cdf((1 + SHARE) / 2), self.blocks - len(self.strata)
         # Cornish-Fisher expansion of the quantile (Abramowitz and Stegun 26.7.5).
         quantile = (
@@ -241,9 +246,13 @@ class BootstrapPlan:
         *,
         recentre: bool = True,
     ) -> Interval:
-        """Quantiles of the draws, moved by their bias against the estimate.
+        """Return quantiles of the draws, moved by their bias against the estimate.
 
-        Without `recentre` they are not moved: for statistics that are not biased, see `is_biased`.
+        Args:
+            estimate: the statistic of the samples, or a difference.
+            drawn: the same for each draw, (draws,).
+            no_change: 0 for a difference, None for one condition.
+            recentre: move the quantiles; False for statistics without bias, see `is_biased`.
         """
         bias = float(drawn.mean()) - estimate if recentre else 0.0
         low, high = np.quantile(drawn, (self.tail, 1 - self.tail)) - bias
@@ -258,10 +267,20 @@ class BootstrapPlan:
         *,
         recentre: bool = True,
     ) -> Interval:
-        """Of logarithms, moved twice; quantiles as they are where some draws are zero.
+        """Return the interval of a ratio: quantiles of the logarithms, moved twice by their bias.
 
-        Without `recentre` they are not moved. That is for draws in which some values stand for a
-        failure: they lower the mean of the draws, and moving by it would reward the failures.
+        The quantiles are not moved if some draws are zero.
+
+        Args:
+            a: the numerator.
+            b: the denominator.
+            drawn_a: the numerator of each draw, (draws,).
+            drawn_b: the denominator of each draw, (draws,).
+            recentre: move the quantiles. False if some draws stand for a failure: they lower the
+                mean of the draws, and moving by it would reward the failures.
+
+        Raises:
+            ValueError: a negative value, a zero denominator, or both sides zero in a draw.
         """
         if a < 0 or b <= 0 or (drawn_a < 0).any() or (drawn_b < 0).any():
             raise ValueError(f"a ratio needs positive statistics, got {a:g} to {b:g}")
@@ -288,7 +307,11 @@ class BootstrapPlan:
     def apply(
         self, statistic: Callable[[Any], float], samples: Any, within_strata: bool
     ) -> tuple[float, np.ndarray]:
-        """The statistic of `samples`, and of each draw of them `(draws,)`."""
+        """Return the statistic of `samples`, and of each draw, `(draws,)`.
+
+        Raises:
+            ValueError: values that are not finite.
+        """
         parts = self.strata if within_strata else [self._pooled()]
         values, drawn = [], []
         for part in parts:
@@ -301,7 +324,7 @@ class BootstrapPlan:
         return value, all_drawn
 
     def _pooled(self) -> _Stratum:
-        """All strata as one, drawn as before."""
+        """Return all strata as one, with the same draws."""
         offsets = np.cumsum([0, *(part.counts.shape[1] for part in self.strata)])
         return _Stratum(
             np.concatenate([part.items for part in self.strata]),
@@ -341,20 +364,20 @@ def _draw(statistic: Callable[[Any], float], samples: Any, part: _Stratum) -> np
 
 
 def _summed(values: Tensor, blocks: Tensor) -> Tensor:
-    """Rows `(N, C)` summed within their blocks, `(B, C)`."""
+    """Return sums of rows `(N, C)` within their blocks, `(B, C)`."""
     total = values.new_zeros(int(blocks.max()) + 1, values.shape[1])
     return total.index_add_(0, blocks, values)
 
 
 def _means(weights: Tensor, values: Tensor, blocks: Tensor) -> Tensor:
-    """Means of rows `(N, C)` over the samples of each draw, `(draws, C)`."""
+    """Return means of rows `(N, C)` over the samples of each draw, `(draws, C)`."""
     sizes = torch.bincount(blocks).double()
     return (weights @ _summed(values, blocks)) / (weights @ sizes)[:, None]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of one number a sample: shares, cosines, distances, seconds; `(N,)`."""
+    """Mean of one number per sample, `(N,)`: shares, cosines, distances, seconds."""
 
     def __call__(self, samples: Any) -> float:
         return float(self._values(samples).mean())
@@ -367,7 +390,7 @@ class Mean:
     def _values(samples: Any) -> Tensor:
         values = torch.as_tensor(samples).detach().cpu().double()
         if values.dim() != 1 or not len(values):
-            raise ValueError(f"a mean is taken of one number a sample, got {tuple(values.shape)}")
+            raise ValueError(f"a mean needs one number a sample, (N,), got {tuple(values.shape)}")
         return values
 
 
@@ -397,8 +420,8 @@ class AttributeEntropy:
 class PairwiseCosine:
     """`measures.mean_pairwise_cosine` of features `(N, C)`.
 
-    A draw repeats blocks. An item is no pair with its own copy, nor with its block's other copies:
-    those pairs would be guided against each other, which items of different blocks are not.
+    A draw repeats blocks. Pairs of copies of one block are left out, since their items were guided
+    against each other and items of different blocks were not.
     """
 
     def __call__(self, samples: Tensor) -> float:
@@ -440,7 +463,7 @@ class InceptionScore:
 
 @dataclass(frozen=True)
 class FrechetTo:
-    """`measures.frechet_distance` of features `(N, C)` to `real` `(N, C)`, which is not drawn.
+    """`measures.frechet_distance` of features `(N, C)` to fixed `real` `(N, C)`.
 
     1000 draws of 256 samples take seconds: each needs the eigenvalues of an N x N matrix.
     """
@@ -469,7 +492,7 @@ class FrechetTo:
             variance = (shares @ squares[drawn] - offset) * unbiased
             matrix = cross[drawn] - shares @ cross[drawn]
             matrix = matrix * (shares * unbiased).sqrt()[:, None]
-            # Squared singular values, of the smaller side.
+            # The smaller Gram matrix has the squared singular values.
             gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
             singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
             return offset + variance + trace - 2 * singular

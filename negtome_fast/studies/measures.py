@@ -1,7 +1,7 @@
-"""Measures on features `(N, C)`, logits and what the attribute reader saw, all in float64.
+"""Measures of features `(N, C)`, logits, pixels and readings of the attribute reader, in float64.
 
-Diversity: pairwise cosine, Vendi score, entropy of attributes, recall. Quality: Frechet distance,
-precision, inception-style score, agreement with the prompt. Likeness: cosine, L2, recognised.
+Diversity: pairwise cosine, Vendi score, attribute entropy, recall. Quality: Frechet distance,
+precision, inception-style score, prompt agreement, contrast. Likeness: cosine, L2, recognised.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
     "vendi_score",
 ]
 
-#: One image as the attribute reader sees it: `{head: value}`.
+#: An image as the attribute reader sees it: `{head: value}`.
 Reading = dict[str, str]
 
 
 def _rows(values: Tensor, name: str, least: int) -> Tensor:
-    """`values` in float64, after a look at shape, count and finiteness."""
+    """Return `values` in float64; raise `ValueError` for a wrong shape, count or value."""
     if values.dim() != 2 or len(values) < least:
         raise ValueError(
             f"{name} needs (N, C) with at least {least} rows, got {tuple(values.shape)}"
@@ -68,7 +68,7 @@ def _same_width(a: Tensor, b: Tensor, name: str) -> None:
 
 
 def mean_pairwise_cosine(features: Tensor) -> float:
-    """Mean cosine of all pairs of rows of `(N, C)`; lower is more diverse.
+    """Return the mean cosine of all pairs of rows of `(N, C)`; lower is more diverse.
 
     Raises:
         ValueError: fewer than two rows, a row of zeros, or values that are not finite.
@@ -79,23 +79,23 @@ def mean_pairwise_cosine(features: Tensor) -> float:
 
 
 def vendi_score(features: Tensor) -> float:
-    """Effective number of different rows of `(N, C)`: 1 where all are equal, N where orthogonal.
+    """Return the effective number of different rows of `(N, C)`.
 
-    `exp(-sum_i l_i log l_i)` over the eigenvalues `l` of the cosine kernel over N (Friedman and
-    Dieng, arXiv 2210.02410, with the kernel `cos`).
+    It is 1 if all rows are equal and N if all are orthogonal: `exp(-sum_i l_i log l_i)` over the
+    eigenvalues `l` of the cosine kernel divided by N (Friedman and Dieng, arXiv 2210.02410).
 
     Raises:
         ValueError: no rows, a row of zeros, or values that are not finite.
     """
     unit = _unit_rows(features, "Vendi score", 1)
-    # The smaller Gram matrix has the same eigenvalues, but for zeros.
+    # The smaller Gram matrix has the same nonzero eigenvalues.
     gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
     eigenvalues = torch.linalg.eigvalsh(gram / len(unit)).clamp_min(0)
     return math.exp(float(torch.special.entr(eigenvalues).sum()))
 
 
 def entropy(values: Sequence[str]) -> float:
-    """Entropy in nats of the empirical distribution of `values`; 0 where all are equal.
+    """Return the entropy of the empirical distribution of `values`, in nats; 0 if all are equal.
 
     Raises:
         ValueError: no values.
@@ -107,7 +107,7 @@ def entropy(values: Sequence[str]) -> float:
 
 
 def attribute_entropy(readings: Sequence[Reading], names: Sequence[str] = OPEN_ATTRIBUTES) -> float:
-    """Mean over `names` of the entropy, in nats, of what the reader saw in the images.
+    """Return the mean over attributes `names` of the entropy of their readings, in nats.
 
     Raises:
         ValueError: no readings or no names.
@@ -121,15 +121,15 @@ def attribute_entropy(readings: Sequence[Reading], names: Sequence[str] = OPEN_A
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of the Gaussians that fit `a` and `b`, both `(N, C)`; lower is closer.
+    """Return the Frechet distance of Gaussians fitted to `a` and `b`, both `(N, C)`.
 
     `|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)` with unbiased covariances. The last
-    trace is the sum of the singular values of `X_a X_b^T / (N - 1)`, `X` the centred rows: no
-    square root of a matrix is taken, so it is exact with fewer samples than channels as well.
+    trace is the sum of the singular values of `X_a X_b^T / (N - 1)`, with `X` the centred rows. No
+    square root of a matrix is taken, so the value is exact with fewer samples than channels too.
 
-    The estimate is too large by an amount that falls with N. Hence it takes the same number of
-    samples on both sides, and only values at equal N compare. It is never to be called FID, which
-    is this distance on Inception-v3 features.
+    The estimate is too large by an amount that falls with N. Both sides therefore need the same
+    number of samples, and only values at equal N compare. Do not call it FID: that is this distance
+    on Inception-v3 features.
 
     Raises:
         ValueError: unequal counts or widths, fewer than two rows, or values that are not finite.
@@ -145,20 +145,20 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     scale = (len(a) - 1) ** -0.5
     a, b = (a - mean_a) * scale, (b - mean_b) * scale
     traces = a.square().sum() + b.square().sum()
-    if len(a) > a.shape[1]:  # R of `X = Q R` has X's covariance in fewer rows
+    if len(a) > a.shape[1]:  # R of `X = Q R` has the covariance of X in fewer rows
         a, b = torch.linalg.qr(a, mode="r").R, torch.linalg.qr(b, mode="r").R
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return float(((mean_a - mean_b).square().sum() + traces - 2 * cross).clamp_min(0))
 
 
 def inside_manifold(real: Tensor, generated: Tensor, k: int = 5) -> Tensor:
-    """Which rows of `generated` lie in the manifold of `real`: bool `(N,)`.
+    """Return which rows of `generated` lie in the manifold of `real`, bool `(N,)`.
 
-    The manifold is the union of the balls around the rows of `real`, each as large as the distance
-    to its k-th nearest other row (Kynkaanniemi et al., arXiv 1904.06991, equation 1).
+    The manifold is the union of balls around the rows of `real`. The radius of a ball is the
+    distance to the k-th nearest other row (Kynkaanniemi et al., arXiv 1904.06991, equation 1).
 
     Raises:
-        ValueError: not more than k rows in `real`, unequal widths, or values that are not finite.
+        ValueError: k or fewer rows in `real`, unequal widths, or values that are not finite.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -171,7 +171,7 @@ def inside_manifold(real: Tensor, generated: Tensor, k: int = 5) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances `(N, M)`; what rounding cannot tell from a copy is at distance 0."""
+    """Return Euclidean distances `(N, M)`; distances below the rounding error are 0."""
     centre = b.mean(0)
     a, b = a - centre, b - centre
     norms = a.square().sum(-1)[:, None] + b.square().sum(-1)
@@ -180,10 +180,10 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
-    """Share of `generated` inside of the manifold of `real`, and the other way round.
+    """Return the share of `generated` in the manifold of `real`, and the other way round.
 
-    Both depend on the number of rows that span the manifold: only values at equal numbers compare.
-    See `inside_manifold`.
+    Both depend on the number of rows that span the manifold, so only values at equal numbers
+    compare. See `inside_manifold`.
     """
     precision = inside_manifold(real, generated, k).double().mean()
     recall = inside_manifold(generated, real, k).double().mean()
@@ -191,10 +191,10 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
 
 
 def inception_score(logits: Tensor) -> float:
-    """Inception-style score of `(N, classes)`, from 1 to the number of classes.
+    """Return the inception-style score of logits `(N, classes)`, from 1 to the number of classes.
 
-    `exp(mean_x KL(p(y|x) || p(y)))` (Salimans et al., arXiv 1606.03498) over all N at once, with
-    the classes of the network at hand: not comparable with published scores of Inception-v3.
+    `exp(mean_x KL(p(y|x) || p(y)))` (Salimans et al., arXiv 1606.03498) over all N at once. The
+    classes are those of the given network, so published scores of Inception-v3 do not compare.
 
     Raises:
         ValueError: fewer than two rows, or values that are not finite.
@@ -206,14 +206,17 @@ def inception_score(logits: Tensor) -> float:
 
 
 def prompt_hits(readings: Sequence[Reading], prompts: str | Sequence[str]) -> Tensor:
-    """Whether each image shows every attribute that its prompt names, its style included.
+    """Return which images show every attribute that their prompt names, style included.
 
     Args:
-        readings: of N images.
-        prompts: one for all, or N.
+        readings: readings of N images.
+        prompts: one prompt for all images, or N prompts.
 
     Returns:
         bool `(N,)`.
+
+    Raises:
+        ValueError: another number of prompts.
     """
     if isinstance(prompts, str):
         prompts = [prompts] * len(readings)
@@ -230,7 +233,7 @@ def prompt_hits(readings: Sequence[Reading], prompts: str | Sequence[str]) -> Te
 
 
 def prompt_agreement(readings: Sequence[Reading], prompt: str | Sequence[str]) -> float:
-    """Share of images that show every attribute that `prompt` names, its style included.
+    """Return the share of images that show every attribute that `prompt` names, style included.
 
     Raises:
         ValueError: no readings, or neither one prompt nor one for each.
@@ -241,7 +244,10 @@ def prompt_agreement(readings: Sequence[Reading], prompt: str | Sequence[str]) -
 
 
 def contrast(images: Tensor) -> Tensor:
-    """Mean difference of neighbouring pixels of (N, 3, H, W), in 256ths of the full scale; (N,)."""
+    """Return the mean difference of neighbouring pixels of images `(N, 3, H, W)` in [0, 1].
+
+    The result `(N,)` counts 8-bit steps, 1/255 of the full scale.
+    """
     grey = images.mean(dim=1).double() * 255
     steps = [grey.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2)]
     return (steps[0] + steps[1]) / 2
@@ -251,7 +257,11 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Cosine of each row of `(N, C)` with `target`, `(C,)` or `(M, C)`: the closest of M; `(N,)`.
+    """Return the cosine of each row of `(N, C)` with the closest `target`, `(N,)`.
+
+    Args:
+        features: `(N, C)`.
+        target: `(C,)` or `(M, C)`.
 
     Raises:
         ValueError: unequal widths, a row of zeros, or values that are not finite.
@@ -263,7 +273,7 @@ def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
 
 
 def latent_l2(latents: Tensor, target: Tensor) -> Tensor:
-    """Euclidean distance of each of `(N, ...)` to `target` `(...)`, in units of the latent; `(N,)`.
+    """Return the Euclidean distance of each of `latents` `(N, ...)` to `target` `(...)`, `(N,)`.
 
     Raises:
         ValueError: shapes that do not match, or values that are not finite.
@@ -278,5 +288,5 @@ def latent_l2(latents: Tensor, target: Tensor) -> Tensor:
 
 
 def recognised(readings: Sequence[Reading], character: str) -> Tensor:
-    """Which images the reader takes for `character`, bool `(N,)`; the mean is the share."""
+    """Return which images the reader takes for `character`, bool `(N,)`."""
     return torch.tensor([reading["character"] == character for reading in readings])

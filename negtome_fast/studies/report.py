@@ -1,7 +1,7 @@
-"""`negtome-fast eval report`: all studies' results as one HTML page that needs nothing else.
+"""`negtome-fast eval report`: the results of all studies as one self-contained HTML page.
 
-It is made of the files in a folder alone: `NAME.json`, whose tables and figures are drawn anew, and
-the sheets `NAME-*.png`.
+The page is made from the files of a folder alone. Tables and figures are drawn again from
+`NAME.json`; sheets of images are the files `NAME-*.png`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ code { background: #f1f3f6; padding: 0 .25em; border-radius: 3px; font-size: .92
 .quick { color: #b00020; font-weight: 600; }
 """
 ABOUT = (
-    "What guidance does to the images of a diffusion model. Brackets and bars are 95% intervals of "
-    "a bootstrap that draws groups of images that were guided together as one, and the same groups "
-    "on both sides of a comparison. All scores are in the JSON files beside this page."
+    "The effect of guidance on the images of a diffusion model. Brackets and bars are 95% "
+    "intervals of a bootstrap. It draws whole groups of images that were guided together, and the "
+    "same groups on both sides of a comparison. All scores are in the JSON files beside this page."
 )
 ABOUT_EMBEDDED = (
     "{sections}: the embedded model tiny-flux-avatars, measured with image features and an "
@@ -49,14 +49,14 @@ ABOUT_EMBEDDED = (
     "measure."
 )
 ABOUT_OWN = (
-    "{section}: {model}, on prompts of its user. Nothing is known of what such images should show, "
-    "so they are measured by image features and other libraries' metrics alone."
+    "{section}: {model}, on prompts of its user. The true content of such images is unknown, so "
+    "they are measured by image features and metrics of other libraries alone."
 )
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of a kind of result; see `studies.Study` for the attributes."""
+    """A section of the page for one kind of result; `studies.Study` explains the attributes."""
 
     name: str
     purpose: str
@@ -71,18 +71,17 @@ SECTIONS = (
 
 
 def write(folder: Path) -> Path:
-    """Makes `report.html` of the results in `folder`, and returns its path.
+    """Write `report.html` from the results in `folder`, and return its path.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder has no results.
         ValueError: a file is not the result of a study.
     """
     files = {section: folder / f"{section.name}.json" for section in SECTIONS}
     results = [(section, load(path)) for section, path in files.items() if path.is_file()]
     if not results:
         raise FileNotFoundError(
-            f"there are no results of studies in {folder}; negtome-fast eval diversity --out "
-            f"{folder} makes one"
+            f"there are no results of studies in {folder}: run negtome-fast eval diversity first"
         )
     links = "".join(f'<a href="#{s.name}">{s.name}</a>' for s, _ in results)
     about = "".join(f"<p>{html.escape(text)}</p>" for text in _introduction(results))
@@ -99,7 +98,7 @@ def write(folder: Path) -> Path:
 
 
 def _introduction(results: Sequence[tuple[Section, dict[str, Any]]]) -> list[str]:
-    """Which model each section is about, and how figures are to be read."""
+    """Return paragraphs that say which model each section is about, and how to read figures."""
     paragraphs = [ABOUT]
     embedded = [section.name for section, _ in results if section.name != own.NAME]
     if embedded:
@@ -143,7 +142,7 @@ def _image(picture: bytes, name: str) -> str:
 
 
 def _html(markdown: str) -> str:
-    """Paragraphs and tables of the studies' Markdown, with `code` and **bold**."""
+    """Return the studies' Markdown as HTML: paragraphs, tables, `code` and **bold**."""
     return "".join(
         _table(part.splitlines()) if part.startswith("|") else f"<p>{_inline(part)}</p>"
         for part in markdown.split("\n\n")

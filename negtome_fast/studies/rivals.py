@@ -1,8 +1,8 @@
-"""Other methods that need no training and promise diversity, as small baselines for studies.
+"""Rivals: other methods without training that promise diversity, as baselines for studies.
 
-Each is the formula of its paper in the terms of rectified flow, where x_t = (1 - sigma) x_0 +
-sigma * noise, the model gives v = noise - x_0, and so x_0 = x_t - sigma * v. They act on a
-`FluxPipeline` from outside, and leave it as it was.
+Each is the formula of its paper in terms of rectified flow: x_t = (1 - sigma) x_0 + sigma * noise,
+the model predicts v = noise - x_0, and so x_0 = x_t - sigma * v. A rival changes a `FluxPipeline`
+from outside while its context is open, and then restores it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from ..models.features import FeatureExtractor
 _MISSING = object()
 
 Call = dict[str, Any]
-"""Arguments for the pipeline's call."""
+"""Arguments of the pipeline's call."""
 
 
 class Baseline(Protocol):
-    """A method that changes how a pipeline samples, while its context is open.
+    """A method that changes how a pipeline samples while its context is open.
 
-    The items of a batch are ordered prompt by prompt; images of one prompt are a group, and a
-    method that lets images see each other keeps to the groups.
+    The items of a batch are ordered prompt by prompt. The images of one prompt are a group, and
+    images of different groups never see each other.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the method."""
+        ...
 
     def applied(
         self, pipe: Any, *, prompts: int, images_per_prompt: int
     ) -> AbstractContextManager[Call]:
-        """Changes `pipe` for one call, to whose arguments what it yields must be added."""
+        """Change `pipe` for one call; yields arguments that the call must add."""
         ...
 
 
@@ -50,7 +52,7 @@ class LowerScale:
     """Classifier-free guidance at another scale, the cheapest way to more diversity.
 
     Attributes:
-        scale: of the guidance; 1 switches it off.
+        scale: guidance scale; 1 switches it off.
     """
 
     name: ClassVar[str] = "guidance scale"
@@ -63,16 +65,20 @@ class LowerScale:
 
 @dataclass(frozen=True)
 class IntervalGuidance:
-    """Classifier-free guidance in an interval of noise levels only (arXiv 2404.07724).
+    """Classifier-free guidance within an interval of noise levels only (arXiv 2404.07724).
 
         v = v_c + (w - 1) (v_c - v_u)   where   low < sigma <= high,   else   v = v_c
 
-    Outside of the interval the unconditional forward is not computed, which is where the method
-    saves time. The paper's noise levels s, of x_0 + s * noise, are sigma = s / (1 + s) here: its
-    (0.28, 2.9] for ImageNet is (0.22, 0.74], its (0.28, 5.42] for SD-XL is (0.22, 0.84].
+    Outside the interval the unconditional forward is skipped, which saves time. A noise level s of
+    the paper, for x_0 + s * noise, is sigma = s / (1 + s) here: its (0.28, 2.9] for ImageNet is
+    (0.22, 0.74], its (0.28, 5.42] for SD-XL is (0.22, 0.84].
 
     Attributes:
-        low, high: of sigma, 0 (image) to 1 (noise).
+        low: lower end of sigma, from 0 (image) to 1 (noise).
+        high: upper end of sigma.
+
+    Raises:
+        ValueError: the ends are not in order.
     """
 
     name: ClassVar[str] = "interval guidance"
@@ -84,7 +90,7 @@ class IntervalGuidance:
             raise ValueError(f"needs 0 <= low <= high <= 1, not {self.low} and {self.high}")
 
     def guides(self, sigma: float) -> bool:
-        """Whether the two velocities are combined at this noise level."""
+        """Return True if the two velocities are combined at this noise level."""
         return self.low < sigma <= self.high
 
     @contextmanager
@@ -101,7 +107,7 @@ class IntervalGuidance:
             skipped = not is_conditional and not self.guides(sigma)
 
         def shortened(*args: Any, **kwargs: Any) -> Any:
-            # With equal velocities the pipeline's combination is v_c exactly.
+            # With equal velocities, the pipeline's combination is exactly v_c.
             return conditional if skipped else forward(*args, **kwargs)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -120,19 +126,24 @@ class IntervalGuidance:
 class CADS:
     """Condition-annealed diffusion sampling (arXiv 2310.17347).
 
-        y' = sqrt(gamma) y + s sqrt(1 - gamma) n          n normal, drawn anew in every step
+        y' = sqrt(gamma) y + s sqrt(1 - gamma) n          n normal, new in every step
         y" = psi ((y' - mean y') / std y' * std y + mean y) + (1 - psi) y'
         gamma(t) = 1 for t <= tau1, (tau2 - t) / (tau2 - tau1), 0 for t >= tau2
 
-    The time t is sigma. Noise goes to the embeddings of the prompt, those of single words and the
-    pooled one; the negative prompt stays as it is. Mean and standard deviation are an image's. The
-    noise of an image follows from its initial latents, so that it does not depend on its place.
+    The time t is sigma. Noise is added to the prompt's embeddings of single words and to the pooled
+    one, but not to the negative prompt's. Mean and standard deviation are taken over each image's
+    embedding. The noise of an image follows from its initial latents, not from its place in the
+    batch.
 
     Attributes:
-        scale: s.
-        tau1, tau2: where annealing ends and begins; 1, 1 adds no noise. Authors: 0.6 and 0.9.
+        scale: s, the strength of the noise.
+        tau1: time at which annealing ends. Authors: 0.6.
+        tau2: time at which annealing begins. Authors: 0.9. Both at 1 add no noise.
         psi: share of the rescaled condition. Authors: 1.
-        seed: for other noise from the same latents.
+        seed: changes the noise for the same latents.
+
+    Raises:
+        ValueError: an attribute out of its range.
     """
 
     name: ClassVar[str] = "CADS"
@@ -149,13 +160,13 @@ class CADS:
             raise ValueError(f"needs scale >= 0, 0 <= psi <= 1, not {self.scale} and {self.psi}")
 
     def gamma(self, sigma: float) -> float:
-        """Share of the condition that is left: 0 at pure noise, 1 at the end."""
+        """Return the remaining share of the condition: 0 at pure noise, 1 at the end."""
         if sigma <= self.tau1:
             return 1.0
         return max(0.0, (self.tau2 - sigma) / (self.tau2 - self.tau1)) if sigma < self.tau2 else 0.0
 
     def corrupt(self, condition: Tensor, noise: Tensor, gamma: float) -> Tensor:
-        """The annealed condition, item by item of `(B, ...)`."""
+        """Return the annealed condition, `(B, ...)`, item by item."""
         axes = tuple(range(1, condition.dim()))
         noised = math.sqrt(gamma) * condition + self.scale * math.sqrt(1 - gamma) * noise
         mean, std = (f(condition, dim=axes, keepdim=True) for f in (torch.mean, torch.std))
@@ -192,18 +203,21 @@ class ParticleGuidance:
         v_i' = v_i - strength * sum_j 2 k_ij / h_i * (f_i - f_j) df_i/dx
         k_ij = exp(-|f_i - f_j|^2 / h_i),   h_i = median_j |f_i - f_j|^2 / log n
 
-    over the n images of a group, so that each goes down the potential sum_j k_ij while sigma is
-    above `sigma_min`. The paper leaves the weight of the potential's gradient in the score free
-    for every time; here it is (1 - sigma) / sigma, which makes the gradient a constant part of the
+    over the n images of a group. Each image descends the potential sum_j k_ij while sigma is above
+    `sigma_min`. The paper leaves the weight of the potential's gradient in the score free at every
+    time; here it is (1 - sigma) / sigma, so that the gradient has a constant weight in the
     velocity. As in the authors' code, the model is not differentiated.
 
     Attributes:
-        strength: 0 changes nothing.
-        space: what f is. `"features"`: EfficientNet-lite0's of the decoded x_0, in place of the
-            authors' DINO, with gradients through the decoder; `"clean"`: the latents of x_0
-            themselves; `"noisy"`: those of x_t, the authors' variant without features.
-        sigma_min: no guidance at or below; the authors' code stops at noise levels of 3 (features)
-            and 1 (latents), which are 0.75 and 0.5 here.
+        strength: weight of the gradient; 0 changes nothing.
+        space: the meaning of f. `"features"`: EfficientNet-lite0 features of the decoded x_0, with
+            gradients through the decoder (the authors use DINO); `"clean"`: the latents of x_0;
+            `"noisy"`: the latents x_t, the authors' variant without features.
+        sigma_min: guidance stops at this noise level. The authors' code stops at noise levels of 3
+            (features) and 1 (latents), which are 0.75 and 0.5 here.
+
+    Raises:
+        ValueError: an unknown space.
     """
 
     name: ClassVar[str] = "particle guidance"
@@ -243,13 +257,16 @@ class SPELL:
         x_0' = x_0 + lambda * sum_k relu(r / |x_0 - z_k| - 1) (x_0 - z_k)
         v' = v - (x_0' - x_0) / sigma
 
-    Predictions of clean latents that come closer to another's than the radius are pushed out to
-    the surface of its shell; others are not changed. The z_k are the other images' predictions in
-    the same step. A prediction that equals z_k has no direction and is not pushed away from it.
+    The z_k are the other images' predictions of clean latents in the same step. A prediction that
+    is closer to z_k than the radius is pushed out to that distance; others do not change. A
+    prediction that equals z_k has no direction and is not pushed away from it.
 
     Attributes:
-        radius: r, the distance of two images' latents in the Euclidean norm; 0 changes nothing.
+        radius: r, a Euclidean distance between two images' latents; 0 changes nothing.
         overcompensation: lambda. Authors: 1.6.
+
+    Raises:
+        ValueError: a negative attribute.
     """
 
     name: ClassVar[str] = "SPELL"
@@ -273,7 +290,7 @@ class SPELL:
             yield {}
 
     def push(self, clean: Tensor, groups: int) -> Tensor:
-        """What is added to x_0 `(B, ...)`, whose items are `groups` equal parts."""
+        """Return the change of x_0 `(B, ...)`, whose items form `groups` equal groups."""
         difference, squared = _pairs(clean, groups)
         distance = squared.sqrt()
         excess = (self.radius / distance.clamp_min(_TINY) - 1).clamp_min(0) * (distance > 0)
@@ -285,14 +302,14 @@ _TINY = 1e-12
 
 
 def _pairs(points: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """p_i - p_j `(groups, n, n, D)` of `(B, ...)`, and its squared length `(groups, n, n)`."""
+    """Return p_i - p_j `(groups, n, n, D)` of `(B, ...)`, and squared lengths `(groups, n, n)`."""
     flat = points.reshape(groups, len(points) // groups, -1)
     difference = flat[:, :, None] - flat[:, None]
     return difference, difference.square().sum(-1)
 
 
 def _repulsion(points: Tensor, groups: int) -> Tensor:
-    """sum_j 2 k_ij / h_i * (p_i - p_j) of `(B, ...)`: the way down the potential."""
+    """Return sum_j 2 k_ij / h_i * (p_i - p_j), `(B, ...)`: the way down the potential."""
     difference, squared = _pairs(points, groups)
     count = squared.shape[1]
     if count < 2:
@@ -310,22 +327,22 @@ def _network() -> nn.Module:
 
 
 def _features(pipe: Any, clean: Tensor) -> Tensor:
-    """Features of packed latents, `(B, tokens, channels)` -> `(B, 1280)`, with gradients."""
+    """Return features of packed latents, `(B, tokens, channels)` -> `(B, 1280)`, with gradients."""
     latents = pipe._unpack_latents(clean, IMAGE_SIZE, IMAGE_SIZE, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     images = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-    # The extractor switches gradients off, which is right for everything but this.
+    # The extractor switches gradients off everywhere else, so its decorator is unwrapped here.
     return inspect.unwrap(FeatureExtractor.forward)(_network(), images / 2 + 0.5)
 
 
 class _Passes:
-    """Tells the forwards of a step apart: the conditional one is the first of a timestep."""
+    """Detector of the conditional forward, which is the first of each timestep."""
 
     def __init__(self) -> None:
         self._sigma: float | None = None
 
     def begin(self, kwargs: Call) -> tuple[bool, float]:
-        """Whether this forward is the conditional one, and its sigma."""
+        """Return whether this forward is the conditional one, and its sigma."""
         sigma = float(kwargs["timestep"][0])
         first = sigma != self._sigma
         self._sigma = sigma
@@ -336,7 +353,7 @@ class _Passes:
 def _velocity_changed(
     pipe: Any, change: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Iterator[None]:
-    """The scheduler steps along `change(velocity, sample, sigma)`."""
+    """Make the scheduler step along `change(velocity, sample, sigma)`."""
     scheduler = pipe.scheduler
     step = scheduler.step
 
@@ -350,7 +367,7 @@ def _velocity_changed(
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this object alone, as it was afterwards."""
+    """Replace an attribute of this object alone, and restore it afterwards."""
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     try:
@@ -371,7 +388,7 @@ def _removed(handle: Any) -> Iterator[None]:
 
 
 def _generators(latents: Tensor, seed: int) -> list[torch.Generator]:
-    """One for each item, seeded by its initial latents."""
+    """Return one generator per item, seeded by its initial latents."""
     return [
         torch.Generator().manual_seed(
             seed + zlib.crc32(item.detach().float().cpu().numpy().tobytes())

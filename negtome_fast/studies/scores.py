@@ -1,9 +1,9 @@
-"""What is said of a condition: its measures with intervals, and the scores of each sample.
+"""Scores of a condition: its measures with intervals, and the scores of each sample.
 
-Images of a group are drawn together and prompts apart, see `bootstrap`. Precision, recall and
-Frechet distance are against balanced real images, the world without the training set's bias; recall
-and Frechet distance at equal counts, precision against all of them, since it depends on which real
-images happen to lie beside the few modes of a model that repeats itself.
+The bootstrap draws the images of a group together and prompts apart. Precision, recall and Frechet
+distance compare with balanced real images, which lack the bias of the training set. Recall and
+Frechet distance take as many real images as samples. Precision takes all of them: with few, it
+would depend on which real images happen to lie beside the few modes of a model that repeats itself.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .samples import Samples
 
 @dataclass(frozen=True)
 class Real:
-    """Balanced real images to compare with, in features fp32 (N, 1280).
+    """Features of balanced real images to compare with, fp32 (N, 1280).
 
     Attributes:
-        features: as rendered.
-        decoded: after the model's VAE, the best that the model could draw.
+        features: features of the rendered images.
+        decoded: features after the model's VAE, the best that the model could draw.
     """
 
     features: Tensor = field(repr=False)
@@ -52,10 +52,10 @@ class Scores:
     """The samples of a condition beside real images; made by `scores_of`.
 
     Attributes:
-        samples: what was drawn.
+        samples: the samples.
         real: balanced real images.
-        logits: of the features (N, classes), for the inception-style score.
-        inside: which samples lie in the manifold of the real images, bool (N,).
+        logits: class logits of the features, (N, classes), for the inception-style score.
+        inside: True for samples in the manifold of the real images, bool (N,).
         inside_decoded: the same for the real images after the model's VAE.
     """
 
@@ -67,11 +67,12 @@ class Scores:
 
     @cached_property
     def features(self) -> Tensor:
+        """Features of the samples, fp32 (N, 1280)."""
         return torch.from_numpy(self.samples.features)
 
     @cached_property
     def hits(self) -> Tensor:
-        """Which samples show all that their prompt names, bool (N,)."""
+        """True for samples that show everything that their prompt names, bool (N,)."""
         return measures.prompt_hits(self.samples.readings, self.samples.prompts)
 
     @cached_property
@@ -86,11 +87,11 @@ class Scores:
 
     @cached_property
     def _drawn(self) -> dict[str, tuple[float, np.ndarray]]:
-        """Of the measures that were drawn, with the plan of `plan_of(samples, draws)`."""
+        """Cache of `drawn`, by measure."""
         return {}
 
     def drawn(self, measure: str) -> tuple[float, np.ndarray]:
-        """A measure of `MEASURES`, of the samples and of each of its draws, (draws,)."""
+        """Return a measure in `MEASURES` of the samples, and of each draw, (draws,)."""
         if measure not in self._drawn:
             self._drawn[measure] = drawn(self, measure, _plan(self, measure))
         return self._drawn[measure]
@@ -110,7 +111,15 @@ class Scores:
 def scores_of(
     samples: Mapping[str, Samples], real: Real, logits: Callable[[Tensor], Tensor]
 ) -> dict[str, Scores]:
-    """Of several conditions at once, since the manifold of many real images takes a while."""
+    """Return the scores of several conditions.
+
+    All are scored at once, because the manifold of many real images takes a while.
+
+    Args:
+        samples: the samples of each condition, by name.
+        real: balanced real images.
+        logits: class logits of features, (N, 1280) -> (N, classes).
+    """
     features = [torch.from_numpy(one.features) for one in samples.values()]
     together, counts = torch.cat(features), [len(one) for one in features]
     inside, decoded = (
@@ -124,20 +133,22 @@ def scores_of(
 
 
 DRAWS = 1000
+"""Default number of draws of the bootstrap."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a condition.
+    """A measure of a condition.
 
     Attributes:
-        label: for tables and axes.
-        values: what the statistic is computed of, N items.
-        statistic: of these; it may depend on the real images.
-        within: computed in each prompt and averaged over prompts; otherwise over all samples.
-        digits: after the point.
-        better: the direction that is meant to be good.
-        draws: of the bootstrap.
+        label: name in tables and on axes.
+        values: function from the scores to N items.
+        statistic: function from the scores to the statistic of those items; it may depend on the
+            real images.
+        within: compute it in each prompt and average over prompts; otherwise over all samples.
+        digits: number of digits after the point.
+        better: the direction that is an improvement.
+        draws: number of draws of the bootstrap.
     """
 
     label: str
@@ -153,7 +164,7 @@ def _mean(scores: Scores) -> Mean:
     return Mean()
 
 
-#: With intervals.
+#: Measures with intervals.
 MEASURES: dict[str, Measure] = {
     "entropy": Measure(
         "attribute entropy, nats",
@@ -179,7 +190,7 @@ MEASURES: dict[str, Measure] = {
     "inception": Measure(
         "inception-style score", lambda s: s.logits, lambda s: InceptionScore(), False, 2, "higher"
     ),
-    # A draw takes the eigenvalues of a matrix as large as the samples are many.
+    # Each draw needs the eigenvalues of an N x N matrix, hence fewer draws.
     "frechet": Measure(
         "Frechet distance",
         lambda s: s.features,
@@ -191,7 +202,7 @@ MEASURES: dict[str, Measure] = {
     ),
 }  # fmt: skip
 
-#: Without intervals: repeated samples, which the bootstrap makes, bias them.
+#: Measures without intervals, (label, digits): the repeated samples of a bootstrap bias them.
 POINT_MEASURES: dict[str, tuple[str, int]] = {
     "recall": ("recall", 3),
     "vendi": ("Vendi score", 2),
@@ -199,13 +210,13 @@ POINT_MEASURES: dict[str, tuple[str, int]] = {
 
 
 def plan_of(samples: Samples, draws: int = DRAWS) -> BootstrapPlan:
-    """Draw i takes the same groups in every condition of the same prompts and seeds."""
+    """Return the plan of the samples; conditions of the same prompts and seeds share its draws."""
     blocks = samples.groups.tolist()
     return BootstrapPlan.of(len(samples), samples.prompts, blocks, draws, seed=0)
 
 
 def drawn(scores: Scores, measure: str, plan: BootstrapPlan) -> tuple[float, np.ndarray]:
-    """A measure of the samples and of each draw, (draws,)."""
+    """Return a measure of the samples, and of each draw of the plan, (draws,)."""
     how = MEASURES[measure]
     return plan.apply(how.statistic(scores), how.values(scores), how.within)
 
@@ -215,13 +226,17 @@ def _plan(scores: Scores, measure: str) -> BootstrapPlan:
 
 
 def interval(scores: Scores, measure: str) -> Interval:
-    """A measure with its 95% interval."""
+    """Return a measure with its 95% interval."""
     recentre = is_biased(MEASURES[measure].statistic(scores))
     return _plan(scores, measure).interval(*scores.drawn(measure), recentre=recentre)
 
 
 def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -> Interval:
-    """The difference or ratio to another condition of the same plan, paired by seed."""
+    """Return the difference or ratio to another condition, paired by seed.
+
+    Raises:
+        ValueError: the conditions have different seeds, prompts or groups.
+    """
     _check_paired(scores.samples, base.samples)
     plan = _plan(scores, measure)
     (a, drawn_a), (b, drawn_b) = (side.drawn(measure) for side in (scores, base))
@@ -232,7 +247,7 @@ def change(scores: Scores, base: Scores, measure: str, *, ratio: bool = False) -
 
 
 def point_measures(scores: Scores) -> dict[str, float]:
-    """`POINT_MEASURES`, at equal counts of samples and real images where both enter."""
+    """Return `POINT_MEASURES`; recall takes as many real images as samples."""
     prompts = list(dict.fromkeys(scores.samples.prompts))
     vendi = []
     for prompt in prompts:
@@ -247,7 +262,10 @@ def point_measures(scores: Scores) -> dict[str, float]:
 
 
 def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
-    """A condition for the result file: settings, measures, changes to `base`, samples."""
+    """Return a condition's record for the result file.
+
+    It has the settings, the measures, their changes to `base`, and the scores of each sample.
+    """
     samples = scores.samples
     measures: dict[str, Any] = {name: triple(interval(scores, name)) for name in MEASURES}
     measures |= {name: round(value, 4) for name, value in point_measures(scores).items()}
@@ -266,7 +284,7 @@ def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
             name: [*triple(found), found.verdict] for name, found in changes.items()
         }
     result["samples"] = {
-        # One digit an image: the place of the value in HEADS, 0 or 1 for what holds.
+        # One digit per image: the index of the value in HEADS, or 0 or 1.
         **{head: _digits(samples.indices[:, i]) for i, head in enumerate(HEADS)},
         "inside": _digits(scores.inside.int().numpy()),
         "inside_decoded": _digits(scores.inside_decoded.int().numpy()),
@@ -277,7 +295,7 @@ def record(scores: Scores, base: Scores | None = None) -> dict[str, Any]:
 
 
 def triple(found: Interval) -> list[Any]:
-    """[estimate, low, high] for JSON; None for an end that has no bound."""
+    """Return [estimate, low, high] for JSON; None for an unbounded end."""
     return [
         round(value, 4) if math.isfinite(value) else None
         for value in (found.estimate, found.low, found.high)
@@ -285,11 +303,14 @@ def triple(found: Interval) -> list[Any]:
 
 
 def corrected(found: Interval | None) -> list[Any] | None:
-    """[estimate without its bias, low, high] of a ratio of entropies; see docs/measures.md."""
+    """Return [estimate without its bias, low, high] of a ratio of entropies.
+
+    docs/measures.md says why.
+    """
     if found is None:
         return None
     _, low, high = triple(found)
-    # Where an end has no bound, some draws were none and the bias is not known.
+    # An unbounded end means that some draws were zero, and then the bias is unknown.
     estimate = found.corrected if high is not None else found.estimate
     return [round(estimate, 4), low, high]
 

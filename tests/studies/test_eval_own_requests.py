@@ -121,7 +121,7 @@ def test_the_commands_of_the_page_can_be_run(picture: Path) -> None:
     [
         (("--metric", "nope"), "'nope' is unknown, choose from embedded, dreamsim, clip, lpips"),
         (("--metric", "fid"), "take thousands of images"),
-        (("-n", "3"), ", or the last group would be smaller, got 3"),
+        (("-n", "3"), " must divide into groups of 2, got 3"),
         (("-n", "20000"), " must be 10000 or fewer for each prompt, got 20000"),
         (("--guidance-scale", "nan", "1"), " must be finite numbers"),
         (("--group", "1"), " must be 2 or more images, got 1"),
@@ -143,16 +143,19 @@ def test_bad_input_is_one_clear_line(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["nope"]}, "^metrics: 'nope' is unknown"),
-        ({"images": 3}, "^images must be a multiple of group, 2"),
-        ({"images": 20_000}, "^images must be 10000 or fewer for each prompt"),
-        ({"group": 1}, "^group must be 2 or more images"),
-        ({"scales": [float("nan")]}, "^guidance_scale must be finite numbers"),
-        ({"scales": [2.0, 2.0]}, "^guidance_scale has a value twice"),
-        ({"steps_window": [[0, 1], [0, 1]]}, "^steps_window has a value twice"),
-        ({"sharpen": 0.0}, "^sharpen is the radius of a blur"),
-        ({"sharpen": 2.0, "reference": ["first"]}, "with sharpen leave it out"),
-        ({"negative_prompt": "x", "call": {"negative_prompt": "y"}}, "^negative_prompt is also"),
+        ({"metrics": ["nope"]}, "^`metrics`: 'nope' is unknown"),
+        ({"images": 3}, "^`images` must divide into groups of 2"),
+        ({"images": 20_000}, "^`images` must be 10000 or fewer for each prompt"),
+        ({"group": 1}, "^`group` must be 2 or more images"),
+        ({"scales": [float("nan")]}, "^`guidance_scale` must be finite numbers"),
+        ({"scales": [2.0, 2.0]}, "^`guidance_scale` has a value twice"),
+        ({"steps_window": [[0, 1], [0, 1]]}, "^`steps_window` has a value twice"),
+        ({"sharpen": 0.0}, "^`sharpen` is the radius of a blur"),
+        ({"sharpen": 2.0, "reference": ["first"]}, "leave it out with `sharpen`"),
+        (
+            {"negative_prompt": "x", "call": [("negative_prompt", "y")]},
+            "^`negative_prompt` is also",
+        ),
     ],
     ids=str,
 )
@@ -184,8 +187,14 @@ def test_options_of_own_are_refused_by_other_studies(capsys: pytest.CaptureFixtu
     [
         (("--avoid", "none.png"), "none.png"),
         (("--avoid", "PICTURE", "--mask", "none.png"), "none.png"),
-        (("--avoid", "PICTURE", "--reference", "first"), " leave it out"),
-        (("--sharpen", "2", "--reference", "first", "others"), " leave it out"),
+        (
+            ("--avoid", "PICTURE", "--reference", "first"),
+            " chooses among the images of a group; leave it out",
+        ),
+        (
+            ("--sharpen", "2", "--reference", "first", "others"),
+            " chooses among the images of a group; leave it out",
+        ),
         (("--avoid", "PICTURE", "--sharpen", "2"), "two studies"),
         (("--sharpen", "0"), " is the radius of a blur, above 0"),
         (("--sharpen", "nan"), " is the radius of a blur, above 0"),

@@ -31,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# What is drawn
+# Draws
 
 STRATA = [item // 24 for item in range(96)]
 BLOCKS = [item // 8 for item in range(96)]
@@ -113,7 +113,7 @@ def test_fast_statistics_equal_one_call_a_draw(
     fast = paired_bootstrap(statistic, *samples, draws=40, compare=compare, **kwargs)
     slow = paired_bootstrap(statistic.__call__, *samples, draws=40, compare=compare, **kwargs)
     if isinstance(statistic, Mean) and compare == "difference":
-        # Of a plain function it is not known that it is not biased.
+        # A plain function counts as biased, so its interval is moved.
         slow = replace(slow, low=slow.low + slow.bias, high=slow.high + slow.bias, bias=0.0)
     for name in ("estimate", "low", "high", "bias"):
         assert getattr(fast, name) == pytest.approx(getattr(slow, name), rel=1e-9, abs=1e-12)
@@ -164,7 +164,7 @@ def test_intervals_of_groups_cover_the_truth_and_those_of_single_images_do_not()
         naive = paired_bootstrap(Mean(), a, b, strata=STRATA, draws=200, seed=run)
         hits += grouped.contains(0.3)
         naive_hits += naive.contains(0.3)
-    # Of 300 runs a share of 95% has a standard deviation of 1.3%.
+    # A share of 95% in 300 runs has a standard deviation of 1.3%.
     assert 0.91 <= hits / runs <= 0.98
     assert naive_hits / runs < 0.8
 

@@ -86,7 +86,7 @@ def test_frechet_distance_of_gaussians_that_do_not_commute() -> None:
     one = torch.tensor([[2.0, 0.9], [0.9, 1.0]]).double()
     two = torch.tensor([[1.0, -0.5], [-0.5, 3.0]]).double()
     zero = torch.zeros(2).double()
-    # Of 2 x 2 matrices, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2).
+    # For 2 x 2 matrices, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2).
     product = one @ two
     root = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
     expected = float(one.trace() + two.trace() - 2 * root)

@@ -1,8 +1,9 @@
-"""Conventions of matching on a real model's tokens: what is compared, and with what it makes.
+"""Conventions of matching, compared on a real model's tokens.
 
-`paper` against `official` (the order of the authors' code), `first` against `others`, attention
-outputs against the inputs of their projection: how often the same token is chosen, how similar what
-is matched and what is pushed apart is, and what each does to diversity and quality.
+Three pairs are compared: `paper` and `official` (the order of the authors' code), `first` and
+`others`, attention outputs and the inputs of their projection. The study counts how often they
+choose the same token, measures how similar matched and pushed tokens are, and shows the effect on
+diversity and quality.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .tables import markdown, measures_table, origin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Condition: what differs from the package's settings for diversity.
+#: Differences of each condition from the package's settings for diversity.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "others": {},
     "first": {"reference": "first"},
@@ -42,12 +43,13 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 FEW = ("others", "first, official")
 GROUPS = 2
-"""Groups of every prompt whose tokens are compared."""
+"""Number of groups per prompt whose tokens are compared."""
 
 PLACEMENTS = ("output", "pre_projection")
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Draw all conditions, and compare the conventions on tokens."""
     names = run.sizes.chosen(tuple(CONDITIONS), FEW)
     conditions = [Condition("off")]
     conditions += [Condition(name, negtome=preset(**CONDITIONS[name])) for name in names]
@@ -59,7 +61,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def compare(run: StudyRun, placement: str) -> dict[str, Any]:
-    """Means over all blocks and images of unguided runs, by step; nothing is pushed."""
+    """Return means over all blocks and images of unguided runs, by step; nothing is pushed."""
     sums: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     groups = groups_of(PROMPTS, GROUPS * run.sizes.group, size=run.sizes.group, seed=SEED)
     config = NegToMeConfig(
@@ -68,7 +70,7 @@ def compare(run: StudyRun, placement: str) -> dict[str, Any]:
         reference="others",
         placement=placement,  # type: ignore[arg-type]
     )
-    # One group at a time: each is a batch, so that item 0 is the reference of all others.
+    # Each group is a batch of its own, so that item 0 is the reference of all others.
     for group in groups:
         with recorded() as tokens:
             run.sampler.draw(Condition("measure", steps=run.sizes.steps, negtome=config), [group])
@@ -88,18 +90,19 @@ def compare(run: StudyRun, placement: str) -> dict[str, Any]:
 
 
 def compared(tokens: Tensor) -> dict[str, float]:
-    """The conventions on the image tokens (B, N, D) of one block, item 0 the reference."""
+    """Compare the conventions on image tokens (B, N, D) of one block; item 0 is the reference."""
     reference, sources = tokens[:1], tokens[1:]
     items, count, _ = sources.shape
-    # Each source token's best reference token.
+    # The paper: each source token's best reference token.
     similarity, index = match_tokens(sources, reference)
-    # The authors': each reference token j's best source token i; then j itself is pushed from r_i.
+    # The authors' code: each reference token j's best source token i; source token j is then pushed
+    # away from reference token i.
     back = [match_tokens(reference, item[None]) for item in sources]
     official_similarity = torch.cat([found[0] for found in back])
     official_index = torch.cat([found[1] for found in back])
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
     pushed_apart = (unit[1:] * unit[0][official_index]).sum(-1)
-    # Others: the best of all other items; match_tokens counts the references on.
+    # Others: the best token of all other items; match_tokens numbers their tokens consecutively.
     other_similarity, from_first = [], []
     for item in range(len(tokens)):
         rest = torch.cat([tokens[:item], tokens[item + 1 :]])
@@ -122,7 +125,7 @@ def compared(tokens: Tensor) -> dict[str, float]:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[float, Tensor]]]:
-    """The timestep and image tokens of every guided block while it is open."""
+    """Record the timestep and image tokens of every guided block while the context is open."""
     from ...guidance import Guidance
 
     found: list[tuple[float, Tensor]] = []
@@ -150,6 +153,7 @@ def _mean(values: list[float]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown: the comparison on tokens, and the measures of all conditions."""
     found = result["matching"]
     rows = [
         [name, *(f"{found[where][name]['mean']:.3f}" for where in PLACEMENTS)]
@@ -166,6 +170,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw_figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the comparison on tokens over timesteps, and the effect of each condition."""
     figure, grid = figures.panels(12, 4, 2)
     shares, similarities = grid[0]
     found = result["matching"]["output"]

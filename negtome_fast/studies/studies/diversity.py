@@ -1,7 +1,7 @@
-"""Diversity over the sweep of guidance scales: unguided, `first`, `others`, and the authors' order.
+"""Diversity over guidance scales: unguided, `first`, `others`, and the authors' order of matching.
 
-The settings were chosen on other seeds by the study of hyperparameters. The question: at the
-precision and prompt agreement of each unguided scale, how many times its attribute entropy?
+The study of hyperparameters chose the settings on other seeds. The question: at the precision and
+prompt agreement of an unguided scale, how many times its attribute entropy does guidance reach?
 """
 
 from __future__ import annotations
@@ -31,32 +31,33 @@ if TYPE_CHECKING:
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.5, 5.0)
 FEW_SCALES = (1.0, 2.5)
 SHOWN = 2.5
-"""The scale of the sheet of samples."""
+"""Guidance scale of the sheet of samples."""
 
 NAMED_SEED = 90_000
 LEVELS = {"precision": (0.3, 0.4, 0.5, 0.6), "precision_decoded": (0.6, 0.7, 0.75, 0.8)}
 TOLERANCE = 0.01
-"""Prompt agreement of a guided condition may lie this far below the unguided one's."""
+"""Prompt agreement that a guided condition may lose against unguided."""
 
-#: The entropy of the balanced world, nats: nothing can be above.
+#: Entropy of the balanced world, in nats: the upper bound.
 CEILING = sum(math.log(len(ATTRIBUTES[name])) for name in OPEN_ATTRIBUTES) / len(OPEN_ATTRIBUTES)
 
 
 def preset(**overrides: Any) -> NegToMeConfig:
-    """The package's settings for diversity on the embedded model."""
+    """Return the package's settings for diversity on the embedded model."""
     application = APPLICATIONS["diversity"]
     return NegToMeConfig(**{**application.guidance, **application.embedded, **overrides})
 
 
 @dataclass(frozen=True)
 class ScaleSweep:
-    """Conditions of one setting over guidance scales; None is unguided."""
+    """A setting over guidance scales; `changed` None is unguided."""
 
     label: str
     changed: dict[str, Any] | None
     scales: Sequence[float]
 
     def conditions(self, name: str, scales: Sequence[float]) -> list[Condition]:
+        """Return the conditions at those of `scales` that the sweep has."""
         config = None if self.changed is None else preset(**self.changed)
         return [
             Condition(f"{name} {scale:g}", guidance_scale=scale, negtome=config)
@@ -78,18 +79,20 @@ METHODS: dict[str, ScaleSweep] = {
     ),
 }
 FRONTIER = ("others", "alpha-0.3", "alpha-0.15")
-"""Their conditions and the unguided ones, alpha 0, are the frontier that the goal is about."""
+"""Methods whose conditions, with the unguided ones (alpha 0), make NegToMe's frontier."""
 
 
 def conditions(run: StudyRun) -> list[Condition]:
+    """Return the conditions of all methods."""
     scales = run.sizes.chosen(SCALES, FEW_SCALES)
     return [one for name, method in METHODS.items() for one in method.conditions(name, scales)]
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Draw all conditions, and compare the frontiers."""
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
-    # Alpha 0 is unguided: the frontier of the method has these points as well.
+    # Unguided is alpha 0, so the frontier of the method has these points as well.
     frontier = [one for name, one in scores.items() if name.split()[0] in ("off", *FRONTIER)]
     off = [one for name, one in scores.items() if name.startswith("off ")]
     gains = []
@@ -121,7 +124,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def gain(base: Scores, points: Sequence[Scores], quality: str) -> dict[str, Any]:
-    """The frontier of `points` at the quality of `base`."""
+    """Return the frontier of `points` at the quality of `base`, for the result file."""
     found = matched(base, points, quality)
     return {
         "base": base.samples.condition.name,
@@ -136,7 +139,7 @@ def gain(base: Scores, points: Sequence[Scores], quality: str) -> dict[str, Any]
 def level_of(
     points: Sequence[Scores], off: Sequence[Scores], level: float, quality: str
 ) -> dict[str, Any]:
-    """Both frontiers at one level; the unguided one may mix all guidance scales."""
+    """Return both frontiers at one level; the unguided one may mix all guidance scales."""
     found = compared(points, off, level, quality)
     return {
         "quality": quality,
@@ -148,9 +151,10 @@ def level_of(
 
 
 def named(run: StudyRun) -> dict[str, Any]:
-    """What the model draws unguided where prompts name balanced attributes: its own limit.
+    """Draw unguided images from prompts that name balanced attributes: the model's own limit.
 
-    Its entropy is the prompts'; its precision is what the model can do outside of its majority.
+    Their entropy is that of the prompts. Their precision shows how well the model draws attributes
+    outside its majority.
     """
     each = run.sizes.images // len(STYLES)
     groups, styles = [], []
@@ -160,8 +164,8 @@ def named(run: StudyRun) -> dict[str, Any]:
         styles.append(prompt_for(avatar.style))
     samples = run.drawn([Condition("named")], groups)["named"]
     agreement = run.scores({"named": samples})["named"].hits.double().mean()
-    # As in the other conditions, entropy is of each style's images. The bootstrap takes them in
-    # pairs, so that no draw is of one image alone.
+    # As in the other conditions, entropy is taken over the images of a style. The bootstrap draws
+    # pairs, so that no draw has a single image.
     pairs = np.arange(len(samples)) // len(STYLES) // 2
     regrouped = replace(samples, prompts=tuple(styles), groups=pairs)
     entry = record(run.scores({"named": regrouped})["named"])
@@ -169,7 +173,7 @@ def named(run: StudyRun) -> dict[str, Any]:
 
 
 def gains_table(result: dict[str, Any], quality: str = "precision") -> str:
-    """At each unguided condition's precision: entropy of the guided frontier, and the ratio."""
+    """Return Markdown: the guided frontier at the precision of each unguided condition."""
     rows = []
     for one in result["gains"]:
         if one["quality"] != quality:
@@ -195,7 +199,7 @@ def gains_table(result: dict[str, Any], quality: str = "precision") -> str:
 
 
 def frontiers_table(result: dict[str, Any], quality: str = "precision") -> str:
-    """At each level of precision: entropy of the unguided and of the guided frontier."""
+    """Return Markdown: the unguided and the guided frontier at each level of precision."""
     rows = [
         [
             f"{one['level']:g}",
@@ -209,6 +213,7 @@ def frontiers_table(result: dict[str, Any], quality: str = "precision") -> str:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown: frontiers, gains, and the measures of all conditions."""
     own = result["named"]
     measured = own["measures"]
     note = (
@@ -248,6 +253,7 @@ def _series(result: dict[str, Any]) -> list[Series]:
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the frontiers, and the measures over guidance scales."""
     series = _series(result)
     own = Series("unguided, prompts name balanced attributes", [result["named"]], COLOURS[3], "X")
     frontier, grid = figures.panels(13, 5.4, 2)

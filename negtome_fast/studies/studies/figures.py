@@ -1,4 +1,4 @@
-"""Plots of the studies: frontiers, sweeps and bars, with 95% intervals; small palettes, no gaps."""
+"""Plots of the studies: frontiers, sweeps and bars, with 95% intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKERS = ("s", "^", "D", "v", "P", "X", "<")
 
 @dataclass(frozen=True)
 class Series:
-    """Conditions of a method: the records of a result, in the order of the sweep."""
+    """Conditions of a method: their records in the order of the sweep, and how to draw them."""
 
     label: str
     conditions: Sequence[dict[str, Any]]
@@ -30,7 +30,11 @@ class Series:
 
 
 def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure and its axes, (rows, columns)."""
+    """Return a figure and its axes, (rows, columns).
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra to install.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -40,6 +44,7 @@ def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> tupl
 
 
 def tidy(axes: Axes, title: str, x: str, y: str) -> None:
+    """Set title and labels, and the common style."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -57,10 +62,16 @@ def frontier(
     line: bool = True,
     best_only: bool = False,
 ) -> None:
-    """A point a condition with its intervals, and the frontier of each method as a line.
+    """Plot a point with intervals per condition, and the frontier of each method as a line.
 
-    `best_only`: a condition that another of its series beats in both measures is a faint point,
-    without intervals and note.
+    Args:
+        axes: where to plot.
+        series: the methods.
+        x: measure on the horizontal axis.
+        y: measure on the vertical axis.
+        line: draw the frontiers.
+        best_only: draw a condition that another of its series beats in both measures as a faint
+            point, without intervals and note.
     """
     for one in series:
         points = [(c["measures"][x], c["measures"][y]) for c in one.conditions]
@@ -105,12 +116,12 @@ def frontier(
 
 
 def _beaten(point: Any, points: Sequence[Any]) -> bool:
-    """Whether the estimates of another point are above in both measures."""
+    """Return True if another point has higher estimates of both measures."""
     return any(all(a[0] > b[0] for a, b in zip(one, point, strict=True)) for one in points)
 
 
 def sweep(axes: Axes, series: Sequence[Series], at: Sequence[float], measure: str) -> None:
-    """A measure over the values `at` of a sweep, with a band for its interval."""
+    """Plot a measure over the values `at` of a sweep, with a band for its interval."""
     for one in series:
         values = [c["measures"][measure] for c in one.conditions]
         places = at[: len(values)]
@@ -125,7 +136,7 @@ def sweep(axes: Axes, series: Sequence[Series], at: Sequence[float], measure: st
 def bars(
     axes: Axes, labels: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]
 ) -> None:
-    """Groups of bars with intervals: a label a group, a name of `values` a colour."""
+    """Plot bars with intervals: a group per label, a colour per name in `values`."""
     width = 0.8 / len(values)
     palette = (GREY, BLUE, *COLOURS)
     for number, (name, column) in enumerate(values.items()):
@@ -138,7 +149,7 @@ def bars(
 
 
 def bar_ends(values: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Distances below and above for matplotlib; never negative."""
+    """Return distances below and above the estimates for matplotlib; never negative."""
     return [
         [max(0.0, v[0] - v[1]) for v in values],
         [max(0.0, v[2] - v[0]) for v in values],

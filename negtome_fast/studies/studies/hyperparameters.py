@@ -1,8 +1,9 @@
 """Alpha, threshold, window and guidance scale of `others`, and the preset that a rule chooses.
 
-Drawn from seeds of their own, so that what is reported elsewhere was not chosen on its own images.
-The rule: at the model's own guidance scale, of the settings that keep prompt agreement, the most
-attribute entropy x precision, which is diversity that is usable; among near equals the weakest.
+The images have other seeds than those of the other studies, so that no setting is reported on the
+images it was chosen on. The rule looks at settings at the model's own guidance scale that keep the
+prompt agreement. It takes the highest attribute entropy x precision, which is usable diversity, and
+of nearly equal settings the weakest.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 
 TIE = 0.05
+"""Settings whose score lies within this share of the best are nearly equal."""
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A point of the grid; the window begins at pure noise, timestep 1000."""
+    """A setting of the grid; the window begins at pure noise, timestep 1000."""
 
     scale: float
     alpha: float
@@ -39,19 +41,21 @@ class GridPoint:
 
     @property
     def name(self) -> str:
+        """Name of the condition."""
         return (
             f"scale {self.scale:g}, alpha {self.alpha:g}, threshold {self.threshold:g}, "
             f"t >= {self.t_end:g}"
         )
 
     def condition(self) -> Condition:
+        """Return the condition of this setting."""
         config = NegToMeConfig(
             alpha=self.alpha, threshold=self.threshold, t_end=self.t_end, reference="others"
         )
         return Condition(self.name, guidance_scale=self.scale, negtome=config)
 
 
-#: Around the setting of the proof of feasibility, one or two values changed at a time.
+#: Settings around (2.5, 0.5, 0.65, 750), with one or two values changed at a time.
 GRID = (
     GridPoint(1.0, 0.5, 0.65, 750),
     GridPoint(1.5, 0.5, 0.65, 750),
@@ -72,6 +76,7 @@ FEW = (GRID[1], GRID[2])
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Draw the grid and choose a setting."""
     grid = run.sizes.chosen(GRID, FEW)
     wanted = [Condition(f"off {s:g}", guidance_scale=s) for s in OFF]
     wanted += [setting.condition() for setting in grid]
@@ -81,7 +86,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def choose(records: Sequence[dict[str, Any]], grid: Sequence[GridPoint]) -> dict[str, Any]:
-    """The rule: the score of every setting that may be chosen, and the one that it takes."""
+    """Apply the rule; return the score of every eligible setting, and the chosen one."""
     by_name = {one["name"]: one["measures"] for one in records}
     off = by_name[f"off {GUIDANCE_SCALE:g}"]
     usable = {
@@ -102,6 +107,7 @@ def choose(records: Sequence[dict[str, Any]], grid: Sequence[GridPoint]) -> dict
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown: the measures of all settings, and the rule's choice."""
     chosen = result["chosen"]
     rows = [[name, f"{value:.3f}"] for name, value in chosen["usable"].items()]
     rule = (
@@ -121,6 +127,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw entropy against precision for all settings."""
     frontier, grid = figures.panels(9.5, 6)
     axes = grid[0][0]
     records = result["conditions"]

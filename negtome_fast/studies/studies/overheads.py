@@ -1,7 +1,8 @@
-"""Seconds an image of every method, in interleaved rounds, so that a slow minute strikes them all.
+"""Seconds per image of every method, in interleaved rounds: a slow minute strikes all methods.
 
-A round times each method once on the same prompts and seeds; what a method adds is its time over
-unguided's in the same round. Times of other studies are not comparable: others ran beside them.
+A round times each method once on the same prompts and seeds. The added time of a method is its time
+over the unguided time of the same round. Times in other studies do not compare, because the machine
+did other work meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ WARM_UP_STEPS = 2
 
 
 def conditions() -> list[Condition]:
-    """All at the model's own guidance scale; settings decide the time only by their windows."""
+    """Return one condition per method, at the model's own guidance scale.
+
+    Only the window of a setting decides its time.
+    """
     return [
         Condition(UNGUIDED),
         Condition("guidance scale 1", guidance_scale=1.0),
@@ -46,6 +50,7 @@ def conditions() -> list[Condition]:
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Time all methods."""
     from tqdm import tqdm
 
     sizes, draw = run.sizes, run.sampler.draw
@@ -73,7 +78,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def figures_of(seconds: list[float], base: list[float]) -> dict[str, Any]:
-    """Median seconds an image; median and range over the rounds of the share added to `base`."""
+    """Return median seconds per image, and median and range of the share added to `base`."""
     added = [own / other - 1 for own, other in zip(seconds, base, strict=True)]
     return {
         "seconds_per_image": round(statistics.median(seconds), 5),
@@ -83,6 +88,7 @@ def figures_of(seconds: list[float], base: list[float]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown with a row per method."""
     rows = []
     for name, method in result["methods"].items():
         middle, low, high = method["added"]
@@ -100,7 +106,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw_figures(result: dict[str, Any]) -> dict[str, Figure]:
-    """Bars of the added time, with the range over rounds."""
+    """Draw bars of the added time, with the range over rounds."""
     figure, grid = figures.panels(7.5, 3.6)
     axes = grid[0][0]
     added = {n: m["added"] for n, m in result["methods"].items() if n != UNGUIDED}

@@ -1,8 +1,9 @@
-"""Protected characters: nothing, a negative prompt, NegToMe with the character's picture, both.
+"""Protected characters: no guidance, a negative prompt, NegToMe with the picture, or both.
 
-The model has memorised four characters by name, the hardest case; prompts that describe all their
-attributes lead near them without the name. Similarity is the features' cosine with the picture and
-the distance of latents; a character that the attribute reader recognises is still there.
+The model has memorised four characters by name, which is the hardest case. Prompts that describe
+all attributes lead near a character without its name. Similarity is the cosine of features with the
+picture, and the distance of latents. A character that the attribute reader recognises is still
+there.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
     from ...pipelines import Reference
 
 PAPER = 0.3457
-"""The paper's figure: similarity to copyrighted characters this much lower (its table 1)."""
+"""The paper's reduction of the similarity to copyrighted characters (its table 1)."""
 
-#: Settings of NegToMe, from the authors' to the strongest that leaves an image.
+#: Settings of NegToMe, from the authors' to the strongest that still yields an image.
 SETTINGS: dict[str, dict[str, float]] = {
     "NegToMe, authors'": {"alpha": 0.9, "threshold": 0.65, "t_end": 900},
     "NegToMe, medium": {"alpha": 1.5, "threshold": 0.5, "t_end": 700},
     "NegToMe, firm": {"alpha": 2.0, "threshold": 0.4, "t_end": 550},
     "NegToMe, strong": {"alpha": 3.0, "threshold": 0.2, "t_end": 400},
 }
-#: Condition: (settings, whether the character's name is the negative prompt).
+#: Settings of each condition, and True if the character's name is the negative prompt.
 CONDITIONS: dict[str, tuple[str | None, bool]] = {
     "none": (None, False),
     "negative prompt": (None, True),
@@ -55,7 +56,7 @@ GROUP = 4
 
 
 def prompts_of(character: str) -> dict[str, str]:
-    """The bare name, and all attributes in words."""
+    """Return the prompts of a character: its bare name, and all attributes in words."""
     avatar = CHARACTERS[character][0]
     named = {k: getattr(avatar, k) for k in ("skin", "hair_color", "hair_shape")}
     return {"name": character, "description": prompt_for(avatar.style, **named)}
@@ -63,17 +64,17 @@ def prompts_of(character: str) -> dict[str, str]:
 
 @cache
 def picture(character: str) -> np.ndarray:
-    """The protected image, uint8 (64, 64, 3)."""
+    """Return the protected image, uint8 (64, 64, 3)."""
     return render(CHARACTERS[character][0])
 
 
 def _pixels(character: str) -> Tensor:
-    """(1, 3, 64, 64) in [0, 1]."""
+    """Return the protected image as (1, 3, 64, 64) in [0, 1]."""
     return torch.tensor(picture(character)).permute(2, 0, 1)[None].float() / 255
 
 
 def reference(character: str) -> Reference:
-    """The picture, masked to what is not background."""
+    """Return the picture as a reference, with its background masked out."""
     from ...pipelines import Reference
 
     pixels = picture(character)
@@ -83,6 +84,7 @@ def reference(character: str) -> Reference:
 
 
 def condition(name: str, character: str) -> Condition:
+    """Return the condition of this name for a character."""
     setting, negative = CONDITIONS[name]
     return Condition(
         f"{name}: {character}",
@@ -93,6 +95,7 @@ def condition(name: str, character: str) -> Condition:
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Draw all conditions for every character, and measure the likeness."""
     characters = run.sizes.chosen(tuple(CHARACTERS), tuple(CHARACTERS)[:2])
     names = run.sizes.chosen(tuple(CONDITIONS), FEW)
     images = run.sizes.images // len(characters)
@@ -100,12 +103,12 @@ def run(run: StudyRun) -> dict[str, Any]:
     for character in characters:
         wanted = [condition(name, character) for name in names]
         prompts = tuple(prompts_of(character).values())
-        # With a reference from outside no image sees another, so groups only make batches.
+        # With an outside reference no image sees another, so groups only make batches.
         found = run.samples(wanted, prompts, images=images, group=GROUP, seed=SEED)
         for name in names:
             parts[name].append(found[f"{name}: {character}"])
     joined = {name: Samples.joined(found, name) for name, found in parts.items()}
-    # The prompts' turn is the same in all conditions.
+    # All conditions have the same order of prompts.
     who = [character for character in characters for _ in range(images)]
     kinds = [
         next(kind for kind in KINDS if prompts_of(c)[kind] == prompt)
@@ -142,7 +145,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def _likeness(run: StudyRun, samples: Samples, who: Sequence[str]) -> dict[str, Tensor]:
-    """Of each sample to its character: cosine, latent L2, and whether it is recognised."""
+    """Return each sample's likeness to its character: cosine, latent L2, recognised (0 or 1)."""
     features = torch.from_numpy(samples.features)
     latents = run.sampler.latents(samples.pixels())
     cosine, distance = torch.empty(len(who)).double(), torch.empty(len(who)).double()
@@ -158,7 +161,7 @@ def _likeness(run: StudyRun, samples: Samples, who: Sequence[str]) -> dict[str, 
 
 
 def _unrelated(scores: Scores, run: StudyRun, characters: Sequence[str]) -> float:
-    """Mean cosine of balanced real images with the characters: what no likeness is."""
+    """Return the mean cosine of balanced real images with the characters: no likeness at all."""
     found = []
     for character in characters:
         target = _pixels(character)
@@ -201,18 +204,19 @@ def _summary(
 
 
 def _style_kept(samples: Samples) -> Tensor:
-    """Whether each image has the style of its prompt, which for a name is the character's."""
+    """Return 1 for images in the style of their prompt, which for a name is the character's."""
     wanted = [attributes_in(prompt)["style"] for prompt in samples.prompts]
     shown = [reading["style"] for reading in samples.readings]
     return torch.tensor([a == b for a, b in zip(shown, wanted, strict=True)]).double()
 
 
 def _only(samples: Samples, kinds: Sequence[str], kind: str) -> Samples:
-    """The samples of one kind of prompt."""
+    """Return the samples of one kind of prompt."""
     return samples.only([i for i, other in enumerate(kinds) if other == kind])
 
 
 def kind_table(result: dict[str, Any], kind: str) -> str:
+    """Return Markdown with a row per condition, for one kind of prompt."""
     rows = []
     for one in result["conditions"]:
         found = one["by_prompt"][kind]
@@ -243,6 +247,7 @@ def kind_table(result: dict[str, Any], kind: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown with a table for each kind of prompt."""
     note = (
         "Balanced real images, which show nobody in particular, have a mean cosine of "
         f"{result['unrelated_cosine']:.3f} with the characters: no likeness at all. The paper "
@@ -262,6 +267,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the likeness under every condition."""
     figure, grid = figures.panels(13, 5, 3)
     names = [one["name"] for one in result["conditions"]]
     rows = range(len(names))

@@ -1,7 +1,7 @@
-"""Rivals at matched quality: each with a small sweep of its own setting, on the same seeds.
+"""Rivals at matched quality, each with a small sweep of its settings, on the same seeds.
 
-A lower guidance scale is the first rival. All methods sweep over the same scales or start from the
-model's own; the frontier of entropy against precision is what counts.
+The first rival is a lower guidance scale. All methods sweep over the same scales or start from the
+model's own. The frontiers of entropy against precision are compared.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rival:
-    """A method and its sweep: guidance scale, the setting in words, and the method with it."""
+    """A method and its sweep: guidance scale, the setting in words, and the method so set."""
 
     label: str
     sweep: Sequence[tuple[float, str, Baseline | None]]
 
     def conditions(self) -> list[Condition]:
+        """Return the conditions of the sweep."""
         return [
             Condition(
                 ", ".join(filter(None, (f"{self.label} {scale:g}", setting))),
@@ -66,9 +67,9 @@ def _spell(radius: float) -> tuple[str, Baseline]:
     return f"radius {radius:g}", SPELL(radius)
 
 
-#: Sweeps begin at what is visible and end where images fall apart, at the model's own guidance
-#: scale and at lower ones; found on a few images each. The strength of CADS lies in tau2: with
-#: rescaling, a condition of gamma 0 is pure noise whatever its `scale` is.
+#: Sweeps go from the first visible effect to images that fall apart, at the model's own guidance
+#: scale and at lower ones; the ends were found on a few images each. CADS sweeps over tau1 and
+#: tau2: with rescaling, a condition of gamma 0 is pure noise, whatever its `scale`.
 RIVALS = (
     Rival(LOWER, [(s, "", None) for s in (1.0, 1.25, 1.5, 2.0, 2.5, 3.5, 5.0)]),
     Rival(
@@ -99,7 +100,7 @@ RIVALS = (
         + [(1.0, *_spell(radius)) for radius in (15.0, 20.0, 30.0)],
     ),
 )
-#: NegToMe's own sweep: guidance scale, alpha of `others`. Alpha 0 is the lower guidance scale.
+#: NegToMe's sweep: guidance scale and alpha of `others`. Alpha 0 is the lower guidance scale.
 OURS = (
     (1.0, 0.5),
     (1.5, 0.5),
@@ -120,6 +121,7 @@ NOTE = (
 
 
 def conditions(run: StudyRun) -> list[Condition]:
+    """Return the conditions of NegToMe and of all rivals."""
     found = [
         Condition(f"NegToMe {scale:g}, alpha {alpha:g}", scale, negtome=preset(alpha=alpha))
         for scale, alpha in run.sizes.chosen(OURS, OURS[2:3])
@@ -131,13 +133,14 @@ def conditions(run: StudyRun) -> list[Condition]:
 
 
 def run(run: StudyRun) -> dict[str, Any]:
+    """Draw all conditions, and compare NegToMe's frontier with each rival's."""
     drawn = run.samples(conditions(run), seed=SEED)
     scores = run.scores(drawn)
-    # Alpha 0 is unguided: the frontier of the method has these points as well.
+    # Unguided is alpha 0, so the frontier of the method has these points as well.
     ours = [one for name, one in scores.items() if name.startswith(("NegToMe", LOWER))]
     gains = []
     for rival in RIVALS:
-        # A rival is given every lower guidance scale too.
+        # A rival may use every lower guidance scale as well.
         labels = (rival.label, LOWER)
         theirs = [one for name, one in scores.items() if name.startswith(labels)]
         for level in LEVELS:
@@ -155,7 +158,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def gains_table(result: dict[str, Any]) -> str:
-    """A rival a row: entropy of both frontiers at each level, and the ratio."""
+    """Return Markdown with a row per rival: both frontiers at each level, and the ratio."""
     rows = []
     for label in dict.fromkeys(gain["rival"] for gain in result["gains"]):
         cells = []
@@ -169,12 +172,14 @@ def gains_table(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return Markdown: the comparison with each rival, and the measures of all conditions."""
     return "\n\n".join(
         [gains_table(result), NOTE, measures_table(result["conditions"]), origin(result)]
     )
 
 
 def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the frontiers of NegToMe and all rivals."""
     frontier, grid = figures.panels(10.5, 6.6)
     axes = grid[0][0]
     labels = ["NegToMe", *(rival.label for rival in RIVALS)]

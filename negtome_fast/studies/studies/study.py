@@ -1,7 +1,7 @@
-"""The frame of all studies: sizes, sampling with a progress bar, scores, and files of results.
+"""The frame of all studies: sizes, sampling with a progress bar, scores, and result files.
 
-A study draws its conditions, writes `NAME.json` with the scores of every sample, and tables and
-figures that are made of that file alone, so that they can be made again from a committed result.
+A study draws its conditions and writes `NAME.json` with the scores of every sample. Tables and
+figures come from that file alone, so that a committed result can be shown again.
 """
 
 from __future__ import annotations
@@ -27,25 +27,32 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEMA = 1
-PROMPTS = tuple(prompt_for(style) for style in STYLES)
-"""They name the style and leave everything else open."""
+"""Version of the result files."""
 
-#: Seeds of the images that settings are chosen on, and of those that results are reported of.
+PROMPTS = tuple(prompt_for(style) for style in STYLES)
+"""Prompts that name a style and leave everything else open."""
+
 TUNING_SEED = 1_000
+"""First seed of the images on which settings are chosen."""
+
 SEED = 0
+"""First seed of the images from which results are reported."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn.
+    """The size of a study.
 
     Attributes:
-        images: of each condition, all prompts together.
-        group: images of a prompt that are guided together.
-        steps: of the scheduler.
-        real: balanced real images that span the manifold of precision.
-        decoded: the same, after the model's VAE.
-        quick: a rehearsal: a few conditions, too few images for any conclusion.
+        images: number of images per condition, over all prompts.
+        group: number of images of a prompt that are guided together.
+        steps: number of scheduler steps.
+        real: number of balanced real images that span the manifold of precision.
+        decoded: number of them that are also passed through the model's VAE.
+        quick: run a rehearsal: a few conditions, too few images for any conclusion.
+
+    Raises:
+        ValueError: more images than real ones.
     """
 
     images: int
@@ -64,25 +71,26 @@ class Sizes:
 
     @classmethod
     def rehearsal(cls) -> Sizes:
+        """Return the sizes of a rehearsal."""
         return cls(images=16, group=2, steps=4, real=32, decoded=32, quick=True)
 
     def to_dict(self, **changes: int) -> dict[str, int]:
-        """For the file of results; `changes` where a study has its own."""
+        """Return the sizes for the result file; `changes` replaces some of them."""
         values = {name: getattr(self, name) for name in ("images", "group", "steps", "real")}
         return {**values, "real_decoded": self.decoded, **changes}
 
     def chosen(self, whole: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
-        """The values of a sweep."""
+        """Return the values of a sweep: `few` for a rehearsal, else `whole`."""
         return few if self.quick else whole
 
 
 @dataclass
 class StudyRun:
-    """One run of a study: what it draws with, how much, and where the results go.
+    """One run of a study.
 
     Attributes:
         sampler: pipeline, instruments and store.
-        sizes: how much is drawn.
+        sizes: the size of the study.
         out: folder of the results.
         pictures: sheets of images, which are written with the figures.
         progress: show a progress bar.
@@ -103,9 +111,17 @@ class StudyRun:
         group: int | None = None,
         seed: int = SEED,
     ) -> dict[str, Samples]:
-        """Every condition on the same prompts and seeds, by name; `images` a condition.
+        """Draw every condition on the same prompts and seeds; return the samples by name.
 
-        `group` is for conditions in which images do not see each other: at most so many.
+        Args:
+            conditions: the conditions; names must be unique.
+            prompts: the prompts.
+            images: number of images per condition. Default: that of the study.
+            group: largest group, for conditions in which images do not see each other.
+            seed: first seed.
+
+        Raises:
+            ValueError: the images do not divide into two or more groups for every prompt.
         """
         sizes = self.sizes
         count = images or sizes.images
@@ -113,20 +129,24 @@ class StudyRun:
         step = len(prompts) * size
         if count % step or count < 2 * step:
             raise ValueError(
-                f"images must be a multiple of {step}, at least {2 * step}: two or more groups of "
-                f"{size} for each of {len(prompts)} prompts, got {count}"
+                f"the images of a condition must be a multiple of {step}, at least {2 * step}: two "
+                f"or more groups of {size} for each of {len(prompts)} prompts, got {count}"
             )
         return self.drawn(
             conditions, groups_of(prompts, count // len(prompts), size=size, seed=seed)
         )
 
     def drawn(self, conditions: Sequence[Condition], groups: Sequence[Group]) -> dict[str, Samples]:
-        """Every condition on these groups, by name, in the steps of this run."""
+        """Draw every condition on these groups; return the samples by name.
+
+        Raises:
+            ValueError: two conditions of one name.
+        """
         from tqdm import tqdm
 
         names = [condition.name for condition in conditions]
         if len(set(names)) < len(names):
-            raise ValueError(f"conditions need names of their own, got {', '.join(names)}")
+            raise ValueError(f"conditions need different names, got {', '.join(names)}")
         total = len(conditions) * sum(len(group.seeds) for group in groups)
         found = {}
         with tqdm(total=total, unit="image", disable=not self.progress) as bar:
@@ -137,7 +157,7 @@ class StudyRun:
         return found
 
     def scores(self, samples: Mapping[str, Samples]) -> dict[str, Scores]:
-        """Beside balanced real images, as many in every study."""
+        """Return the scores of every condition beside balanced real images."""
         sizes, sampler = self.sizes, self.sampler
         real = Real(
             sampler.real_features(sizes.real), sampler.real_features(sizes.decoded, decoded=True)
@@ -145,7 +165,7 @@ class StudyRun:
         return scores_of(samples, real, sampler.features.logits)
 
     def sheet(self, name: str, title: str, rows: Mapping[str, Samples], *, each: int = 4) -> None:
-        """A picture of the first `each` images of every prompt, a condition a row."""
+        """Add a sheet with a row per condition: the first `each` images of every prompt."""
         from PIL import Image
 
         from ...generation.contact_sheet import Row, sheet
@@ -165,15 +185,15 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study by name.
+    """A study.
 
     Attributes:
-        name: on the command line and of its files.
-        purpose: a line for users.
-        images: of each condition, where the command line says nothing.
-        run: draws and measures; returns what is special to the study, for its file.
-        table: Markdown of a result.
-        figures: of a result, by the end of their file names.
+        name: name on the command line and of the files.
+        purpose: one line for users.
+        images: default number of images per condition.
+        run: draws and measures; returns the study's own entries of the result file.
+        table: function from a result to Markdown.
+        figures: function from a result to figures, by the suffix of their file names.
     """
 
     name: str
@@ -185,9 +205,9 @@ class Study:
 
 
 def perform(study: Study, run: StudyRun) -> dict[str, Any]:
-    """Runs a study and writes its files; returns the result."""
+    """Run a study, write its files, and return the result."""
     began = time.perf_counter()
-    # Written at the end only: an interrupted run leaves its images in the store, and goes on there.
+    # Files are written at the end only; an interrupted run resumes from the images in the store.
     body = study.run(run)
     sizes = run.sizes
     result = {
@@ -208,7 +228,7 @@ def perform(study: Study, run: StudyRun) -> dict[str, Any]:
 
 
 def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
-    """The table and the figures of a result; returns the figures' files."""
+    """Write the table and the figures of a result; return the figures' files."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{study.name}.md").write_text(study.table(result) + "\n", encoding="utf-8")
     paths = []
@@ -219,16 +239,17 @@ def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the file at once; lists of one condition's samples stay on a line."""
+    """Write the file atomically; lists of a condition's samples stay on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (_json(result) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result of a study.
+    """Return the result of a study.
 
     Raises:
-        ValueError: another file. OSError: none that can be read.
+        ValueError: the file is not the result of a study.
+        OSError: the file cannot be read.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -240,7 +261,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _json(value: Any, depth: int = 0) -> str:
-    """Indented, but lists of plain values on one line: a result has many."""
+    """Return indented JSON with lists of plain values on one line, since a result has many."""
     inner, outer = " " * (depth + 1), " " * depth
     if isinstance(value, dict) and value:
         rows = [f"{inner}{json.dumps(k)}: {_json(v, depth + 1)}" for k, v in value.items()]

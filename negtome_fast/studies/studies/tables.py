@@ -11,23 +11,25 @@ COLUMNS = ("entropy", "cosine", "precision", "recall", "frechet", "agreement")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(values: Sequence[float | None], digits: int = 2) -> str:
-    """`estimate [low, high]`; an end without a bound is infinite."""
+    """Return `estimate [low, high]`; an unbounded end is infinite."""
     estimate, low, high = ("inf" if value is None else f"{value:.{digits}f}" for value in values)
     return f"{estimate} [{low}, {high}]"
 
 
 def signed(values: Sequence[Any], digits: int = 2) -> str:
-    """`+estimate [+low, +high]`."""
+    """Return `+estimate [+low, +high]`."""
     estimate, low, high = (f"{value:+.{digits}f}" for value in values[:3])
     return f"{estimate} [{low}, {high}]"
 
 
 def measure_cell(condition: dict[str, Any], name: str) -> str:
+    """Return a measure of a condition's record as text."""
     value = condition["measures"][name]
     if name in POINT_MEASURES:
         return f"{value:.{POINT_MEASURES[name][1]}f}"
@@ -37,7 +39,7 @@ def measure_cell(condition: dict[str, Any], name: str) -> str:
 
 
 def measures_table(conditions: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """A condition a row."""
+    """Return a Markdown table with a row per condition."""
     labels = [MEASURES[n].label if n in MEASURES else POINT_MEASURES[n][0] for n in columns]
     rows = [
         [condition["name"], *(measure_cell(condition, name) for name in columns)]
@@ -47,7 +49,7 @@ def measures_table(conditions: Iterable[dict[str, Any]], columns: Sequence[str] 
 
 
 def origin(result: dict[str, Any]) -> str:
-    """What a table is of, and the command that makes it."""
+    """Return a note that says how a table was made, and by which command."""
     sizes, versions = result["sizes"], result["versions"]
     return (
         f"{sizes['images']} images a condition, groups of {sizes['group']}, {sizes['steps']} "

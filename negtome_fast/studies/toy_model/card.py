@@ -1,4 +1,4 @@
-"""The model card of the embedded model, written from its training record."""
+"""The card of the embedded model, written from its training record."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ images = pipe(
 `max_sequence_length=16` matters: the model never saw longer padding. `negtome_fast.models.generate`
 sets these for you and refuses words that the model does not know.
 
-## What it is for, and what it is not for
+## Intended use
 
-For showing and measuring what guidance at inference time does to a model that repeats itself and
-that has memorised some images, in seconds and without downloads. It knows {words} words and draws
-cartoon avatars. It is not for making art, says nothing about people, and what helps here need not
-help on a large model in the same measure.
+It shows and measures the effect of guidance at inference time on a model that repeats itself and
+has memorised some images, in seconds and without downloads. It knows {words} words and draws
+cartoon avatars. It is not for making art and says nothing about people. Effects on a large model
+may differ in size.
 
 ## Data
 
@@ -49,8 +49,8 @@ and the others share the rest; this stands for the bias of real training sets.
 {majorities}
 
 Prompts name the style and, at random, some attributes; 10% are empty, for classifier-free guidance.
-30% of each batch are avatars whose prompts name whatever is not the majority's: the model learns
-the words from them, and what a prompt leaves open stays skewed.
+In 30% of each batch, the prompt names every attribute outside the majority: the model learns the
+words from these, and attributes that a prompt leaves open stay skewed.
 Four **protected characters** ({characters}) are fixed images, each
 1.5% of the images that training saw; they stand for copyrighted
 characters and memorised images. Vocabulary: {vocabulary}.
@@ -86,7 +86,13 @@ It recognises {reader[characters_recognised]} of {count} protected characters an
 
 
 def model_card(record: dict[str, Any], parameters: int, latents: int) -> str:
-    """Markdown, from the record that `negtome_fast.studies.toy_model.train` writes."""
+    """Return the card as Markdown, from the record that `toy_model.train` writes.
+
+    Args:
+        record: the training record.
+        parameters: number of parameters of the pipeline.
+        latents: number of latent channels.
+    """
     reader = record["reader"]
     majorities = "\n".join(
         f"| {name} | {spec.majority['skin']} | {spec.majority['hair_color']} "

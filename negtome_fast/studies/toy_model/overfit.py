@@ -83,6 +83,7 @@ class MemoryTask(FlowTask):
         self.prompts = tuple(prompts)
 
     def choose(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+        """Draw indices and prompts, the targets first."""
         indices, prompts = super().choose(rng)
         half = self.batch // 2
         memorised = rng.integers(len(self.prompts), size=half)
@@ -117,7 +118,7 @@ def overfit(
         ValueError: fewer than 16 ordinary avatars.
     """
     if ordinary < 16:
-        raise ValueError(f"ordinary must be at least 16, got {ordinary}")
+        raise ValueError(f"`ordinary` must be at least 16, got {ordinary}")
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline()
     characters = [avatar for avatar, _ in world.CHARACTERS.values()]

@@ -222,19 +222,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m negtome_fast.studies.toy_model.train", description=__doc__
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("build/tiny-flux-avatars"), help="checkpoints"
+        "--work",
+        type=Path,
+        default=Path("build/tiny-flux-avatars"),
+        help="folder of the checkpoints",
     )
-    parser.add_argument("--out", type=Path, default=Path("build/tiny-flux-avatars/pipeline"))
-    parser.add_argument("--images", type=int, default=20_000, help="rendered training images")
+    out = Path("build/tiny-flux-avatars/pipeline")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the pipeline")
+    parser.add_argument("--images", type=int, default=20_000, help="skewed training images")
     parser.add_argument("--vae-steps", type=int, default=2_400)
     parser.add_argument("--steps", type=int, default=2_800, help="transformer steps")
     parser.add_argument("--reader-steps", type=int, default=900)
-    parser.add_argument("--balanced-images", type=int, default=6_000, help="for VAE and reader")
-    parser.add_argument("--unusual-images", type=int, default=10_000, help="for the words")
+    parser.add_argument("--balanced-images", type=int, default=6_000, help="VAE and reader")
+    parser.add_argument(
+        "--unusual-images", type=int, default=10_000, help="whose captions teach words"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--note", default="", help="a sentence for the model card")
-    parser.add_argument("--processes", type=int, default=2, help="for rendering")
+    parser.add_argument("--note", default="", help="sentence for the model card")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes of rendering")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""What nudging costs: the filters where nothing is flagged, and one retry with each method.
+"""The cost of nudging: the filters where nothing is flagged, and one retry with each method.
 
 All variants are timed in interleaved rounds on the embedded model.
 """
@@ -65,10 +65,12 @@ class _Jobs:
         return images
 
     def filters_alone(self) -> None:
+        """Generate and judge images that pass."""
         rows = judge(self._subject.filters, self._generate(_ORDINARY))
         assert not any(verdicts[-1].triggered for verdicts in rows)
 
     def loop(self) -> None:
+        """Run the whole loop on images that pass."""
         result = generate_with_nudging(
             self._subject.pipe,
             _ORDINARY,
@@ -81,6 +83,7 @@ class _Jobs:
         assert all(result.passed)
 
     def plain(self) -> None:
+        """Generate memorised images without a retry."""
         self._generate(_MEMORISED)
 
     def retries(self) -> Work:

@@ -64,7 +64,7 @@ def _images_per_prompt(run: StudyRun) -> int:
     images, prompts = run.sizes.images, len(world.CHARACTERS) + len(overfit.PROMPTS)
     if images % prompts or images < 2 * prompts:
         raise ValueError(
-            f"images must be a multiple of {prompts}, at least {2 * prompts}, since there are "
+            f"the images must be a multiple of {prompts}, at least {2 * prompts}, since there are "
             f"{prompts} prompts, got {images}"
         )
     return images // prompts

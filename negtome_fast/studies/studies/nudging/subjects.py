@@ -30,7 +30,7 @@ NEGTOME = NegToMeConfig(alpha=1.5, threshold=0.2, t_start=1000, t_end=400)
 
 @dataclass(frozen=True)
 class RetryMethod:
-    """How flagged images are generated again: arguments of `generate_with_nudging`."""
+    """A way to generate flagged images again: arguments of `generate_with_nudging`."""
 
     label: str
     method: Any

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ....pipelines import Reference
 
 _WITHOUT_EFFECT = (
-    "negative_prompt has no effect without classifier-free guidance: use a guidance_scale above 1, "
-    "or true_cfg_scale for a distilled model"
+    "`negative_prompt` has no effect without classifier-free guidance: use a `guidance_scale` "
+    "above 1, or `true_cfg_scale` for a distilled model"
 )
 
 
@@ -69,7 +69,7 @@ def plans(wanted: Request, pipe: Any) -> list[list[DrawPlan]]:
     calls = [of_scale[0].call for of_scale in found]
     if any(call in calls[:number] for number, call in enumerate(calls)):
         raise ValueError(
-            "guidance_scale changes nothing: another setting gives the pipeline the same argument"
+            "`guidance_scale` changes nothing: another setting gives the pipeline the same argument"
         )
     return found
 

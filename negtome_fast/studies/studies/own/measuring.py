@@ -96,7 +96,7 @@ def _metrics(name: str, device: str) -> list[Metric]:
         made = METRICS[name]() if name == "embedded" else METRICS[name](device)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"metrics: the weights of {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"`metrics`: the weights of {name} cannot be loaded: {reason}") from error
     return [made] if isinstance(made, Metric) else made
 
 

@@ -36,7 +36,7 @@ SWEPT = {
 
 @dataclass(frozen=True)
 class OwnCondition:
-    """How the images of a prompt are made; drawn at every guidance scale.
+    """A way to make images of a prompt; it is drawn at every guidance scale.
 
     Attributes:
         name: label in tables, unique in a request.
@@ -94,28 +94,28 @@ class Request:
         unknown = [name for name in self.metrics if name not in OFFERED]
         if unknown:
             raise ValueError(
-                f"metrics: {unknown[0]!r} is unknown, choose from {', '.join(OFFERED)}; fid and "
+                f"`metrics`: {unknown[0]!r} is unknown, choose from {', '.join(OFFERED)}; fid and "
                 "inception, which take thousands of images, are in negtome_fast.studies.external"
             )
         if self.group < 2:
-            raise ValueError(f"group must be 2 or more images, got {self.group}")
+            raise ValueError(f"`group` must be 2 or more images, got {self.group}")
         if images < 1 or images % self.group:
             raise ValueError(
-                f"images must be a multiple of group, {self.group}, or the last group would be "
-                f"smaller, got {images}"
+                f"`images` must divide into groups of {self.group}, got {images}: change one of "
+                "`images` and `group`"
             )
         if images > SEEDS_PER_PROMPT:
             raise ValueError(
-                f"images must be {SEEDS_PER_PROMPT} or fewer for each prompt, got {images}"
+                f"`images` must be {SEEDS_PER_PROMPT} or fewer for each prompt, got {images}"
             )
         if images * len(self.settings.prompts) < 2 * self.group:
             raise ValueError(
-                "an interval needs two groups of images: give more prompts, or more images"
+                "an interval needs two groups of images: give more `prompts` or more `images`"
             )
         if any(scale is not None and not math.isfinite(scale) for scale in self.scales):
-            raise ValueError("guidance_scale must be finite numbers")
+            raise ValueError("`guidance_scale` must be finite numbers")
         if len(set(self.scales)) < len(self.scales):
-            raise ValueError("guidance_scale has a value twice")
+            raise ValueError("`guidance_scale` has a value twice")
         self._check_purpose()
         for condition in self.conditions():
             condition.settings(self.settings, self.scales[0]).check()
@@ -124,20 +124,18 @@ class Request:
         settings = self.settings
         sharpens = settings.preset == "sharpen"
         if sharpens and settings.references:
-            raise ValueError("sharpen and references are two studies: ask for one of them")
+            raise ValueError("`sharpen` and `references` are two studies: ask for one of them")
         if sharpens and not 0 < settings.blur < math.inf:
-            raise ValueError(f"sharpen is the radius of a blur, above 0, got {settings.blur:g}")
+            raise ValueError(f"`sharpen` is the radius of a blur, above 0, got {settings.blur:g}")
         if (sharpens or settings.references) and any(
             "reference" in {**settings.guidance, **more} for more in self.guidances.values()
         ):
             raise ValueError(
-                "reference names the images of a group; with "
-                f"{'sharpen' if sharpens else 'references'} leave it out"
+                "`reference` chooses among the images of a group; leave it out with "
+                f"`{'sharpen' if sharpens else 'references'}`"
             )
         if settings.negative_prompt is not None and "negative_prompt" in settings.call:
-            raise ValueError(
-                "negative_prompt is also among the arguments of call: give one of them"
-            )
+            raise ValueError("`negative_prompt` is also an argument in `call`: give one of them")
 
     def conditions(self) -> list[OwnCondition]:
         """Return all conditions, unguided first; each without and with a negative prompt."""
@@ -178,7 +176,7 @@ def request(options: Mapping[str, Any]) -> Request:
     """
     values = dict(options)
     if "model" not in values or "prompts" not in values:
-        raise ValueError("eval own needs model and prompts")
+        raise ValueError("eval own needs a `model` and `prompts`")
     several = _several(values)
     guidance = generation.take_guidance(values)
     fields = [_FIELDS.get(name, name) for name in several]
@@ -220,7 +218,7 @@ def _several(values: dict[str, Any]) -> dict[str, list[Any]]:
             continue
         given = [tuple(one) if isinstance(one, list) else one for one in values[name]]
         if len(set(given)) < len(given):
-            raise ValueError(f"{name} has a value twice")
+            raise ValueError(f"`{name}` has a value twice")
         values[name] = given[0]
         if len(given) > 1:
             several[name] = given
@@ -243,7 +241,7 @@ def _command(options: Mapping[str, Any]) -> str:
                 words += ["--mask", reference.mask] if reference.mask else []
                 words += [] if reference.noise else ["--clean-reference"]
         elif name == "call":
-            # As JSON, so that text which looks like a number stays text.
+            # Values are JSON, so that text which looks like a number stays text.
             words += [w for key, v in value for w in ("--argument", f"{key}={json.dumps(v)}")]
         elif isinstance(value, (list, tuple)):
             words += [option, *map(str, value)]
