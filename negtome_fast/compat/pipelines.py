@@ -20,12 +20,12 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ..config import NegToMeConfig
-from ..guidance import Grid, GuidanceSummary
+from ..config import Grid, NegToMeConfig
 from ..pipelines import negtome_guidance
+from ..statistics import GuidanceSummary
 from .arguments import TEXT_TOKENS, AuthorsConfig, NegtomeArgs
 
-Encoder = Callable[[Tensor], Tensor]
+PictureEncoder = Callable[[Tensor], Tensor]
 """From the timestep of a step to the reference picture's latents (1, ...) in that step."""
 
 
@@ -41,7 +41,7 @@ class _Guided:
         arguments: NegtomeArgs,
         config: NegToMeConfig | None,
         model: nn.Module,
-        encoder: Callable[[], Encoder],
+        encoder: Callable[[], PictureEncoder],
         mask: Callable[[Grid], Tensor],
     ) -> Any:
         """Runs the pipeline.
@@ -153,7 +153,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
     @torch.no_grad()
     def _picture_encoder(
         self, arguments: NegtomeArgs, size: list[int], generator: Any, dtype: torch.dtype
-    ) -> Encoder:
+    ) -> PictureEncoder:
         device, generator = self._execution_device, _first(generator)
         picture = self.image_processor.preprocess(_picture_of(arguments), *size)
         seen = self.vae.encode(picture.to(device, self.vae.dtype)).latent_dist
@@ -228,7 +228,9 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
         )
 
     @torch.no_grad()
-    def _picture_encoder(self, arguments: NegtomeArgs, size: list[int], generator: Any) -> Encoder:
+    def _picture_encoder(
+        self, arguments: NegtomeArgs, size: list[int], generator: Any
+    ) -> PictureEncoder:
         device, generator, dtype = self._execution_device, _first(generator), self.unet.dtype
         picture = self.image_processor.preprocess(_picture_of(arguments), *size)
         settings, own = self.vae.config, self.vae.dtype
@@ -259,7 +261,7 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
 
 
 @contextmanager
-def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
+def _first_item(pipe: Any, model: nn.Module, encode: PictureEncoder) -> Iterator[None]:
     """Makes the reference picture item 0 of the batch in every step, for model and scheduler.
 
     Both are handed the loop's latents, so that nothing of the loop has to be copied.

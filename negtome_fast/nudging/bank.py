@@ -251,7 +251,7 @@ def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
 def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Names and sources of the images of a folder, searched in depth, or of an iterable."""
     if isinstance(images, (str, Path)):
-        from ..pipelines.references import IMAGE_SUFFIXES
+        from ..pipelines.pictures import IMAGE_SUFFIXES
 
         folder = Path(images)
         if not folder.is_dir():

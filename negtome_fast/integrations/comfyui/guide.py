@@ -16,7 +16,7 @@ import torch
 
 from negtome_fast.config import NOISE, NegToMeConfig
 from negtome_fast.guidance import Guidance
-from negtome_fast.pipelines.references import select_items
+from negtome_fast.pipelines.reference_forward import select_items
 
 from .places import UNET, check_model, hooked, image_grid
 from .references import ReferenceImages

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from negtome_fast.guidance import ReferenceSettings
+from negtome_fast.config import ReferenceSettings
 from negtome_fast.pipelines.references import draw_noise
 
 
