@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..config import NegToMeConfig
 from ..guidance import Guidance
@@ -26,7 +24,6 @@ from ..thread_state import PerThread, ThreadState
 from .block_caches import CacheGuard, check_cache, refuse_cache, skips_blocks
 from .blocks import attention_modules, guided_blocks, output_projection
 from .compiled import (
-    ForwardOverride,
     current,
     forget_all,
     free_recompile_slots,
@@ -40,13 +37,13 @@ from .parallel import TokenShards
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, token_shards
 from .reference_forward import reference_call, refuse_stateful
 from .references import References
+from .registration import BlockHook, RegisteredHooks, installing
 from .schedule import PipelineSchedule, RunTracker
 from .token_slice import attended_channels, find_image, guide_image_part, holds_single_frames
 
 _NEVER = object()
 
 _installed: weakref.WeakSet[ModelHooks] = weakref.WeakSet()
-_installing = threading.RLock()
 
 
 class ModelHooks:
@@ -93,11 +90,8 @@ class ModelHooks:
         self._schedule = schedule
         self._inputs = ForwardInputs(model, layout, schedule)
         self._compiled = False
-        self._handles: list[RemovableHandle] = []
+        self._registered = RegisteredHooks(self)
         self._set_blocks(self.choose_blocks(config))
-        self._projections: dict[nn.Module, nn.Module] = {}
-        self._projection_handles: dict[nn.Module, RemovableHandle] = {}
-        self._forward_overrides: dict[nn.Module, ForwardOverride] = {}
         self._runs: RunTracker = peer._runs if peer else RunTracker()
         self._thread_state = ThreadState()
 
@@ -115,46 +109,38 @@ class ModelHooks:
         Args:
             compiled: the model is called through `torch.compile(model)`, which does not show in it.
         """
-        model = self._model
+        model, registered = self._model, self._registered
         try:
             hook = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            self._keep(model, hook)
-            self._keep(model, model.register_forward_hook(self._after_model, always_call=True))
+            registered.add(model, hook)
+            hook = model.register_forward_hook(self._after_model, always_call=True)
+            registered.add(model, hook)
             for module in model.modules():
                 if type(module).__name__ in self.layout.grid_modules:
                     hook = module.register_forward_pre_hook(self._before_grid, with_kwargs=True)
-                    self._keep(module, hook)
+                    registered.add(module, hook)
             for block, number in self._numbers.items():
                 if self._projection_of(block) is None:
-                    self._keep(block, block.register_forward_hook(BlockHook(self, number)))
+                    hook = block.register_forward_hook(BlockHook(self, number))
+                    registered.add(block, hook)
             self._hook_projections()
         except BaseException:
             self.remove()
             raise
-        with _installing:
+        with installing:
             _installed.add(self)
         self._compiled = self._compiled or compiled
-        unseen = not all(override.seen for override in self._forward_overrides.values())
-        if unseen and (self._compiled or is_compiled(model)):
+        if registered.unseen and (self._compiled or is_compiled(model)):
             forget_all()
         free_recompile_slots(model)
 
     def remove(self) -> None:
         """Removes every hook; the counts of `guidance` stay readable."""
         self._close_forward(completed=False)
-        if not self._handles:
+        if not self._registered:
             return
-        for handle in (*self._handles, *self._projection_handles.values()):
-            handle.remove()
-        self._handles.clear()
-        self._projection_handles.clear()
-        self._projections.clear()
-        for module in self._model.modules():
-            self._discard_hooks(module)
-        for override in self._forward_overrides.values():
-            override.remove()
-        self._forward_overrides.clear()
-        with _installing:
+        self._registered.remove(self._model)
+        with installing:
             _installed.discard(self)
         free_recompile_slots(self._model)
 
@@ -185,20 +171,9 @@ class ModelHooks:
             self._numbers = {b: torch.tensor(i, device="cpu") for i, b in enumerate(blocks)}
         self._blocks_by_number = tuple(blocks.items())
 
-    def _keep(self, module: nn.Module, handle: RemovableHandle) -> None:
-        self._handles.append(handle)
-        if module not in self._forward_overrides:
-            self._forward_overrides[module] = ForwardOverride(module)
-
-    def _discard_hooks(self, module: nn.Module) -> None:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, BlockHook) and hook.owner is self:
-                    del hooks[key]
-
     @property
     def installed(self) -> bool:
-        return bool(self._handles)
+        return bool(self._registered)
 
     def belongs_to(self, pipe: Any) -> bool:
         """Returns True if this pipeline was guided by these hooks."""
@@ -361,35 +336,23 @@ class ModelHooks:
         tokens = frames * height * width
         self._tokens = ImageTokens(tokens, tokens, (height, width), frames)
 
-    def _after_attention(self, output: Any, number: torch.Tensor | int) -> Any:
+    def after_attention(self, output: Any, number: torch.Tensor | int) -> Any:
         if not self.guidance.active:
             return None
         if isinstance(output, tuple):
             return (self._guide(output[0], number, True), *output[1:])
         return self._guide(output, number, False)
 
-    def _before_projection(self, args: tuple[Any, ...], number: torch.Tensor | int) -> Any:
+    def before_projection(self, args: tuple[Any, ...], number: torch.Tensor | int) -> Any:
         if not self.guidance.active:
             return None
         return (self._guide(args[0], number, False), *args[1:])
 
     def _hook_projections(self) -> None:
-        """Hooks the output projections, in every guided forward: loading a LoRA replaces them."""
         for block, number in self._numbers.items():
             projection = self._projection_of(block)
-            if projection is None or projection is self._projections.get(block):
-                continue
-            with _installing:
-                if block in self._projections:
-                    self._projection_handles[block].remove()
-                    self._forward_overrides.pop(self._projections[block]).remove()
-                # A new module may have taken over the hooks of the old one, as quantization does,
-                # or another thread may have been here first.
-                self._discard_hooks(projection)
-                self._forward_overrides[projection] = ForwardOverride(projection)
-                hook = projection.register_forward_pre_hook(BlockHook(self, number))
-                self._projection_handles[block] = hook
-                self._projections[block] = projection
+            if projection is not None:
+                self._registered.hook_projection(block, projection, number)
 
     def _projection_of(self, block: nn.Module) -> nn.Module | None:
         """Returns the output projection to hook; None if the attention output is guided itself."""
@@ -489,25 +452,6 @@ class ModelHooks:
         return shards
 
 
-class BlockHook:
-    """The hook after an attention module, or before its output projection.
-
-    Each block has its own object. For compiled code these differ by a tensor only, so that one
-    guard on a module's hooks serves all blocks.
-    """
-
-    def __init__(self, owner: ModelHooks, number: torch.Tensor) -> None:
-        self.owner = owner
-        self.number = number
-        self.index = int(number)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
-        number = self.number if torch.compiler.is_compiling() else self.index
-        if output:
-            return self.owner._after_attention(output[0], number)
-        return self.owner._before_projection(args, number)
-
-
 class _Unguided:
     """Replaces the hooks in a pickled model and does nothing: guidance is not saved with it."""
 
@@ -515,7 +459,7 @@ class _Unguided:
         return None
 
     _before_model = _after_model = _before_grid = _nothing
-    _after_attention = _before_projection = _nothing
+    after_attention = before_projection = _nothing
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
@@ -540,7 +484,7 @@ def _refuse_recomputation(model: nn.Module) -> None:
 
 def hooks_by_pipeline(pipe: Any) -> list[ModelHooks]:
     """Returns the hooks installed through this pipeline, even if it now holds another model."""
-    with _installing:
+    with installing:
         return [hooks for hooks in _installed if hooks.belongs_to(pipe)]
 
 
