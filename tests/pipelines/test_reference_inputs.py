@@ -78,7 +78,7 @@ PICTURE = Image.fromarray(np.full((10, 14, 3), 200, dtype=np.uint8))
         ("no such.png", TypeError, r'Reference\("image.png"\)'),
         ([], ValueError, "empty"),
         (Reference("no such.png"), FileNotFoundError, r"no reference image at no such\.png"),
-        (Reference(Path(__file__)), ValueError, r"test_references\.py is not an image"),
+        (Reference(Path(__file__)), ValueError, r"test_reference_inputs\.py is not an image"),
         (Reference(Path(__file__).parent), ValueError, "holds no images"),
         (Reference(3), TypeError, "not int"),
         (Reference([]), TypeError, "without entries"),
