@@ -1,7 +1,7 @@
 """Settings of the guidance: what is pushed, how strongly, in which steps and in which blocks.
 
-A configuration is an immutable value that is checked when it is made and can be stored as JSON.
-It knows nothing of models; `Guidance` and the pipelines read it.
+A configuration is an immutable value, checked when it is made, that can be stored as JSON. It knows
+nothing about models; `Guidance` and the pipelines read it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import torch
+
+Grid = tuple[int, int]
+"""(height, width) of a block's image tokens."""
+
 NOISE = 1000.0
 """The scheduler's timestep of pure noise."""
 
 _ROUNDING = 1e-3
-"""Slack at both ends of the window: flow schedulers give 899.99994 where 900 is meant."""
+"""Slack at both ends of the window, in timesteps: flow schedulers give 899.99994 for 900."""
 
 _CHOICES = {
     "reference": ("first", "others"),
@@ -38,49 +43,48 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "min_grid": (32, 32),
     },
 }
-# The authors give no settings for SD 1.5; its UNet is built as SDXL's is.
+# The authors give no settings for SD 1.5, whose UNet has the architecture of SDXL's.
 _PRESETS["sd15"] = _PRESETS["sdxl"]
 
 
 @dataclass(frozen=True)
 class NegToMeConfig:
-    """How a batch is guided. The defaults are the authors' for FLUX.1 (arXiv 2412.01339).
+    """Settings of the guidance. The defaults are the authors' for FLUX.1 (arXiv 2412.01339).
 
     Attributes:
         alpha: push strength; positive pushes away from the reference, negative pulls toward it,
             0 only measures (outputs stay bit-identical, statistics are kept). Authors: 0.9.
         threshold: cosine similarity, -1 to 1, that a match must exceed, strictly. Authors: 0.65
             for FLUX.1, 0.7 for SDXL.
-        t_start, t_end: the window of guided steps in the scheduler's timesteps, from 1000 (noise)
-            down to 0 (image); both ends belong to it. Authors: 1000 to 900 for FLUX.1, 1000 to
-            800 for SDXL.
-        steps: the window as fractions of the steps of a run instead: `(0.0, 0.25)` guides the
-            first quarter, that is step i of n where start <= i / n < end. Few-step models hit a
-            window in timesteps by luck only. Where it is set, t_start and t_end are not used.
+        t_start, t_end: window of guided steps in the scheduler's timesteps, from 1000 (noise) down
+            to 0 (image), both ends included. Authors: 1000 to 900 for FLUX.1, 1000 to 800 for SDXL.
+        steps: window as fractions of the steps of a run, instead of t_start and t_end:
+            `(0.0, 0.25)` guides the first quarter, the steps i of n with start <= i / n < end. Use
+            it for few-step models, which may have no timestep in a narrow window.
         reference: `"first"`: item 0 of every group is the reference and comes out bit-identical;
             `"others"`: every item is pushed away from all others of its group.
         matching: `"paper"`, or `"official"` for the index order of the authors' code.
         combine: `"nearest"`: the best match over all references; `"sum"`: the sum of all pushes.
-            They differ only where an item has several references.
+            They differ only if an item has several references.
         dropout: probability, 0 to 1, that a matched token is spared. Authors: 0.
-        seed: of the private generator that draws the dropout; every run starts it anew, and the
+        seed: seed of the private generator that draws the dropout. Every run restarts it, and the
             pipeline's own random numbers are not touched.
-        blocks: name or names of the attention modules to guide, kept as a tuple; None is all that
+        blocks: name or names of the attention modules to guide, kept as a tuple. None: all that
             the model's layout offers. A name with `*`, `?` or `[` is a pattern for the whole module
             name; any other matches whole dot-separated parts: `"up_blocks"`,
             `"transformer_blocks.3"`, `"attn1"`.
         exclude_blocks: names of modules to leave out, in the same notation.
-        min_grid: smallest (height, width) of a block's token grid that is guided. Authors: (32, 32)
-            for SDXL, none for FLUX.1.
-        placement: `"output"`: the output of the attention module; `"pre_projection"`: the input
-            of its output projection, where the authors' FLUX.1 code works.
+        min_grid: smallest (height, width), in tokens, of a block that is guided. None: any.
+            Authors: (32, 32) for SDXL, none for FLUX.1.
+        placement: `"output"`: the output of the attention module; `"pre_projection"`: the input of
+            its output projection, as in the authors' FLUX.1 code.
         groups: number of equal contiguous parts of a forward's batch that never see each other.
-            None finds the halves of classifier-free guidance by itself. Two prompts of four
-            images each under concatenated classifier-free guidance are four groups.
+            None finds the halves of classifier-free guidance. Two prompts of four images each under
+            concatenated classifier-free guidance are four groups.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
 
     Raises:
-        TypeError, ValueError: a value cannot be right; the message says what would be.
+        TypeError, ValueError: a value is of the wrong type or out of range.
     """
 
     alpha: float = 0.9
@@ -154,22 +158,22 @@ class NegToMeConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NegToMeConfig:
-        """The authors' settings for a family: `"flux"` or `"sdxl"`; `"sd15"` uses SDXL's.
+        """Returns the authors' settings for a family: `"flux"` or `"sdxl"`; `"sd15"` uses SDXL's.
 
-        Matching and placement keep this package's defaults; `matching="official"` and, for FLUX,
-        `placement="pre_projection"` are what the authors' code does.
+        Matching and placement keep this package's defaults. The authors' code has
+        `matching="official"` and, for FLUX, `placement="pre_projection"`.
         """
         if name not in _PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, _PRESETS))}")
         return cls(**_PRESETS[name]).with_overrides(**overrides)
 
     def with_overrides(self, **overrides: Any) -> NegToMeConfig:
-        """A copy with some fields replaced; an unknown name is an error that lists the known."""
+        """Returns a copy with some fields replaced; an unknown name is a `ValueError`."""
         _check_names(overrides)
         return replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values that JSON can hold."""
+        """Returns all fields as plain values that JSON can hold."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -178,17 +182,17 @@ class NegToMeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NegToMeConfig:
-        """The inverse of `to_dict`; absent fields take their defaults, unknown ones are errors."""
+        """Inverts `to_dict`; absent fields take their defaults, unknown ones are a `ValueError`."""
         _check_names(values)
         return cls(**values)
 
     def includes_block(self, block: str) -> bool:
-        """Whether the attention module of this name passes `blocks` and `exclude_blocks`."""
+        """Returns True if an attention module of this name passes `blocks` and `exclude_blocks`."""
         included = self.blocks is None or any(_matches(p, block) for p in self.blocks)
         return included and not any(_matches(p, block) for p in self.exclude_blocks)
 
-    def includes_grid(self, grid: tuple[int, int] | None) -> bool:
-        """Whether a block with this (height, width) of tokens passes `min_grid`."""
+    def includes_grid(self, grid: Grid | None) -> bool:
+        """Returns True if a block with this (height, width) of tokens passes `min_grid`."""
         if self.min_grid is None:
             return True
         if grid is None:
@@ -205,12 +209,16 @@ class NegToMeConfig:
         num_steps: int | None = None,
         tolerance: float = 0.0,
     ) -> bool:
-        """Whether a step lies in the window.
+        """Returns True if a step lies in the window.
 
         Args:
-            timestep: the scheduler's timestep, 1000 to 0; may be None where `steps` is set.
-            step, num_steps: index of the step from 0, and the steps of the run; needed by `steps`.
-            tolerance: rounding of `timestep`, in timesteps, where it went through a short float.
+            timestep: the scheduler's timestep, 1000 to 0; may be None if `steps` is set.
+            step, num_steps: index of the step from 0, and number of steps of the run; needed if
+                `steps` is set.
+            tolerance: rounding error of `timestep`, in timesteps.
+
+        Raises:
+            ValueError: an argument that the window needs is missing.
         """
         if self.steps is not None:
             if step is None or num_steps is None:
@@ -224,6 +232,40 @@ class NegToMeConfig:
             raise ValueError("a window in timesteps needs the timestep of the step")
         slack = tolerance + _ROUNDING
         return self.t_end - slack <= timestep <= self.t_start + slack
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Settings of a reference from outside of the batch.
+
+    Attributes:
+        alpha: push strength; positive pushes away from this reference, negative pulls toward it.
+            None: the configuration's.
+        threshold: cosine similarity, -1 to 1, that a match must exceed. None: the configuration's.
+        mask: region of the reference that may be matched, bool (H, W), or (F, H, W) for the frames
+            of a video, of any size. It is stretched to the grid of each block; a token may be
+            matched if at least half of its area is True. None: all of it.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type or out of range, or the mask is empty.
+    """
+
+    alpha: float | None = None
+    threshold: float | None = None
+    mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("alpha", "threshold")}
+        NegToMeConfig(**{name: value for name, value in given.items() if value is not None})
+        if self.mask is None:
+            return
+        if not isinstance(self.mask, torch.Tensor) or self.mask.dtype != torch.bool:
+            raise TypeError("the mask of a reference must be a bool tensor (H, W) or (F, H, W)")
+        if self.mask.ndim not in (2, 3) or not self.mask.any():
+            raise ValueError(
+                "the mask of a reference must be (H, W) or (F, H, W) and True somewhere; this one "
+                f"is {tuple(self.mask.shape)} with {int(self.mask.sum())} True"
+            )
 
 
 def _matches(pattern: str, block: str) -> bool:

@@ -1,28 +1,30 @@
 """Statistics of a guidance, counted block by block.
 
-A call of a block leaves its matches (`Seen`); many of them are counted together (`Statistics`); a
+A call of a block leaves its matches (`CallMatches`); `Statistics` counts many of them together;
 `GuidanceSummary` shows the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-Grid = tuple[int, int]
+from .config import Grid
+
 Counts = tuple[int, int, int, float]
-"""Tokens compared, matched and pushed, and the sum of their similarities."""
+"""Number of tokens compared, matched and pushed, and the sum of their similarities."""
 
 NOTHING_COUNTED: Counts = (0, 0, 0, 0.0)
 
-SEEN_TOKENS = 2**20
-"""Tokens whose matches are kept at most, 12 bytes each, before they are counted."""
+MAX_STEP_TOKENS = 2**20
+"""Number of tokens of one step whose matches may wait to be counted, 12 bytes each."""
 
-WAITING_TOKENS = 2**15
-"""The same where those of several steps wait: as many as stay in a cache."""
+MAX_WAITING_TOKENS = 2**15
+"""Number of tokens of several steps whose matches may wait: as many as stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class BlockRow:
 
     Attributes:
         block: name of the block.
-        grid: (height, width) of its tokens when it was last guided, where known.
-        calls: number of guided forwards.
-        tokens: source tokens that were compared with a reference, over all calls.
-        matched: share of them whose best cosine similarity exceeded the threshold.
-        pushed: share of them that were moved; below `matched` where dropout spared some.
-        similarity: mean of their best cosine similarity.
+        grid: (height, width) of its tokens in the last guided call, where known.
+        calls: number of guided calls.
+        tokens: number of source tokens that were compared with a reference, over all calls.
+        matched: share of them, 0 to 1, whose best cosine similarity exceeded the threshold.
+        pushed: share of them, 0 to 1, that were moved; less than `matched` if dropout spared some.
+        similarity: mean of their best cosine similarities, -1 to 1.
     """
 
     block: str
@@ -54,9 +56,9 @@ class GuidanceSummary:
 
     Attributes:
         rows: one entry for each guided block, in the order in which they ran.
-        forwards: forwards of the model that were seen.
-        guided: those of them that lay inside the window.
-        groups: guidance groups of the last guided forward; None if there was none.
+        forwards: number of forwards of the model.
+        guided: number of them that lay inside the window.
+        groups: number of guidance groups in the last guided forward; None if there was none.
     """
 
     rows: tuple[BlockRow, ...]
@@ -66,7 +68,7 @@ class GuidanceSummary:
 
     @property
     def total(self) -> BlockRow:
-        """All blocks taken together, weighted by their tokens."""
+        """All blocks as one row, weighted by their tokens."""
         tokens = sum(row.tokens for row in self.rows)
 
         def mean(name: str) -> float:
@@ -84,7 +86,7 @@ class GuidanceSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold: forwards, guided, groups, total and rows."""
+        """Returns forwards, guided, groups, total and rows as plain values that JSON can hold."""
         return {
             "forwards": self.forwards,
             "guided": self.guided,
@@ -115,26 +117,27 @@ class GuidanceSummary:
         return "\n".join(lines)
 
 
-class Seen(NamedTuple):
-    """Findings of one call of `apply`, kept until many are counted together.
+class CallMatches(NamedTuple):
+    """Matches that one call of `Guidance.apply` found, kept until many are counted together.
 
     Attributes:
-        block, grid: of the call.
-        similarity, pushed: (B, S, N) as `guide_tokens` returns them.
+        block, grid: arguments of the call.
+        similarity, pushed: (B, S, N), as `guide_tokens` returns them.
         threshold: () or (S,).
-        matched: (B, N) where one threshold a slot does not tell it, else None.
+        matched: bool (B, N), the tokens that exceeded a threshold, if `similarity` and `threshold`
+            do not tell them; else None.
     """
 
     block: str
     grid: Grid | None
-    similarity: torch.Tensor
-    pushed: torch.Tensor
-    threshold: torch.Tensor
-    matched: torch.Tensor | None
+    similarity: Tensor
+    pushed: Tensor
+    threshold: Tensor
+    matched: Tensor | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Calls of one kind can be stacked."""
+        """Key of calls whose tensors can be stacked."""
         shapes = (self.similarity.shape, self.pushed.shape, self.similarity.dtype)
         return (*shapes, self.similarity.device, id(self.threshold), self.matched is None)
 
@@ -145,59 +148,60 @@ def _plus(known: Counts, counts: Sequence[int], similarity: float) -> Counts:
 
 
 class Statistics:
-    """Sums of all blocks. Those on an accelerator stay there, so that nothing waits for it.
+    """Sums of all blocks.
 
-    Blocks that are counted together have one row each of the same tensors. On a CPU that is done
-    for many steps at once: there the calls cost more than the numbers.
+    Sums on an accelerator stay there, so that nothing waits for it. Blocks that are counted
+    together have one row each of the same tensors. On a CPU, many steps are counted at once,
+    because there the calls cost more than the arithmetic.
     """
 
     def __init__(self) -> None:
         self._blocks: dict[str, tuple[int, Grid | None]] = {}
-        self._sums: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._counted: dict[str, Counts] = {}
-        self._waiting: list[Seen] = []
+        self._waiting: list[CallMatches] = []
         self._waiting_tokens = 0
 
     def __getstate__(self) -> dict[str, Any]:
         self._count_waiting()
         return self.__dict__
 
-    def keep(self, seen: Sequence[Seen], tokens: int) -> None:
-        """Takes what a step has seen, `tokens` in all."""
-        if not seen or seen[0].similarity.device.type != "cpu":
-            for blocks, counts, similarity in _counts(seen):
+    def keep(self, matches: Sequence[CallMatches], tokens: int) -> None:
+        """Takes the matches of a step, `tokens` in all."""
+        if not matches or matches[0].similarity.device.type != "cpu":
+            for blocks, counts, similarity in _count_by_kind(matches):
                 self.add(blocks, counts, similarity)
             return
-        self._waiting += seen
+        self._waiting += matches
         self._waiting_tokens += tokens
-        if self._waiting_tokens > WAITING_TOKENS:
+        if self._waiting_tokens > MAX_WAITING_TOKENS:
             self._count_waiting()
 
     def _count_waiting(self) -> None:
-        seen, self._waiting, self._waiting_tokens = self._waiting, [], 0
-        for blocks, counts, similarity in _counts(seen):
+        matches, self._waiting, self._waiting_tokens = self._waiting, [], 0
+        for blocks, counts, similarity in _count_by_kind(matches):
             for block, new, total in zip(blocks, counts.tolist(), similarity.tolist(), strict=True):
                 known = self._counted.get(block, NOTHING_COUNTED)
                 self._counted[block] = _plus(known, new, total)
 
     def notice(self, block: str, grid: Grid | None) -> None:
-        """Counts a call of a block; blocks are listed in the order of their first."""
+        """Counts a call of a block; the order of first calls is the order of the rows."""
         self._blocks[block] = (self._blocks.get(block, (0, None))[0] + 1, grid)
 
-    def add(self, blocks: tuple[str, ...], counts: torch.Tensor, similarity: torch.Tensor) -> None:
-        """Adds sums (K, 3) and (K,) of K calls, as `sums_of` returns them."""
+    def add(self, blocks: tuple[str, ...], counts: Tensor, similarity: Tensor) -> None:
+        """Adds the sums (K, 3) and (K,) of K calls, as `count_matches` returns them."""
         known = self._sums.get(blocks)
-        with torch.inference_mode(False):  # else no later run outside of that mode could add to it
+        with torch.inference_mode(False):  # so that a run outside of that mode can add to it
             if known is None:
                 known = torch.zeros_like(counts), torch.zeros_like(similarity)
-            if known[0].device != counts.device:  # the model was moved; what it counted stays
+            if known[0].device != counts.device:  # the model was moved
                 known = known[0].to(counts.device), known[1].to(counts.device)
         known[0].add_(counts)
         known[1].add_(similarity)
         self._sums[blocks] = known
 
     def rows(self) -> tuple[BlockRow, ...]:
-        """Reads the sums from the device."""
+        """Returns one row per block; reads the sums from the device."""
         self._count_waiting()
         counted = dict.fromkeys(self._blocks, NOTHING_COUNTED) | self._counted
         for blocks, (counts, sums) in self._sums.items():
@@ -212,28 +216,70 @@ class Statistics:
         return tuple(rows)
 
 
-def sums_of(seen: Sequence[Seen]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers (K, 3) of tokens compared, matched and pushed in K calls of one kind, and the sums
-    (K,) of their similarities."""
-    similarity = torch.stack([one.similarity for one in seen]).detach()
-    pushed = torch.stack([one.pushed for one in seen])
+def count_matches(matches: Sequence[CallMatches]) -> tuple[Tensor, Tensor]:
+    """Counts K calls of one kind.
+
+    Returns:
+        int64 (K, 3), the numbers of tokens compared, matched and pushed; and fp32 (K,), the sums of
+        their similarities.
+    """
+    similarity = torch.stack([call.similarity for call in matches]).detach()
+    pushed = torch.stack([call.pushed for call in matches])
     best = similarity.amax(dim=2)
     compared = best > -torch.inf
-    told = [one.matched for one in seen if one.matched is not None]
-    if told:
-        matched = torch.stack(told)
+    known = [call.matched for call in matches if call.matched is not None]
+    if known:
+        matched = torch.stack(known)
     else:
-        matched = (similarity > seen[0].threshold[..., None]).any(dim=2)
+        matched = (similarity > matches[0].threshold[..., None]).any(dim=2)
     counts = [part.sum(dim=(1, 2)) for part in (compared, matched, (pushed >= 0).any(dim=2))]
     return torch.stack(counts, dim=1), torch.where(compared, best, 0.0).sum(dim=(1, 2)).float()
 
 
-def _counts(
-    seen: Sequence[Seen],
-) -> Iterator[tuple[tuple[str, ...], torch.Tensor, torch.Tensor]]:
-    """Blocks, and `sums_of`, of all calls that can be counted together."""
-    kinds: dict[tuple[Any, ...], list[Seen]] = {}
-    for one in seen:
-        kinds.setdefault(one.kind, []).append(one)
+def _count_by_kind(
+    matches: Sequence[CallMatches],
+) -> Iterator[tuple[tuple[str, ...], Tensor, Tensor]]:
+    """Yields the blocks, and what `count_matches` returns, of calls that can be stacked."""
+    kinds: dict[tuple[Any, ...], list[CallMatches]] = {}
+    for call in matches:
+        kinds.setdefault(call.kind, []).append(call)
     for alike in kinds.values():
-        yield tuple(one.block for one in alike), *sums_of(alike)
+        yield tuple(call.block for call in alike), *count_matches(alike)
+
+
+@dataclass
+class RankCounts:
+    """Counts of one rank in a block whose tokens are distributed over several ranks.
+
+    Attributes:
+        block: name of the block.
+        counts: int64 (3,), the numbers of tokens compared, matched and pushed.
+        similarity: fp32 (), the sum of their similarities.
+    """
+
+    block: str
+    counts: Tensor
+    similarity: Tensor
+
+    @classmethod
+    def of(cls, matches: CallMatches) -> RankCounts:
+        counts, similarity = count_matches([matches])
+        return cls(matches.block, counts[0], similarity[0])
+
+
+def sum_over_ranks(
+    shares: Sequence[RankCounts], total: Callable[[Tensor], Tensor]
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Adds up the counts of all ranks, in one exchange for all blocks.
+
+    Args:
+        shares: counts of this rank.
+        total: sums a tensor over the ranks; all of them must call it.
+
+    Returns:
+        The arguments of `Statistics.add`.
+    """
+    rows = [torch.cat([one.counts.double(), one.similarity.double()[None]]) for one in shares]
+    totals = total(torch.stack(rows))
+    blocks = tuple(one.block for one in shares)
+    return blocks, totals[:, :3].to(torch.int64), totals[:, 3].float()

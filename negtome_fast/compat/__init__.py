@@ -1,7 +1,7 @@
-"""The authors' names and arguments (repository 1jsingh/negtome): their scripts run with one import
-changed.
+"""The authors' names and arguments, so that their scripts run with one import changed.
 
-`negtome` needs torch only; the pipelines are subclasses of diffusers' own, imported when asked for.
+Their repository is 1jsingh/negtome. `negtome` needs torch only; the pipelines are subclasses of
+diffusers' and are imported when first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`negtome_args`: the keys of the authors' two pipelines, their defaults and their window."""
+"""`negtome_args` of the authors' two pipelines: keys, defaults and the window."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ import torch
 from ..config import NegToMeConfig
 
 TEXT_TOKENS = 512
-"""The authors' `num_lang_tokens`, the length of FLUX.1's prompts."""
+"""The authors' `num_lang_tokens`: number of text tokens of FLUX.1."""
 
 
 @dataclass
 class NegtomeArgs:
-    """What `negtome_args` may hold; every default is the authors'.
+    """Values of `negtome_args`; every default is the authors'.
 
     They have a class of this name for each pipeline. This one has the keys of both; None stands
     for the default of the pipeline that is called.
 
     Attributes:
-        use_negtome: kept for their scripts; the call's own `use_negtome` decides, as in theirs.
-        merging_alpha: push strength.
-        merging_threshold: cosine similarity; None is 0.65 for FLUX.1, 0.7 for SDXL.
-        merging_dropout: probability that a matched token is spared. Theirs draws from torch's
-            global generator, this from one of its own that every call starts anew.
-        merging_t_start, merging_t_end: window in timesteps, both ends included; None is 900 for
-            FLUX.1's end, 800 for SDXL's.
-        num_joint_blocks, num_single_blocks: FLUX.1: how many of the double and the single blocks
-            are guided, from the first on; negative is all.
-        num_lang_tokens: FLUX.1: length of the text. Here the model's own input tells it; a value
-            that is neither that nor theirs is an error.
+        use_negtome: not used, as in their code: the call's own `use_negtome` decides.
+        merging_alpha: push strength; positive pushes away from the reference.
+        merging_threshold: cosine similarity that a match must exceed; None is 0.65 for FLUX.1, 0.7
+            for SDXL.
+        merging_dropout: probability, 0 to 1, that a matched token is spared. It is drawn by a
+            private generator that every call restarts; theirs is torch's global generator.
+        merging_t_start, merging_t_end: window in timesteps, both ends included. None as the end is
+            900 for FLUX.1, 800 for SDXL.
+        num_joint_blocks, num_single_blocks: FLUX.1: number of double and of single blocks that are
+            guided, from the first on; negative is all.
+        num_lang_tokens: FLUX.1: number of text tokens. The model's input tells it, so a value that
+            is neither that nor their default is an error.
         blocks: SDXL: beginnings of the names of guided attention modules; None is `["up_blocks"]`.
         min_attn_dim: SDXL: smallest height and width, in tokens, of a guided block.
-        use_rag_assets: the first image of the batch is the picture of `rag_assets` in every step
-            (encoded anew from its distribution, as theirs), and the others are pushed away from
-            it; also where `use_negtome` is False, so that both batches hold the same images.
-        noise_rag: the picture is noised to the timestep of the step.
-        rag_assets: `[(image, mask)]`, PIL images; the mask's white says where tokens may move
-            (`matching="official"`) or be matched (`"paper"`); None instead of a mask is white.
-        matching: not theirs: `"official"` computes what their code does, `"paper"` what their
-            paper says.
-        backend: not theirs: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
+        use_rag_assets: the first image of the batch is the picture of `rag_assets` in every step,
+            encoded again from its distribution as in their code, and the others are pushed away
+            from it. With `use_negtome=False` the picture is in the batch too, so that both runs
+            hold the same images.
+        noise_rag: noise the picture to the timestep of the step.
+        rag_assets: `[(image, mask)]`, PIL images. White in the mask says which tokens may move
+            (`matching="official"`) or be matched (`"paper"`); a mask of None is all white.
+        matching: `"official"` computes what their code does, `"paper"` what their paper says. Not
+            a key of theirs.
+        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`. Not a key of theirs.
     """
 
     use_negtome: bool = False
@@ -69,17 +71,17 @@ class NegtomeArgs:
     def of(
         cls, given: NegtomeArgs | Mapping[str, Any] | None, without: Sequence[str], pipeline: str
     ) -> NegtomeArgs:
-        """`given` with the defaults for what it lacks.
+        """Returns the call's `negtome_args`, with defaults for missing keys.
 
         Args:
             given: the call's `negtome_args`.
-            without: keys that this pipeline has no use for. Theirs ignores them in silence; here
-                a value that is not the default warns.
-            pipeline: the name in messages.
+            without: keys that this pipeline does not use. Their code ignores them silently; here a
+                value that is not the default warns.
+            pipeline: class name of the pipeline, for messages.
 
         Raises:
-            ValueError: an unknown key, with the known ones; values that contradict each other.
-            TypeError: neither a mapping nor `NegtomeArgs`.
+            ValueError: a key is unknown, or values contradict each other.
+            TypeError: `given` is neither a mapping nor `NegtomeArgs`.
         """
         arguments = given if isinstance(given, NegtomeArgs) else update_args(cls(), given)
         unused = [name for name in without if getattr(arguments, name) != getattr(cls(), name)]
@@ -95,7 +97,7 @@ class NegtomeArgs:
 
 
 def update_args(defaults: NegtomeArgs, args: Mapping[str, Any] | None) -> NegtomeArgs:
-    """`defaults` with the values of `args`; a key that is not known is a `ValueError`."""
+    """Returns `defaults` with the values of `args`; an unknown key is a `ValueError`."""
     if args is None:
         return replace(defaults)
     if not isinstance(args, Mapping):
@@ -114,10 +116,13 @@ def update_args(defaults: NegtomeArgs, args: Mapping[str, Any] | None) -> Negtom
 
 @dataclass(frozen=True)
 class AuthorsConfig(NegToMeConfig):
-    """A configuration whose window is read as theirs: without slack, and the timestep rounded.
+    """A configuration with the authors' window: no slack, and the timestep rounded.
 
     Their FLUX.1 code compares the timestep in the dtype of the latents: in bf16 a timestep of 899
-    is 900, which lies inside of [900, 1000].
+    is 900, which lies inside [900, 1000].
+
+    Attributes:
+        time_dtype: the dtype that the timestep is rounded to.
     """
 
     time_dtype: torch.dtype = torch.float32

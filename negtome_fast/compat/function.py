@@ -1,6 +1,6 @@
-"""The authors' function under their name and with their arguments.
+"""The authors' function, with their name and arguments.
 
-The result is theirs to fp32 rounding, but without an N x N matrix for each frame.
+The result is theirs up to fp32 rounding, but no N x N matrix is made.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ def negtome(
     dropout: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """What the authors' `negtome` computes: `matching="official"` with frame 0 as the reference.
+    """Computes the authors' `negtome`: `matching="official"` with frame 0 as the reference.
 
     Args:
-        hidden_states_orig: `(frames, N, D)`; frame 0 is the reference of all frames, itself
-            included, as in their code (its tokens match themselves).
+        hidden_states_orig: `(frames, N, D)`; frame 0 is the reference of all frames, also of
+            itself, as in their code (its tokens match themselves).
         alpha: push strength; their default is 0.5 here, 0.9 in their pipelines.
-        threshold: cosine similarity; their default is 0.7.
-        dropout: probability that a token is spared, drawn with torch's global generator.
+        threshold: cosine similarity that a match must exceed; their default is 0.7.
+        dropout: probability, 0 to 1, that a token is spared, drawn by torch's global generator.
         mask: `(frames * N, N)`, or `(N, N)` for all frames, non-zero where source token `i` (row)
-            may be matched with reference token `j` (column). Where all rows of a frame are equal,
-            as their pipelines make them, it says which positions `j` may move; that is checked
-            (which waits for the device), and any other mask is served in chunks.
+            may be matched with reference token `j` (column). If all rows of a frame are equal, as
+            in their pipelines, it says which positions `j` may move. The check waits for the
+            device; any other mask is computed in chunks.
 
     Returns:
         `(frames, N, D)`, dtype of the input.
 
     Raises:
-        ValueError, TypeError: a mask of another shape; else as `negtome_fast.negtome`.
+        ValueError, TypeError: the mask has another shape; otherwise as `negtome_fast.negtome`.
     """
     check_tokens(hidden_states_orig)
     frames, tokens, _ = hidden_states_orig.shape
@@ -67,8 +67,8 @@ def negtome(
 def _with_pair_mask(
     x: Tensor, alpha: float, threshold: float, dropout: float, pairs: Tensor, chunk: int = 512
 ) -> Tensor:
-    """A mask of single pairs `(frames, N, N)`: the definition, in chunks of tokens."""
-    # The operator checks the numbers, and draws the dropout as it does everywhere.
+    """Computes the definition with a mask of pairs `(frames, N, N)`, in chunks of tokens."""
+    # Only to check the arguments.
     _negtome(x[:0], alpha=alpha, threshold=threshold, dropout=dropout)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit, reference = F.normalize(wide, dim=-1), wide[0]

@@ -1,7 +1,7 @@
-"""The authors' pipelines as subclasses of diffusers' own, guided by hooks instead of a copied loop.
+"""The authors' pipelines as subclasses of diffusers', guided by hooks instead of a copied loop.
 
-`__call__` takes two arguments more, `use_negtome` and `negtome_args`; everything else is as in the
-installed diffusers, except where a default of theirs differs.
+`__call__` has two more arguments, `use_negtome` and `negtome_args`. Everything else is as in the
+installed diffusers, except for defaults that differ in the authors' code.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ..config import NegToMeConfig
-from ..guidance import Grid, GuidanceSummary
+from ..config import Grid, NegToMeConfig
 from ..pipelines import negtome_guidance
+from ..statistics import GuidanceSummary
 from .arguments import TEXT_TOKENS, AuthorsConfig, NegtomeArgs
 
-Encoder = Callable[[Tensor], Tensor]
-"""From the timestep of a step to the reference picture's latents (1, ...) in that step."""
+PictureEncoder = Callable[[Tensor], Tensor]
+"""Timestep of a step -> latents (1, ...) of the reference picture in that step."""
 
 
 class _Guided:
-    """What both pipelines share. `negtome_summary` tells what the last guided call did."""
+    """Base of both pipelines.
+
+    Attributes:
+        negtome_summary: counts of the last guided call.
+    """
 
     negtome_summary: GuidanceSummary | None = None
     _without: ClassVar[tuple[str, ...]] = ()
@@ -41,16 +45,17 @@ class _Guided:
         arguments: NegtomeArgs,
         config: NegToMeConfig | None,
         model: nn.Module,
-        encoder: Callable[[], Encoder],
+        encoder: Callable[[], PictureEncoder],
         mask: Callable[[Grid], Tensor],
     ) -> Any:
         """Runs the pipeline.
 
         Args:
-            call: diffusers' own `__call__`.
-            config: the guidance; None is none.
+            call: diffusers' `__call__`.
+            arguments: the call's `negtome_args`.
+            config: settings of the guidance; None for no guidance.
             model: the denoiser.
-            encoder: makes the encoder of the reference picture, once for the call.
+            encoder: makes the encoder of the reference picture, once per call.
             mask: (height, width) of a block's tokens -> bool (height * width,).
         """
         with ExitStack() as stack:
@@ -84,8 +89,8 @@ class _Guided:
 class FluxNegToMePipeline(_Guided, FluxPipeline):
     """`FluxPipeline` with the authors' `use_negtome` and `negtome_args` (see `NegtomeArgs`).
 
-    They push the attention's output before its projection, in double and single blocks alike. Text
-    and image tokens are told apart by the model's own inputs, at any prompt length and aspect.
+    The authors push the attention's output before its projection, in double and in single blocks.
+    Text and image tokens are told apart by the model's inputs, at any prompt length and size.
     """
 
     _without = ("blocks", "min_attn_dim")
@@ -97,11 +102,11 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
         negtome_args: NegtomeArgs | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `FluxPipeline`; `guidance_scale` defaults to 7.0, as in the authors' code.
+        """Calls `FluxPipeline`; `guidance_scale` defaults to 7.0, as in the authors' code.
 
         Raises:
-            ValueError, TypeError: `negtome_args` with an unknown key or a value that cannot be
-                right; and whatever diffusers raises.
+            ValueError, TypeError: `negtome_args` has an unknown key or a wrong value; and whatever
+                diffusers raises.
         """
         arguments = NegtomeArgs.of(negtome_args, self._without, type(self).__name__)
         kwargs = _by_name(super().__call__, args, kwargs)
@@ -110,7 +115,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
         if arguments.num_lang_tokens not in (TEXT_TOKENS, length):
             raise ValueError(
                 f"num_lang_tokens={arguments.num_lang_tokens}, but the prompt has {length} tokens; "
-                "leave it out: the text is told from the image by the model's inputs"
+                "leave it out, because the model's inputs tell the text from the image"
             )
         kwargs.setdefault("guidance_scale", 7.0)
         dtype = self.transformer.dtype if embeds is None else embeds.dtype
@@ -153,14 +158,16 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
     @torch.no_grad()
     def _picture_encoder(
         self, arguments: NegtomeArgs, size: list[int], generator: Any, dtype: torch.dtype
-    ) -> Encoder:
+    ) -> PictureEncoder:
         device, generator = self._execution_device, _first(generator)
         picture = self.image_processor.preprocess(_picture_of(arguments), *size)
-        seen = self.vae.encode(picture.to(device, self.vae.dtype)).latent_dist
+        distribution = self.vae.encode(picture.to(device, self.vae.dtype)).latent_dist
         settings = self.vae.config
 
         def encode(timestep: Tensor) -> Tensor:
-            latents = (seen.sample(generator) - settings.shift_factor) * settings.scaling_factor
+            latents = (
+                distribution.sample(generator) - settings.shift_factor
+            ) * settings.scaling_factor
             latents = latents.to(dtype)
             if arguments.noise_rag:
                 noise = _noise_like(latents, generator)
@@ -173,8 +180,9 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
 class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with the authors' `use_negtome` and `negtome_args`.
 
-    They push after the output projection, in `attn1` and `attn2`, and always split the batch in
-    two halves, also without classifier-free guidance; `matching="paper"` splits it only with.
+    The authors push after the output projection, in `attn1` and `attn2`, and always split the batch
+    into two halves, even without classifier-free guidance; `matching="paper"` splits it only with
+    classifier-free guidance.
     """
 
     _without = ("num_joint_blocks", "num_single_blocks", "num_lang_tokens")
@@ -187,11 +195,11 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
         seed: int = 0,
         **kwargs: Any,
     ) -> Any:
-        """As `StableDiffusionXLPipeline`; `seed` is used where no generator is given, as in theirs.
+        """Calls `StableDiffusionXLPipeline`; `seed` is used if no generator is given, as in theirs.
 
         Raises:
-            ValueError, TypeError: `negtome_args` with an unknown key or a value that cannot be
-                right; and whatever diffusers raises.
+            ValueError, TypeError: `negtome_args` has an unknown key or a wrong value; and whatever
+                diffusers raises.
         """
         arguments = NegtomeArgs.of(negtome_args, self._without, type(self).__name__)
         kwargs = _by_name(super().__call__, args, kwargs)
@@ -228,25 +236,27 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
         )
 
     @torch.no_grad()
-    def _picture_encoder(self, arguments: NegtomeArgs, size: list[int], generator: Any) -> Encoder:
+    def _picture_encoder(
+        self, arguments: NegtomeArgs, size: list[int], generator: Any
+    ) -> PictureEncoder:
         device, generator, dtype = self._execution_device, _first(generator), self.unet.dtype
         picture = self.image_processor.preprocess(_picture_of(arguments), *size)
-        settings, own = self.vae.config, self.vae.dtype
-        upcast = settings.force_upcast and own in (torch.float16, torch.bfloat16)
-        if upcast:  # it overflows in fp16
+        settings, vae_dtype = self.vae.config, self.vae.dtype
+        upcast = settings.force_upcast and vae_dtype in (torch.float16, torch.bfloat16)
+        if upcast:  # the VAE overflows in fp16
             self.vae.to(torch.float32)
         try:
-            seen = self.vae.encode(picture.to(device, self.vae.dtype)).latent_dist
+            distribution = self.vae.encode(picture.to(device, self.vae.dtype)).latent_dist
         finally:
             if upcast:
-                self.vae.to(own)
+                self.vae.to(vae_dtype)
         mean, std = (
             None if values is None else torch.tensor(values, device=device).view(1, -1, 1, 1)
             for values in (settings.get("latents_mean"), settings.get("latents_std"))
         )
 
         def encode(timestep: Tensor) -> Tensor:
-            latents = seen.sample(generator).to(dtype)
+            latents = distribution.sample(generator).to(dtype)
             if mean is not None and std is not None:
                 latents = (latents - mean.to(dtype)) / std.to(dtype)
             latents = settings.scaling_factor * latents
@@ -259,10 +269,11 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
 
 
 @contextmanager
-def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
-    """Makes the reference picture item 0 of the batch in every step, for model and scheduler.
+def _first_item(pipe: Any, model: nn.Module, encode: PictureEncoder) -> Iterator[None]:
+    """Makes the reference picture item 0 of the batch in every step.
 
-    Both are handed the loop's latents, so that nothing of the loop has to be copied.
+    The latents are changed on their way to the model and to the scheduler, so that the loop need
+    not be copied.
     """
     scheduler = pipe.scheduler
     current: list[Tensor] = []
@@ -270,7 +281,8 @@ def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
     def before_model(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # FLUX.1 gets its latents by name and a time that is scaled and rounded, SDXL neither.
+        # FLUX.1 gets its latents by name, and a time that is scaled and rounded. SDXL gets its
+        # latents by position, and the timestep itself.
         is_unet = "hidden_states" not in kwargs
         given = args[0] if is_unet else kwargs["hidden_states"]
         timestep = args[1] if is_unet else pipe._current_timestep
@@ -291,14 +303,14 @@ def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
         sample = torch.cat([current.pop().to(sample.dtype), sample[1:]])
         return real_step(model_output, timestep, sample, *args, **kwargs)
 
-    had_its_own = "step" in vars(scheduler)
+    overridden = "step" in vars(scheduler)
     hook = model.register_forward_pre_hook(before_model, with_kwargs=True, prepend=True)
     scheduler.step = step
     try:
         yield
     finally:
         hook.remove()
-        if had_its_own:
+        if overridden:
             scheduler.step = real_step
         else:
             del scheduler.step
@@ -307,10 +319,10 @@ def _first_item(pipe: Any, model: nn.Module, encode: Encoder) -> Iterator[None]:
 def _by_name(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a pipeline's call by their names."""
+    """Returns all arguments of a pipeline's call by their names."""
     given = dict(inspect.signature(call).bind_partial(*args, **kwargs).arguments)
-    further = given.pop("kwargs", {})
-    return {**given, **further}
+    others = given.pop("kwargs", {})
+    return {**given, **others}
 
 
 def _picture_of(arguments: NegtomeArgs) -> Any:
@@ -318,7 +330,7 @@ def _picture_of(arguments: NegtomeArgs) -> Any:
 
 
 def _mask_of(arguments: NegtomeArgs) -> Tensor:
-    """The picture's mask (H, W) in [0, 1]; (1, 1) where there is none."""
+    """Returns the picture's mask (H, W) in [0, 1]; ones (1, 1) if there is none."""
     mask = (arguments.rag_assets or ())[0][1]
     if mask is None:
         return torch.ones(1, 1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pipelines.references import IMAGE_SUFFIXES
+from ..pipelines.pictures import IMAGE_SUFFIXES
 
 BATCH = 32
 """Images that are converted, resized or encoded at once."""

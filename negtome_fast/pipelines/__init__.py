@@ -1,14 +1,17 @@
 """Guidance of diffusers pipelines by hooks, and the table of model classes that it knows."""
 
-from ..guidance import BlockRow, GuidanceSummary
+from ..statistics import BlockRow, GuidanceSummary
 from . import families as _families
 from .api import NegToMeHandle, apply_negtome, negtome_guidance, remove_negtome
-from .encoders import Encoder
+from .data_parallel import split_with_reference
+from .encoders import ReferenceEncoder
 from .layouts import ImageTokens, Layout, known_layouts, register_layout
-from .parallel import split_with_reference
 from .references import Reference
 
 del _families  # importing it fills the table
+
+Encoder = ReferenceEncoder
+"""`ReferenceEncoder` under its name of version 0.1.0."""
 
 __all__ = [
     "BlockRow",
@@ -18,6 +21,7 @@ __all__ = [
     "Layout",
     "NegToMeHandle",
     "Reference",
+    "ReferenceEncoder",
     "apply_negtome",
     "known_layouts",
     "negtome_guidance",

@@ -1,6 +1,6 @@
 """`apply_negtome` and `remove_negtome`: guidance of an unmodified diffusers pipeline.
 
-Nothing of the pipeline is copied or replaced; hooks are put on its denoisers and taken away again.
+Nothing in the pipeline is copied or replaced: hooks are registered on its denoisers and removed.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from typing import Any
 from torch import nn
 
 from ..config import NegToMeConfig
-from ..guidance import Guidance, GuidanceSummary
-from .block_caches import check_cache
-from .hooks import ModelHooks, PipelineSchedule, find_hooks, hooks_by_pipeline, refuse_cache
+from ..guidance import Guidance
+from ..statistics import GuidanceSummary
+from .block_caches import check_cache, refuse_cache
+from .hooks import ModelHooks, find_hooks, hooks_by_pipeline
 from .layouts import UNKNOWN, layout_of
-from .parallel import refuse_tensor_parallel, refuse_unknown_sharding
+from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding
 from .references import Reference, References
+from .schedule import PipelineSchedule
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that hold the models to guide."""
 
 
 class NegToMeHandle:
-    """A guided pipeline: what the guidance did, and how to take it away."""
+    """A guided pipeline: reads and changes its guidance, and removes it."""
 
     def __init__(self, hooks: Sequence[ModelHooks]) -> None:
         self._hooks = tuple(hooks)
 
     @property
     def guidance(self) -> Guidance:
-        """The state that all blocks share, also those of several denoisers."""
+        """The guidance that all blocks of all denoisers share."""
         return self._hooks[0].guidance
 
     @property
@@ -41,19 +43,19 @@ class NegToMeHandle:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the attention modules that are guided, before `min_grid`.
+        """Names of the attention modules that are guided, `min_grid` not yet considered.
 
-        Where a pipeline has two denoisers, a name stands for the module of each.
+        If a pipeline has two denoisers, a name stands for the module in each.
         """
         return tuple(dict.fromkeys(name for hooks in self._hooks for name in hooks.blocks.values()))
 
     @property
     def applied(self) -> bool:
-        """Whether the hooks are on a model."""
+        """True until the guidance is removed."""
         return any(hooks.installed for hooks in self._hooks)
 
     def summary(self) -> GuidanceSummary:
-        """What the guidance did in all calls since it was applied or reset; `print` it."""
+        """Returns the counts of all calls since the guidance was applied or reset; `print` it."""
         return self.guidance.summary()
 
     def update(self, config: NegToMeConfig | None = None, **overrides: Any) -> None:
@@ -76,7 +78,7 @@ class NegToMeHandle:
             TypeError, ValueError: as `apply_negtome`; the settings in use stay.
         """
         if not self.applied:
-            raise RuntimeError("the guidance was removed; apply_negtome puts it on again")
+            raise RuntimeError("the guidance was removed; call apply_negtome again")
         old = self.config
         new = old if config is None else config
         if not isinstance(new, NegToMeConfig):
@@ -92,7 +94,7 @@ class NegToMeHandle:
         self.guidance.reset()
 
     def remove(self) -> None:
-        """Takes the guidance away; the summary stays. A second call does nothing."""
+        """Removes the guidance; the summary stays. A second call does nothing."""
         for hooks in self._hooks:
             hooks.remove()
 
@@ -113,50 +115,42 @@ def apply_negtome(
     remove_negtome(pipe)
     ```
 
-    The model is guided in whatever pipeline calls it, and may be compiled before or after. The
-    number of steps and the kind of guidance are asked of the pipeline given here; while another one
-    that shares the model runs, they are taken from the scheduler and the latents instead. For a
-    scheduler of its own, apply to that pipeline.
+    The model is guided in every pipeline that calls it, and may be compiled before or after. The
+    pipeline given here is asked for the number of steps and the kind of guidance. While another
+    pipeline that shares the model runs, they are taken from this pipeline's scheduler and the
+    latents; if the other has a scheduler of its own, apply to the other.
 
     Args:
         pipe: a pipeline with a `transformer`, a `transformer_2` or a `unet`, all of which are
-            guided as one, or one such model itself. The pipeline is better: it knows the exact
-            timesteps, the number of steps, and whether its batch holds the two halves of
-            classifier-free guidance (from a bare model, images made from equal seeds look like
-            halves; `groups=1` settles it).
-        config: the settings; if None, the authors' for the model's family: `preset("flux")` or
+            guided as one; or one such model. Prefer the pipeline: it knows the exact timesteps, the
+            number of steps, and whether its batch holds the two halves of classifier-free guidance.
+            (For a bare model, images from equal seeds look like halves; set `groups=1` then.)
+        config: the settings; if None, the authors' for the model's family, `preset("flux")` or
             `preset("sdxl")`.
-        reference: one `Reference` or several, images or latents from outside of the batch: every
-            item is then pushed away from these, also where it is alone, and not from others of
-            its batch. Costs a forward of the model on each guided step, at batch one for each
-            reference and guidance group, and the memory of their tokens in all blocks. `"first"`
-            and `"others"` are the configuration's `reference`.
+        reference: one `Reference` or several, images or latents from outside of the batch. Every
+            item is then pushed away from these, not from others of its batch, and a batch of one
+            is enough. Costs on each guided step a forward of the model, with one item per reference
+            and guidance group, and the memory of their tokens in all blocks. `"first"` and
+            `"others"` set the configuration's `reference`.
         **overrides: fields of `NegToMeConfig` that replace those of `config`.
 
     Returns:
-        The handle, with `summary()`, `reset()` and `remove()`.
+        The handle, with `summary()`, `update()`, `reset()` and `remove()`.
 
     Raises:
         TypeError: `pipe` is neither a pipeline nor a model.
         ValueError: it is guided already; a block filter matches nothing; a cache is enabled with
             which guidance would not be exact; the model is tensor-parallel, or distributed by
-            another library than diffusers; its class is unknown and cannot be served; an override
-            has an unknown name; a reference cannot be read or encoded. The pipeline is left as it
-            was.
+            another library than diffusers; its class is unknown and cannot be guided; an override
+            has an unknown name; a reference cannot be read or encoded.
         FileNotFoundError: the file of a reference does not exist.
+
+    After an error the pipeline is as it was.
     """
     models, is_pipeline = _denoisers(pipe)
     given = reference is not None and not isinstance(reference, str)
     for model, compiled in models.items():
-        if find_hooks(model) is not None:
-            raise ValueError(
-                f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome "
-                "first"
-            )
-        refuse_cache(model)
-        check_cache(model, references=given, compiled=compiled)
-        refuse_tensor_parallel(model)
-        refuse_unknown_sharding(model)
+        _check_model(model, references=given, compiled=compiled)
     layouts = [layout_of(model) for model in models]
     if config is None:
         preset = layouts[0].preset
@@ -177,11 +171,11 @@ def apply_negtome(
         loaded = [entry.load() for entry in _listed(reference)]
         references = References(loaded, layouts[0], name)
         references.check(pipe if is_pipeline else None)
-    clock = PipelineSchedule(pipe) if is_pipeline else None
+    schedule = PipelineSchedule(pipe) if is_pipeline else None
     hooks: list[ModelHooks] = []
     for model, layout in zip(models, layouts, strict=True):
         peer = hooks[0] if hooks else None
-        hooks.append(ModelHooks(model, layout, config, clock, peer, references))
+        hooks.append(ModelHooks(model, layout, config, schedule, peer, references))
     handle = NegToMeHandle(hooks)
     try:
         for one, compiled in zip(hooks, models.values(), strict=True):
@@ -192,8 +186,20 @@ def apply_negtome(
     return handle
 
 
+def _check_model(model: nn.Module, references: bool, compiled: bool) -> None:
+    """Refuses a model that is guided already, or in a way that guidance would not be exact."""
+    if find_hooks(model) is not None:
+        raise ValueError(
+            f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome first"
+        )
+    refuse_cache(model)
+    check_cache(model, references=references, compiled=compiled)
+    refuse_tensor_parallel(model)
+    refuse_unknown_sharding(model)
+
+
 def remove_negtome(pipe: Any) -> None:
-    """Takes the guidance away from a pipeline or model; nothing happens if there is none."""
+    """Removes the guidance from a pipeline or model; does nothing if there is none."""
     held = [find_hooks(model) for model in _denoisers(pipe)[0]]
     # Also where the pipeline was guided with another model than it holds now.
     for hooks in [*hooks_by_pipeline(pipe), *held]:
@@ -209,7 +215,10 @@ def negtome_guidance(
     reference: Reference | Sequence[Reference] | str | None = None,
     **overrides: Any,
 ) -> Iterator[NegToMeHandle]:
-    """`apply_negtome` for the length of a `with` block; removed also where it raises."""
+    """Guides a pipeline inside a `with` block; arguments as `apply_negtome`.
+
+    The guidance is removed at the end of the block, also after an error.
+    """
     handle = apply_negtome(pipe, config, reference=reference, **overrides)
     try:
         yield handle
@@ -225,18 +234,19 @@ def _listed(reference: Reference | Sequence[Reference]) -> list[Reference]:
             f'Reference("image.png"), not {reference!r:.80}'
         )
     if not entries:
-        raise ValueError("reference is an empty sequence; None guides the batch by itself")
+        raise ValueError("reference is an empty sequence; give None to guide the batch by itself")
     return list(entries)
 
 
 def _denoisers(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
-    """The models that predict the noise, with whether each is compiled; whether pipe is a pipeline.
+    """Finds the denoisers. Wan 2.2 has two: `transformer` for the noisy part, then `transformer_2`.
 
-    Wan 2.2 has two: `transformer` for the noisy part of the run, `transformer_2` for the rest.
+    Returns:
+        Each denoiser, with True if it is compiled; and True if `pipe` is a pipeline.
     """
     is_pipeline = not isinstance(pipe, nn.Module)
     parts = [getattr(pipe, name, None) for name in DENOISERS] if is_pipeline else [pipe]
-    # torch.compile(model) is a shell whose hooks the compiled code does not see.
+    # torch.compile(model) wraps the model; compiled code does not see the wrapper's hooks.
     shells = [(getattr(part, "_orig_mod", part), part) for part in parts]
     models = {model: shell is not model for model, shell in shells if isinstance(model, nn.Module)}
     if not models:

@@ -1,8 +1,8 @@
-"""Caches that skip blocks of a forward in which little has changed: cache-dit's and others'.
+"""Caches across steps: diffusers' own, and those that skip blocks, cache-dit's and others'.
 
-What the skipped blocks would have added is taken from an earlier forward. Guidance is exact with
-them as long as no forward inside the window skips blocks, and none after it takes from one inside:
-the forwards of the first timestep after the window must be whole. `CacheWatch` counts.
+A cache skips blocks of a forward in which little has changed, and adds what they gave in an earlier
+forward. Guidance is exact with it if every forward inside the window and of the first timestep
+after it runs all blocks. `CacheGuard` checks that.
 """
 
 from __future__ import annotations
@@ -22,11 +22,20 @@ ADVICE = (
 )
 
 
-def skips_blocks(model: nn.Module) -> bool:
-    """Whether such a cache is on the model.
+def refuse_cache(model: nn.Module) -> None:
+    """Refuses diffusers' caches, which reuse outputs of other steps, guided or not."""
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(model).__name__} has a cache enabled, which would mix guided and unguided "
+            "steps; call its disable_cache() before guiding it"
+        )
 
-    cache-dit, ParaAttention and nunchaku leave a mark on it, vLLM-Omni's TeaCache an entry in its
-    registry, and xDiT a `forward` of its own or, for FLUX.2, a module in the place of the blocks.
+
+def skips_blocks(model: nn.Module) -> bool:
+    """Returns True if a cache that skips blocks is on the model.
+
+    cache-dit, ParaAttention and nunchaku mark the model. vLLM-Omni's TeaCache has an entry in its
+    registry. xDiT replaces `forward` or, for FLUX.2, the blocks by a module.
     """
     if getattr(model, "_is_cached", False):
         return True
@@ -41,14 +50,14 @@ def skips_blocks(model: nn.Module) -> bool:
 
 
 def check_cache(model: nn.Module, references: bool, compiled: bool = False) -> None:
-    """Refuses what cannot be right with a cache that skips blocks; nothing where there is none.
+    """Refuses guidance that cannot be exact with the cache that skips blocks, if there is one.
 
     Args:
-        references: whether the model is to be guided by references from outside of the batch.
+        references: the model is to be guided by references from outside of the batch.
         compiled: it is called through `torch.compile(model)`.
 
     Raises:
-        ValueError: says which of the two has to go.
+        ValueError: the message says what has to go.
     """
     if not skips_blocks(model):
         return
@@ -60,8 +69,8 @@ def check_cache(model: nn.Module, references: bool, compiled: bool = False) -> N
         )
     if compiled or is_compiled(model):
         raise ValueError(
-            f"{name} is compiled and has a cache that skips blocks, and which ones it skipped does "
-            "not show in compiled code; take the cache off, or guide the model uncompiled"
+            f"{name} is compiled and has a cache that skips blocks, and compiled code does not "
+            "show which blocks were skipped; take the cache off, or guide the model uncompiled"
         )
     if _predicts(model):
         raise ValueError(
@@ -71,7 +80,7 @@ def check_cache(model: nn.Module, references: bool, compiled: bool = False) -> N
 
 
 def _predicts(model: nn.Module) -> bool:
-    """Whether outputs are extrapolated, rather than taken from the last whole forward."""
+    """Returns True if outputs are extrapolated from several forwards."""
     settings: dict[str, Any] = getattr(model, "_context_kwargs", None) or {}  # cache-dit
     if settings.get("calibrator_config") is not None:
         return True
@@ -80,13 +89,13 @@ def _predicts(model: nn.Module) -> bool:
     return bool(getattr(current, "enable_taylorseer", False))
 
 
-class CacheWatch:
-    """Counts which attention modules of a forward run, while the window or its trace lasts.
+class CacheGuard:
+    """Checks that no attention module is skipped inside the window and right after it.
 
     Args:
         model: the denoiser.
-        modules: all of its attention modules on image tokens, guided or not: what is guided in
-            one changes what others add, and that is what is kept.
+        modules: all of its attention modules on image tokens, guided or not: guiding one changes
+            the outputs of the others, which the cache keeps.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -99,7 +108,7 @@ class CacheWatch:
         self._first_after: float | None = None
 
     def begin(self, active: bool, timestep: float) -> bool:
-        """Opens a forward; returns whether it is watched, or the window's trace is over."""
+        """Opens a forward; returns False if no forward has to be checked any more."""
         if active:
             self._first_after = None
         elif self._first_after is None:
@@ -109,10 +118,10 @@ class CacheWatch:
         self._active, self._timestep = active, timestep
         self._ran.clear()
         for module in self._modules:
-            self._handles.append(module.register_forward_pre_hook(self._note))
+            self._handles.append(module.register_forward_pre_hook(self._note_run))
         return True
 
-    def _note(self, module: nn.Module, args: Any) -> None:
+    def _note_run(self, module: nn.Module, args: Any) -> None:
         self._ran.add(module)
 
     def end(self, completed: bool) -> None:
@@ -121,20 +130,22 @@ class CacheWatch:
         Raises:
             ValueError: it completed without some of its blocks.
         """
-        watched = bool(self._handles)
+        checked = bool(self._handles)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         skipped = len(self._modules) - len(self._ran)
-        if not (watched and completed and skipped):
+        if not (checked and completed and skipped):
             return
-        what = f"{self._name}: its cache skipped {skipped} of {len(self._modules)} attention blocks"
+        skips = (
+            f"{self._name}: its cache skipped {skipped} of {len(self._modules)} attention blocks"
+        )
         if self._active:
             raise ValueError(
-                f"{what} at timestep {self._timestep:g}, inside the window, so these were not "
+                f"{skips} at timestep {self._timestep:g}, inside the window, so these were not "
                 f"guided; {ADVICE}"
             )
         raise ValueError(
-            f"{what} at timestep {self._timestep:g}, the first after the window, and used what "
-            f"they gave when they were guided; {ADVICE}"
+            f"{skips} at timestep {self._timestep:g}, the first after the window, and reused "
+            f"their guided outputs; {ADVICE}"
         )

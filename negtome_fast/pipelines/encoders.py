@@ -1,4 +1,4 @@
-"""From pixels to the latents that a family's denoiser is given: `Encoder`, a field of `Layout`.
+"""From pixels to the latents that a denoiser is given: `ReferenceEncoder`, a field of `Layout`.
 
 pixels in [-1, 1] -> VAE -> normalised latents -> the order of the model's argument
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..guidance import Grid
+from ..config import Grid
 
 SPATIAL = (
     "vae_scale_factor_spatial",
@@ -20,20 +20,22 @@ SPATIAL = (
     "vae_spatial_scale_factor",
     "vae_scale_factor",
 )
-"""Names under which pipelines keep the pixels of a latent, and below the frames of one."""
+"""Attributes of pipelines that may hold the number of pixels per latent, in height and width."""
 TEMPORAL = (
     "vae_scale_factor_temporal",
     "vae_temporal_compression_ratio",
     "vae_temporal_scale_factor",
 )
+"""Attributes of pipelines that may hold the number of frames per latent frame."""
 
 
 def as_they_are(latents: Tensor) -> Tensor:
+    """Returns the latents."""
     return latents
 
 
 def pack_2x2(latents: Tensor) -> Tensor:
-    """FLUX: (B, C, h, w), or of one frame, to tokens (B, h/2 * w/2, 4 C)."""
+    """FLUX: (B, C, h, w) or (B, C, 1, h, w) to tokens (B, h/2 * w/2, 4 C)."""
     if latents.ndim == 5:
         latents = latents.squeeze(2)
     items, channels, height, width = latents.shape
@@ -42,51 +44,51 @@ def pack_2x2(latents: Tensor) -> Tensor:
 
 
 def pack_pixels(latents: Tensor) -> Tensor:
-    """A token for each place: (B, C, h, w) or (B, C, F, h, w) to (B, F * h * w, C)."""
+    """One token per latent: (B, C, h, w) or (B, C, F, h, w) to (B, F * h * w, C)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def one_frame(latents: Tensor) -> Tensor:
-    """Z-Image: images are videos of one frame, (B, C, 1, h, w)."""
+    """Z-Image, where images are videos of one frame: (B, C, h, w) to (B, C, 1, h, w)."""
     return latents[:, :, None]
 
 
 def frames_first(latents: Tensor) -> Tensor:
-    """CogVideoX: (B, F, C, h, w)."""
+    """CogVideoX: (B, C, F, h, w) to (B, F, C, h, w)."""
     return latents.transpose(1, 2)
 
 
 def channels_last(latents: Tensor) -> Tensor:
-    """Kandinsky 5: (B, F, h, w, C)."""
+    """Kandinsky 5: (B, C, F, h, w) to (B, F, h, w, C)."""
     return latents.movedim(1, -1)
 
 
 def normalise(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's latents on the scale of the denoiser, by what the VAE tells of them."""
+    """Scales the VAE's latents for the denoiser, by the VAE's shift and scale or statistics."""
     scale = getattr(vae.config, "scaling_factor", None) or 1.0
-    if _told(vae, "latents_mean") is None or _told(vae, "latents_std") is None:
+    if _setting(vae, "latents_mean") is None or _setting(vae, "latents_std") is None:
         return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * scale
     return standardise(vae, latents) * scale
 
 
 def standardise(vae: Any, latents: Tensor) -> Tensor:
-    """By the mean and standard deviation of each channel alone."""
+    """Scales the VAE's latents by the mean and standard deviation of each channel alone."""
     shape = (1, -1, *[1] * (latents.ndim - 2))
     mean, std = (
-        torch.as_tensor(_told(vae, name)).to(latents).view(shape)
+        torch.as_tensor(_setting(vae, name)).to(latents).view(shape)
         for name in ("latents_mean", "latents_std")
     )
     return (latents - mean) / std
 
 
-def _told(vae: Any, name: str) -> Any:
-    """Of the VAE's configuration, or a buffer of its own (LTX-Video)."""
+def _setting(vae: Any, name: str) -> Any:
+    """Returns a field of the VAE's configuration, or a buffer of the VAE (LTX-Video)."""
     value = getattr(vae.config, name, None)
     return getattr(vae, "_buffers", {}).get(name) if value is None else value
 
 
 def patchify_and_normalise(vae: Any, latents: Tensor) -> Tensor:
-    """FLUX.2: (B, C, h, w) to (B, 4 C, h/2, w/2), then by the statistics of a batch norm."""
+    """FLUX.2: (B, C, h, w) to (B, 4 C, h/2, w/2), scaled by the statistics of a batch norm."""
     items, channels, height, width = latents.shape
     patches = latents.view(items, channels, height // 2, 2, width // 2, 2)
     patches = patches.permute(0, 1, 3, 5, 2, 4).reshape(items, 4 * channels, height // 2, -1)
@@ -97,17 +99,18 @@ def patchify_and_normalise(vae: Any, latents: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """How pictures become the latents of a family.
+class ReferenceEncoder:
+    """Encodes pictures as the latents of a family, for references from outside of the batch.
 
     Attributes:
-        takes: what the VAE does: an `"image"` (1, 3, H, W); a `"video"` (1, 3, F, H, W), also of
-            one frame; or the `"frames"` of a video as images (F, 3, H, W).
+        takes: input of the VAE: an `"image"` (1, 3, H, W), a `"video"` (1, 3, F, H, W), or the
+            `"frames"` of a video as images (F, 3, H, W).
         normalise: (vae, its latents) -> latents on the denoiser's scale.
-        pack: those to the order of the model's argument, (1, tokens, channels) or (1, ...).
-        packing: latents that a packed token has in each direction.
-        frame_axis: of latents that are not packed and have frames.
-        grid_axes: their height and width.
+        pack: puts latents into the order of the model's argument, (1, tokens, channels) or
+            (1, ...).
+        packing: number of latents per packed token, in height and in width.
+        frame_axis: axis of the frames in latents that are not packed.
+        grid_axes: axes of height and width in latents that are not packed.
     """
 
     takes: Literal["image", "video", "frames"] = "image"
@@ -120,10 +123,15 @@ class Encoder:
     def size(
         self, pipe: Any, latents: Tensor, grid: Grid | None, frames: int
     ) -> tuple[int, int, int]:
-        """(frames, height, width) in pixels of a run with these latents, items first.
+        """Returns (frames, height, width) in pixels of a run with these latents.
 
         Args:
-            grid, frames: of the image tokens, for latents that are packed.
+            pipe: the pipeline, which knows the number of pixels per latent.
+            latents: latents of the run, items first.
+            grid, frames: grid and frames of the image tokens, used if the latents are packed.
+
+        Raises:
+            ValueError: the size is not known.
         """
         packing = self.packing
         if latents.ndim != 3:
@@ -137,7 +145,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pipe: Any, pixels: Tensor) -> Tensor:
-        """Latents (1, ...) in fp32 of pixels (F, 3, H, W) in [-1, 1]; draws no random numbers."""
+        """Encodes pixels (F, 3, H, W) in [-1, 1] as latents (1, ...) in fp32.
+
+        It draws no random numbers: it takes the mode of the VAE's distribution.
+        """
         vae = pipe.vae
         weights = next(vae.parameters())
         dtype = weights.dtype
@@ -163,32 +174,32 @@ def _factor(pipe: Any, names: tuple[str, ...], default: int | None = None) -> in
     found = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), default)
     if found is None:
         raise ValueError(
-            f"{type(pipe).__name__} does not tell how many pixels a latent has; give the reference "
+            f"{type(pipe).__name__} does not say how many pixels a latent has; give the reference "
             "as latents"
         )
     return int(found)
 
 
-IMAGE = Encoder()
+IMAGE = ReferenceEncoder()
 """Latents (B, C, h, w) of a VAE for images."""
 
-PACKED = Encoder(pack=pack_2x2, packing=2)
-"""FLUX.1: the same, packed into tokens of 2 x 2 latents."""
+PACKED = ReferenceEncoder(pack=pack_2x2, packing=2)
+"""FLUX.1: latents of a VAE for images, packed into tokens of 2 x 2 latents."""
 
-PACKED_FRAME = Encoder(takes="video", pack=pack_2x2, packing=2)
-"""Qwen-Image: as FLUX.1, from a VAE for videos."""
+PACKED_FRAME = ReferenceEncoder(takes="video", pack=pack_2x2, packing=2)
+"""Qwen-Image: latents of a VAE for videos, packed as FLUX.1's."""
 
-VIDEO = Encoder(takes="video")
+VIDEO = ReferenceEncoder(takes="video")
 """Latents (B, C, F, h, w) of a VAE for videos."""
 
-FRAMES = Encoder(takes="frames")
+FRAMES = ReferenceEncoder(takes="frames")
 """Latents (B, C, F, h, w) of a VAE for images."""
 
-FRAMES_FIRST = Encoder(takes="video", pack=frames_first, frame_axis=1)
-"""CogVideoX: (B, F, C, h, w)."""
+FRAMES_FIRST = ReferenceEncoder(takes="video", pack=frames_first, frame_axis=1)
+"""CogVideoX: latents (B, F, C, h, w)."""
 
-PACKED_VIDEO = Encoder(takes="video", pack=pack_pixels)
-"""LTX-Video: a token for each latent."""
+PACKED_VIDEO = ReferenceEncoder(takes="video", pack=pack_pixels)
+"""LTX-Video: one token per latent."""
 
 ENCODERS = {
     "UNet2DConditionModel": IMAGE,
@@ -202,22 +213,22 @@ ENCODERS = {
     "OmniGenTransformer2DModel": IMAGE,
     "CogView3PlusTransformer2DModel": IMAGE,
     "CogView4Transformer2DModel": IMAGE,
-    "GlmImageTransformer2DModel": Encoder(normalise=standardise),
+    "GlmImageTransformer2DModel": ReferenceEncoder(normalise=standardise),
     "HiDreamImageTransformer2DModel": IMAGE,
-    "ErnieImageTransformer2DModel": Encoder(normalise=patchify_and_normalise),
-    "ZImageTransformer2DModel": Encoder(pack=one_frame),
+    "ErnieImageTransformer2DModel": ReferenceEncoder(normalise=patchify_and_normalise),
+    "ZImageTransformer2DModel": ReferenceEncoder(pack=one_frame),
     "FluxTransformer2DModel": PACKED,
     "ChromaTransformer2DModel": PACKED,
     "LongCatImageTransformer2DModel": PACKED,
     "OvisImageTransformer2DModel": PACKED,
     "BriaTransformer2DModel": PACKED,
-    "BriaFiboTransformer2DModel": Encoder(takes="video", pack=pack_pixels),
-    "Flux2Transformer2DModel": Encoder(
+    "BriaFiboTransformer2DModel": ReferenceEncoder(takes="video", pack=pack_pixels),
+    "Flux2Transformer2DModel": ReferenceEncoder(
         normalise=patchify_and_normalise, pack=pack_pixels, packing=2
     ),
     "PRXTransformer2DModel": IMAGE,
     "QwenImageTransformer2DModel": PACKED_FRAME,
-    "QwenImage21Transformer2DModel": Encoder(
+    "QwenImage21Transformer2DModel": ReferenceEncoder(
         takes="video", normalise=standardise, pack=pack_pixels
     ),
     "NucleusMoEImageTransformer2DModel": PACKED_FRAME,
@@ -238,10 +249,12 @@ ENCODERS = {
     "LatteTransformer3DModel": FRAMES,
     "UNetMotionModel": FRAMES,
     "UNet3DConditionModel": FRAMES,
-    "UNetSpatioTemporalConditionModel": Encoder(takes="frames", pack=frames_first, frame_axis=1),
+    "UNetSpatioTemporalConditionModel": ReferenceEncoder(
+        takes="frames", pack=frames_first, frame_axis=1
+    ),
     "ChronoEditTransformer3DModel": VIDEO,
     "SanaVideoTransformer3DModel": VIDEO,
-    "Kandinsky5Transformer3DModel": Encoder(
+    "Kandinsky5Transformer3DModel": ReferenceEncoder(
         takes="video", pack=channels_last, frame_axis=1, grid_axes=(2, 3)
     ),
 }

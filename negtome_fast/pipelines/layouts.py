@@ -1,8 +1,8 @@
-"""Where the image tokens are: a `Layout` for each class of denoiser.
+"""`Layout`: how a class of denoisers is guided, and the table of classes that are known.
 
-A `Layout` says which arguments of the model's forward hold the latents and the time, how many
-image tokens follow from them, and where these lie in an attention output. Nothing here imports
-diffusers: models are recognised by the names of their classes. `families` holds the table.
+A layout says which arguments of the model's forward hold the latents and the time, how many tokens
+the image has, and where these lie in an attention output. Nothing here imports diffusers: models
+are recognised by the names of their classes. `families` fills the table.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..guidance import Grid
-from .encoders import Encoder
+from ..config import Grid
+from .encoders import ReferenceEncoder
 
 
 @dataclass(frozen=True)
@@ -23,39 +23,39 @@ class ImageTokens:
     """The image among the tokens of one forward.
 
     Attributes:
-        stream: tokens N of the model's image stream; an attention output of N tokens is all image.
-        generated: how many of them, from `first` on, are the image that is generated; the rest are
-            conditions, which an edit pipeline appended and an image-to-video one put before.
+        num_tokens: number of tokens in the model's image stream. An attention output of as many
+            tokens is all image.
+        generated: number of these, from `offset` on, that are generated. The others are conditions:
+            an edit pipeline puts them after, an image-to-video pipeline before.
         grid: (height, width) with frames * height * width = generated, where known.
-        frames: generated frames of a video's latents; 1 for an image. Attention outputs that hold
-            one frame each, of (items * frames, height * width) tokens, are guided as the videos
-            they make up.
-        starts: first image token of each item of the batch in an attention output that holds more
-            than the image; None where `Layout.joint` settles it. For models that put captions of
-            several lengths before the image.
-        first: the first generated token of the image stream.
+        frames: number of generated frames in a video's latents; 1 for an image. Attention outputs
+            (items * frames, height * width, D), one frame each, are guided as whole videos.
+        starts: first image token of each item in an attention output that also holds text, for
+            models that put captions of several lengths before the image. None: `Layout.joint`
+            says where the image is.
+        offset: index of the first generated token in the image stream.
     """
 
-    stream: int
+    num_tokens: int
     generated: int
     grid: Grid | None = None
     frames: int = 1
     starts: tuple[int, ...] | None = None
-    first: int = 0
+    offset: int = 0
 
 
 def as_it_is(value: float) -> float:
-    """The time input is the scheduler's timestep."""
+    """Returns the scheduler's timestep for a time input that is the timestep."""
     return value
 
 
 def times_1000(value: float) -> float:
-    """The time input is the scheduler's timestep / 1000."""
+    """Returns the scheduler's timestep for a time input that is the timestep / 1000."""
     return value * 1000
 
 
 def no_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """For models whose `grid_modules` tell the tokens block by block."""
+    """Returns None, for models whose `grid_modules` tell the tokens block by block."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,33 @@ class Layout:
     """How a class of denoisers is guided.
 
     Attributes:
-        family: what users call the models of this class, for the table of supported models.
-        latents: name of the forward's argument that holds the noisy latents, items first: a tensor
-            or a list of one tensor an item.
+        family: name that users know the models by, for the table of supported models.
+        latents: name of the forward's argument that holds the noisy latents, items first: a tensor,
+            or a list with one tensor per item.
         timestep: name of the argument that holds the time.
-        scheduler_timestep: from the value of that argument to the scheduler's timestep, 1000
-            (noise) to 0. None asks the pipeline's scheduler instead.
-        guidance: `"concatenated"` where pipelines put the halves of classifier-free guidance into
-            one batch, which is then found by comparing the latents; `"sequential"` where they
-            call the model once for each, so that a batch is always one group.
-        image_tokens: (model, arguments by name) -> `ImageTokens`, or None where it cannot tell.
-            Called once per run and shape, so it may read a value from the device.
-        captions: name of an argument on which `image_tokens` depends too, such as the mask of the
-            captions: it is then also called where that is another object than before.
+        scheduler_timestep: function from the value of that argument to the scheduler's timestep,
+            1000 (noise) to 0. None: the pipeline's scheduler is asked instead.
+        guidance: `"concatenated"` if pipelines put the halves of classifier-free guidance into one
+            batch; the halves are then found by comparing the latents. `"sequential"` if they call
+            the model once for each, so that a batch is always one group.
+        image_tokens: (model, arguments by name) -> `ImageTokens`, or None if it cannot tell. Called
+            once per run and shape, so it may read a value from the device.
+        captions: name of an argument on which `image_tokens` also depends, such as the mask of the
+            captions. `image_tokens` is then called again whenever that is a new object.
         grid_modules: class names of modules whose input (B, C, H, W) holds the tokens of the
             attention modules inside them: a UNet has a grid for each resolution.
-        joint: order in an attention output that holds more than the image: `"text_first"`,
-            `"image_first"`, or None where that does not happen. A tuple's first entry is the image.
-        blocks: patterns (fnmatch) of the attention modules' names that can be guided.
-        exclude: patterns of names that never are.
-        attention: class names, with bases, that make a module an attention module.
+        joint: order of an attention output that holds text and image as one tensor:
+            `"text_first"`, `"image_first"`, or None if there is no such output. If the output is a
+            tuple, its first entry is the image.
+        blocks: patterns (fnmatch) for the names of the attention modules that can be guided.
+        exclude: patterns for the names of modules that are never guided.
+        attention: class names that make a module an attention module, also as a base class.
         fresh_outputs: every attention output is a new tensor, never the module's input or a view
             of it, so it may be written into.
-        preset: the `NegToMeConfig.preset` to use where the caller gives no configuration.
-        encode: how pictures become latents, for references from outside of the batch; None where
-            these must be given as latents.
-        adapt: (model, this layout) -> the layout of that model, where it depends on the model's
+        preset: name of the `NegToMeConfig.preset` used if the caller gives no configuration.
+        encode: encodes pictures as latents, for references from outside of the batch. None: such
+            references must be given as latents.
+        adapt: (model, this layout) -> the layout of that model, if it depends on the model's
             configuration.
     """
 
@@ -111,12 +112,12 @@ class Layout:
     )
     fresh_outputs: bool = False
     preset: str | None = None
-    encode: Encoder | None = None
+    encode: ReferenceEncoder | None = None
     adapt: Callable[[nn.Module, Layout], Layout] | None = None
 
 
 def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:
-    """What the first tensor of an unknown model suggests: (B, N, C), or (B, C, H, W) in patches."""
+    """Guesses from the first tensor of an unknown model: (B, N, C), or (B, C, H, W) in patches."""
     latents = next((value for value in arguments.values() if isinstance(value, torch.Tensor)), None)
     if latents is None or latents.ndim not in (3, 4):
         return None
@@ -129,13 +130,13 @@ def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Image
 
 
 UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=latent_image_tokens)
-"""Serves classes that are not in the table, where tuples and lengths settle what is the image."""
+"""Layout of classes that are not in the table: tuples and lengths tell which tokens are image."""
 
 _LAYOUTS: dict[str, Layout] = {}
-"""By the name of the class; with its module for those of `_OTHER_STACKS`."""
+"""Class name -> layout; the name has the module in front for classes of `_OTHER_STACKS`."""
 
 _OTHER_STACKS = ("sglang", "vllm_omni")
-"""Packages whose classes have diffusers' names and take other arguments, times or shards."""
+"""Packages whose classes have diffusers' names but other arguments, times or shards."""
 
 
 def register_layout(model_class: type | str, layout: Layout) -> None:
@@ -153,7 +154,7 @@ def register_layout(model_class: type | str, layout: Layout) -> None:
         Layout(
             latents="latents",
             timestep="time",
-            scheduler_timestep=lambda time: 1000 * time,  # it is given 1 (noise) to 0
+            scheduler_timestep=lambda time: 1000 * time,  # the model is given 1 (noise) to 0
             guidance="sequential",  # one call for each half of classifier-free guidance
             image_tokens=image_tokens,
             joint="text_first",  # its attention returns text and image as one tensor
@@ -163,9 +164,12 @@ def register_layout(model_class: type | str, layout: Layout) -> None:
     ```
 
     Args:
-        model_class: the class or its name. Subclasses are served too. A class of another stack
-            that bears the name of one of diffusers has to be given itself.
-        layout: how it is guided.
+        model_class: the class or its name; it covers subclasses too. If another package has a
+            class of the same name as diffusers, give the class.
+        layout: its layout.
+
+    Raises:
+        TypeError: an argument is of another type.
     """
     name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
     if not isinstance(name, str) or not name.isidentifier():
@@ -180,25 +184,20 @@ def _path(model_class: Any) -> str:
 
 
 def _is_of_another_stack(model_class: Any) -> bool:
-    """Whether it is a class, and of a package whose names say nothing."""
+    """Returns True for a class of `_OTHER_STACKS`."""
     module = model_class.__module__ if isinstance(model_class, type) else ""
     return module.split(".")[0] in _OTHER_STACKS
 
 
 def known_layouts() -> dict[str, Layout]:
-    """A copy of the table: class name -> layout."""
+    """Returns a copy of the table: class name -> layout."""
     return dict(_LAYOUTS)
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The entry of the model's class or of its nearest base; `UNKNOWN` where there is none."""
+    """Returns the entry of the model's class or of its nearest base; `UNKNOWN` if there is none."""
     for base in type(model).__mro__:
         layout = _LAYOUTS.get(_path(base) if _is_of_another_stack(base) else base.__name__)
         if layout is not None:
             return layout.adapt(model, layout) if layout.adapt else layout
     return UNKNOWN
-
-
-def is_attention(module: nn.Module, layout: Layout) -> bool:
-    """Whether the layout counts this module as an attention module."""
-    return any(base.__name__ in layout.attention for base in type(module).__mro__)

@@ -1,17 +1,15 @@
-"""Several devices: context parallelism, shares of a data-parallel run, and what is refused.
+"""Context parallelism: guidance where each rank holds some of the tokens of all items.
 
-With context parallelism each rank holds some of the tokens of all items. It moves its own tokens
-only; those of the references are gathered from all ranks, so the result is that of one process:
+A rank moves only its own tokens. The references' tokens are gathered from all ranks, so the result
+is that of one process:
 
     y_i = x_i + alpha * (x_i - r_j)   i on this rank,   j = argmax over the tokens of all ranks
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,157 +27,11 @@ from ..arguments import (
 )
 from ..functional import guide_tokens, match_tokens
 from ..naive import NOTHING, compute_dtype, is_finite
-from .layouts import ImageTokens, Layout
-
-Item = TypeVar("Item")
+from .layouts import ImageTokens
 
 
-def split_with_reference(
-    items: Sequence[Item], rank: int | None = None, num_processes: int | None = None
-) -> list[Item]:
-    """Of a data-parallel run: the reference, `items[0]`, and this process's share of the others.
-
-    Every process generates the same reference as item 0 of its batch, from the same seed and
-    prompt. It is never modified, so all images are pushed away from one and the same reference
-    without any communication. Keep the first image of process 0 only.
-
-    ```python
-    seeds = split_with_reference(range(9))       # of 2 processes: 0, 1, 2, 3, 4 and 0, 5, 6, 7, 8
-    ```
-
-    Args:
-        items: what makes an image, such as its seed, or pairs of prompt and seed.
-        rank, num_processes: of this process; None takes them from `torch.distributed` where it is
-            initialized, else from the variables RANK and WORLD_SIZE that `torchrun` and
-            `accelerate launch` set, else there is one process.
-
-    Returns:
-        `items[0]` and a contiguous part of `items[1:]`, as even as possible, longer parts first.
-
-    Raises:
-        ValueError: no items; a rank that is not in [0, num_processes).
-    """
-    if rank is None or num_processes is None:
-        if dist.is_available() and dist.is_initialized():
-            own, processes = dist.get_rank(), dist.get_world_size()
-        else:
-            own, processes = (int(os.environ.get(name, d)) for name, d in _ENVIRONMENT)
-        rank = own if rank is None else rank
-        num_processes = processes if num_processes is None else num_processes
-    if not 0 <= rank < num_processes:
-        raise ValueError(f"rank {rank} is not one of {num_processes} processes")
-    if not items:
-        raise ValueError("there must be at least one item, the reference")
-    sizes = _shares(len(items) - 1, num_processes)
-    start = 1 + sum(sizes[:rank])
-    return [items[0], *items[start : start + sizes[rank]]]
-
-
-_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"))
-
-
-def refuse_tensor_parallel(model: nn.Module) -> None:
-    """Tensor parallelism shards the channels, of which a cosine needs all.
-
-    Parameters that `fully_shard` (FSDP) keeps as DTensors are gathered before they are used, so
-    they are none of its business.
-    """
-    sharded = _parallel_config(model, "tensor_parallel_config") is not None
-    # Without process groups there are no DTensors to be looked for among all parameters.
-    distributed = "torch.distributed.tensor" in sys.modules and (
-        dist.is_available() and dist.is_initialized()
-    )
-    if not sharded and distributed:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.tensor import DTensor
-
-        if not any(isinstance(module, FSDPModule) for module in model.modules()):
-            sharded = any(
-                isinstance(parameter, DTensor)
-                and any(placement.is_shard() for placement in parameter.placements)
-                for parameter in model.parameters()
-            )
-    if sharded:
-        raise ValueError(
-            f"{type(model).__name__} is tensor-parallel: each rank holds some of the channels of a "
-            "token, so tokens cannot be compared; use context parallelism "
-            "(diffusers' ContextParallelConfig) or one copy of the model on each device"
-        )
-
-
-def refuse_unknown_sharding(model: nn.Module) -> None:
-    """Parallelism that is not diffusers' own, which hands a rank some of the tokens or items.
-
-    ParaAttention and cache-dit mark the model; xDiT's process groups say how many share a forward.
-    """
-    sharded = bool(getattr(model, "_is_parallelized", False))
-    xdit = sys.modules.get("xfuser.core.distributed")
-    if xdit is not None and type(model).__module__.split(".")[0] == "xfuser":
-        sharded = sharded or any(getattr(xdit, size)() > 1 for size in _XDIT_SIZES)
-    if sharded:
-        raise ValueError(
-            f"{type(model).__name__} is distributed by another library than diffusers, so it is "
-            "not known which tokens a rank holds; use diffusers' "
-            "enable_parallelism(config=ContextParallelConfig(...)), or one copy on each device"
-        )
-
-
-_XDIT_SIZES = (
-    "get_sequence_parallel_world_size",
-    "get_classifier_free_guidance_world_size",
-    "get_pipeline_parallel_world_size",
-)
-
-
-def _parallel_config(model: nn.Module, name: str) -> Any:
-    """What diffusers' `enable_parallelism` was given, if anything."""
-    return getattr(getattr(model, "_parallel_config", None), name, None)
-
-
-def token_shards(model: nn.Module, layout: Layout, image: ImageTokens | None) -> TokenShards | None:
-    """How the tokens of a context-parallel forward are distributed; None where they are not.
-
-    Args:
-        image: the image tokens of the whole forward.
-
-    Raises:
-        ValueError: which tokens a rank holds is not known.
-    """
-    config = _parallel_config(model, "context_parallel_config")
-    if config is None:
-        return None
-    model_name = type(model).__name__
-    if image is None or layout.grid_modules or image.starts is not None:
-        raise ValueError(
-            f"{model_name} is context-parallel, and it is not known which image tokens a rank "
-            "holds, because their number differs between blocks or the captions differ in length; "
-            "run it without context parallelism"
-        )
-    hooks = [(module, hook) for module in model.modules() for hook in _parallel_hooks(module)]
-    split = [name for _, hook in hooks if _splits(hook) for name in hook.metadata]
-    if layout.joint is not None and "encoder_hidden_states" not in split:
-        raise ValueError(
-            f"{model_name}: its context-parallel plan does not split the text by itself "
-            "(encoder_hidden_states), so it is not known where the image tokens of a rank begin; "
-            "run it without context parallelism"
-        )
-    whole = frozenset(module for module, hook in hooks if not _splits(hook))
-    group = config._flattened_mesh.get_group()
-    return TokenShards(group, image, whole)
-
-
-def _parallel_hooks(module: nn.Module) -> list[Any]:
-    registry = getattr(module, "_diffusers_hook", None)
-    names = ("ContextParallelSplitHook", "ContextParallelGatherHook")
-    return [h for h in getattr(registry, "hooks", {}).values() if type(h).__name__ in names]
-
-
-def _splits(hook: Any) -> bool:
-    return type(hook).__name__ == "ContextParallelSplitHook"
-
-
-def _shares(total: int, parts: int) -> tuple[int, ...]:
-    """Sizes of the parts as `torch.tensor_split` makes them."""
+def even_sizes(total: int, parts: int) -> tuple[int, ...]:
+    """Returns the sizes of the parts that `torch.tensor_split` makes: even, longer parts first."""
     return tuple(total // parts + (part < total % parts) for part in range(parts))
 
 
@@ -188,9 +40,14 @@ class TokenShards:
 
     Args:
         group: the ranks that share the tokens.
-        image: the image tokens of all of them. Its stream is split as evenly as possible, longer
-            parts first, so the tokens that an edit pipeline appended are on the last ranks.
+        image: the image tokens of all ranks. The image stream is split as evenly as possible,
+            longer parts first, so tokens that an edit pipeline appended are on the last ranks.
         gathered: modules whose outputs hold the tokens of all ranks again.
+
+    Attributes:
+        sizes: number of generated image tokens on each rank; 0 if it holds conditions only.
+        start, own: index of the first one on this rank, and the slice of all of them.
+        image: the image tokens on this rank; the grid is that of all ranks.
     """
 
     def __init__(
@@ -200,7 +57,7 @@ class TokenShards:
         gathered: frozenset[nn.Module] = frozenset(),
     ) -> None:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        streams = _shares(image.stream, ranks)
+        streams = even_sizes(image.num_tokens, ranks)
         starts = [sum(streams[:r]) for r in range(ranks)]
         self.group = group
         self.gathered = gathered
@@ -208,11 +65,9 @@ class TokenShards:
             min(max(image.generated - start, 0), size)
             for start, size in zip(starts, streams, strict=True)
         )
-        """Generated image tokens on each rank; 0 where it holds conditions only."""
         self.start = sum(self.sizes[:rank])
         self.own = slice(self.start, self.start + self.sizes[rank])
         self.image = ImageTokens(streams[rank], self.sizes[rank], image.grid, image.frames)
-        """The image tokens on this rank; the grid is that of all."""
 
     def gather(self, tokens: Tensor) -> Tensor:
         """The tokens `(B, N, D)` of all ranks, of which this one has `(B, n, D)`; differentiable.

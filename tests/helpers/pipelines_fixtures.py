@@ -15,8 +15,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor, nn
+
+from negtome_fast.config import NegToMeConfig
 
 TEXT = 5
+"""Number of text tokens of a prompt."""
+
+ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
+"""Guides every step, with a threshold that random tokens exceed."""
 
 
 def flux_pipeline(seed: int = 0) -> FluxPipeline:
@@ -144,3 +151,38 @@ def generate(
             output_type="latent",
             **arguments,
         ).images
+
+
+FAMILIES = {"flux": flux_pipeline, "sd15": sd_pipeline, "sdxl": sdxl_pipeline}
+_pipelines: dict[str, Any] = {}
+_plain: dict[Any, Tensor] = {}
+
+
+def built(family: str) -> Any:
+    """The pipeline of a family, built once for all tests, which leave it unguided."""
+    if family not in _pipelines:
+        _pipelines[family] = FAMILIES[family]()
+    return _pipelines[family]
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+def plain(family: str, **arguments: Any) -> Tensor:
+    """The unguided latents, computed once for all tests."""
+    key = (family, *sorted(arguments.items()))
+    if key not in _plain:
+        _plain[key] = generate(FAMILIES[family](), **arguments)
+    return _plain[key]
+
+
+def hook_count(pipe: Any) -> int:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+    return sum(len(getattr(m, name)) for m in denoiser(pipe).modules() for name in names)
+
+
+def reference_latents(pipe: Any, seed: int = 11) -> Tensor:
+    """Clean latents for runs of 64 x 96 pixels."""
+    shape = (1, 24, 16) if "Flux" in type(pipe).__name__ else (1, 4, 8, 12)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -292,7 +292,7 @@ class TestStatisticsOfManySteps:
         assert 0 < once[0].pushed < 1
 
     def test_no_more_wait_than_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("negtome_fast.statistics.WAITING_TOKENS", 4 * 4 * 64)
+        monkeypatch.setattr("negtome_fast.statistics.MAX_WAITING_TOKENS", 4 * 4 * 64)
         guidance = Guidance(NegToMeConfig(threshold=0.3))
         statistics = guidance._statistics
         for _ in range(5):

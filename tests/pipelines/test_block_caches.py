@@ -23,7 +23,7 @@ import negtome_fast as nf
 from helpers.families import FAMILIES
 from helpers.pipelines_fixtures import flux_pipeline, generate
 from negtome_fast import Reference, models
-from negtome_fast.pipelines.block_caches import CacheWatch, skips_blocks
+from negtome_fast.pipelines.block_caches import CacheGuard, skips_blocks
 
 PROMPT = "a pixel art person"
 STEPS = 20
@@ -152,7 +152,7 @@ def test_a_cache_that_comes_later_is_noticed() -> None:
 
 
 def test_nothing_is_counted_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CacheWatch, "__init__", None)
+    monkeypatch.setattr(CacheGuard, "__init__", None)
     pipe = flux_pipeline()
     with nf.negtome_guidance(pipe, **WINDOW):
         generate(pipe, 2, steps=4)

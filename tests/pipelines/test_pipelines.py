@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,66 +11,23 @@ import torch._dynamo
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
-
-from helpers.pipelines_fixtures import TEXT, flux_pipeline, generate, sd_pipeline, sdxl_pipeline
+from helpers.pipelines_fixtures import (
+    ALWAYS,
+    FAMILIES,
+    TEXT,
+    built,
+    denoiser,
+    generate,
+    hook_count,
+    plain,
+)
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import (
-    ImageTokens,
-    Layout,
     apply_negtome,
-    layouts,
     negtome_guidance,
-    register_layout,
     remove_negtome,
 )
-from negtome_fast.pipelines.hooks import PipelineSchedule
-
-FAMILIES = {"flux": flux_pipeline, "sd15": sd_pipeline, "sdxl": sdxl_pipeline}
-ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
-_pipelines: dict[str, Any] = {}
-_plain: dict[Any, Tensor] = {}
-
-
-def built(family: str) -> Any:
-    if family not in _pipelines:
-        _pipelines[family] = FAMILIES[family]()
-    return _pipelines[family]
-
-
-def denoiser(pipe: Any) -> nn.Module:
-    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-
-
-def plain(family: str, **arguments: Any) -> Tensor:
-    """The unguided latents, computed once for all tests."""
-    key = (family, *sorted(arguments.items()))
-    if key not in _plain:
-        _plain[key] = generate(FAMILIES[family](), **arguments)
-    return _plain[key]
-
-
-def hook_count(pipe: Any) -> int:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
-    return sum(len(getattr(m, name)) for m in denoiser(pipe).modules() for name in names)
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
-    assert hook_count(built(request.param)) == 0
-
-
-@pytest.fixture
-def flux() -> Iterator[Any]:
-    yield built("flux")
-    assert hook_count(built("flux")) == 0
-
-
-@pytest.fixture
-def sdxl() -> Iterator[Any]:
-    yield built("sdxl")
-    assert hook_count(built("sdxl")) == 0
 
 
 @pytest.mark.parametrize("placement", ["output", "pre_projection"])
@@ -151,109 +103,6 @@ def test_pre_projection_is_before_the_output_projection(flux: Any) -> None:
     assert handle.blocks == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
 
 
-def test_each_half_of_a_guidance_batch_is_guided_by_itself(sdxl: Any) -> None:
-    """Each half has its own reference, so both alone give what the whole gives."""
-
-    def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return torch.cat([negtome(half, threshold=0.1) for half in output.chunk(2)])
-
-    names = ("attn1", "attn2")
-    blocks = [m for n, m in sdxl.unet.named_modules() if n.endswith(names) and "up_blocks" in n]
-    hooks = [block.register_forward_hook(push) for block in blocks]
-    expected = generate(sdxl, cfg=True)
-    for hook in hooks:
-        hook.remove()
-    with negtome_guidance(sdxl, ALWAYS, blocks="up_blocks"):
-        torch.testing.assert_close(generate(sdxl, cfg=True), expected)
-
-
-def test_two_prompts_are_kept_apart_by_groups(flux: Any) -> None:
-    with negtome_guidance(flux, ALWAYS, groups=2) as handle:
-        guided = generate(flux)
-    before = plain("flux")
-    assert [torch.equal(guided[i], before[i]) for i in range(4)] == [True, False, True, False]
-    assert handle.summary().groups == 2
-
-
-def test_groups_that_do_not_divide_the_batch_are_an_error(flux: Any) -> None:
-    with negtome_guidance(flux, ALWAYS, groups=3), pytest.raises(ValueError, match=r"3.*groups"):
-        generate(flux)
-
-
-def test_images_of_equal_seeds_are_not_taken_for_guidance_halves(sdxl: Any) -> None:
-    with negtome_guidance(sdxl, ALWAYS) as handle:
-        generate(sdxl, 2, equal_latents=True)
-        assert handle.summary().groups == 1
-        generate(sdxl, 2, equal_latents=True, cfg=True)
-        assert handle.summary().groups == 2
-
-
-def test_the_groups_are_found_anew_in_every_run(sdxl: Any) -> None:
-    with negtome_guidance(sdxl, ALWAYS) as handle:
-        for cfg, images, size in ((True, 2, (64, 64)), (False, 4, (64, 64)), (True, 2, (48, 64))):
-            guided = generate(sdxl, images, size=size, cfg=cfg, steps=1)
-            assert handle.summary().groups == (2 if cfg else 1)
-            assert not torch.equal(guided[0], guided[1])
-
-
-def test_a_bare_model_finds_the_groups_by_its_latents(sdxl: Any) -> None:
-    with negtome_guidance(sdxl.unet, ALWAYS) as handle:
-        assert torch.equal(generate(sdxl, cfg=True)[0], plain("sdxl", cfg=True)[0])
-    assert handle.summary().groups == 2
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_up_to_three_guidance_parts_are_found(parts: int) -> None:
-    """Three: perturbed-attention guidance, InstructPix2Pix."""
-    unet = built("sd15").unet
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), negtome_guidance(unet, ALWAYS) as handle:
-        unet(latents.repeat(parts, 1, 1, 1), 900, torch.ones(2 * parts, TEXT, 16))
-    assert handle.summary().groups == parts
-
-
-@pytest.mark.parametrize("begin", [2, None], ids=["begin_index", "no begin_index"])
-def test_image_to_image_counts_its_own_steps(begin: int | None) -> None:
-    """It leaves out the first timesteps of the schedule: here two of five."""
-
-    class Pipe:
-        _num_timesteps = 3
-
-        def __init__(self) -> None:
-            timesteps = torch.tensor([900.0, 700.0, 500.0, 300.0, 100.0])
-            self.scheduler = SimpleNamespace(timesteps=timesteps, begin_index=begin)
-
-        def __call__(self) -> None:
-            clock = PipelineSchedule(self)
-            assert clock.locate(500.2, 1.0) == (500.0, 0, 3)
-            assert clock.locate(100.0, 0.0) == (100.0, 2, 3)
-            assert clock.locate(400.0, 1.0) is None
-
-    Pipe()()
-
-
-@pytest.mark.parametrize("begin_index", [True, False])
-def test_a_run_that_ends_early_counts_from_its_first_step(sdxl: Any, begin_index: bool) -> None:
-    """SDXL with a refiner: 12 of 20 timesteps, of which the first quarter is guided."""
-    if not begin_index:
-        sdxl.scheduler.set_begin_index = lambda index=0: None
-    with negtome_guidance(sdxl, ALWAYS, steps=(0.0, 0.25), blocks="up_blocks.0") as handle:
-        generate(sdxl, 2, size=(32, 32), steps=20, denoising_end=0.6)
-    vars(sdxl.scheduler).pop("set_begin_index", None)
-    assert (handle.summary().guided, handle.summary().forwards) == (3, 12)
-
-
-def test_another_pipeline_that_shares_the_model_finds_its_own_groups(sdxl: Any) -> None:
-    other = type(sdxl).from_pipe(sdxl)
-    other.set_progress_bar_config(disable=True)
-    generate(sdxl, 2, steps=1)
-    with negtome_guidance(sdxl, ALWAYS, steps=(0.0, 0.5)) as handle:
-        generate(other, 2, steps=4, cfg=True)
-        assert (handle.summary().groups, handle.summary().guided) == (2, 2)
-        generate(sdxl, 2, steps=2, equal_latents=True)
-        assert handle.summary().groups == 1
-
-
 @pytest.mark.parametrize("size", [(32, 32), (48, 96), (96, 48)], ids=str)
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_grids_are_right_at_every_size(name: str, size: tuple[int, int]) -> None:
@@ -285,157 +134,6 @@ def test_blocks_are_filtered_by_name(flux: Any) -> None:
         "transformer_blocks.1.attn",
         "single_transformer_blocks.0.attn",
     ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "guided"),
-    [
-        ({"t_end": 900}, 1),
-        ({"t_start": 900, "t_end": 700}, 1),
-        ({"t_end": 750}, 2),
-        ({"steps": (0.0, 0.25)}, 1),
-        ({"steps": (0.25, 1.0)}, 3),
-    ],
-    ids=str,
-)
-def test_the_window_in_timesteps_and_in_steps(
-    flux: Any, settings: dict[str, Any], guided: int
-) -> None:
-    """Four steps of FLUX without shifting, at 1000, 750, 500 and 250."""
-    with negtome_guidance(flux, ALWAYS, **settings) as handle:
-        generate(flux, 2, steps=4, sigmas=[1.0, 0.75, 0.5, 0.25])
-    assert (handle.summary().guided, handle.summary().forwards) == (guided, 4)
-
-
-def test_a_timestep_rounded_to_bf16_is_read_from_the_scheduler() -> None:
-    """900 / 1000 in bf16 is 898.4, which lies outside of the authors' window."""
-    pipe = flux_pipeline()
-    pipe.transformer.to(torch.bfloat16)
-    with negtome_guidance(pipe, ALWAYS, t_end=900) as handle:
-        timesteps = []
-        hook = pipe.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: timesteps.append(kwargs["timestep"]), with_kwargs=True
-        )
-        original = pipe.scheduler.set_timesteps
-
-        @functools.wraps(original)
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            original(*args, **kwargs)
-            pipe.scheduler.timesteps.copy_(torch.tensor([1000.0, 900.0, 895.0, 500.0]))
-
-        pipe.scheduler.set_timesteps = set_timesteps
-        random = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            pipe(
-                prompt_embeds=torch.randn(2, TEXT, 16, generator=random).bfloat16(),
-                pooled_prompt_embeds=torch.randn(2, 16, generator=random).bfloat16(),
-                height=32,
-                width=32,
-                num_inference_steps=4,
-                output_type="latent",
-            )
-        hook.remove()
-    assert timesteps[1].dtype == torch.bfloat16 and timesteps[1][0].item() * 1000 < 899
-    assert handle.summary().guided == 2
-
-
-def test_steps_need_the_pipeline(flux: Any) -> None:
-    with pytest.raises(ValueError, match="pass the pipeline"):
-        apply_negtome(flux.transformer, steps=(0.0, 0.5))
-
-
-def test_applying_twice_is_an_error_that_says_so(family: str) -> None:
-    pipe = built(family)
-    with negtome_guidance(pipe, ALWAYS):
-        hooks = hook_count(pipe)
-        for target in (pipe, denoiser(pipe)):
-            with pytest.raises(ValueError, match="already applied"):
-                apply_negtome(target, ALWAYS)
-        assert hook_count(pipe) == hooks
-
-
-def test_removing_is_allowed_at_any_time(flux: Any) -> None:
-    remove_negtome(flux)
-    handle = apply_negtome(flux, ALWAYS)
-    assert handle.applied
-    handle.remove()
-    handle.remove()
-    remove_negtome(flux)
-    assert not handle.applied
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("placement", ["output", "pre_projection"])
-def test_an_exception_inside_the_model_leaves_no_trace(
-    family: str, placement: Any, error: type[BaseException]
-) -> None:
-    pipe = built(family)
-    blocks = [m for m in denoiser(pipe).modules() if type(m).__name__ == "FeedForward"]
-
-    def fail(*_: Any) -> None:
-        raise error("stop")
-
-    handle = apply_negtome(pipe, ALWAYS, placement=placement)
-    hook = blocks[-1].register_forward_hook(fail)
-    with pytest.raises(error, match="stop"):
-        generate(pipe)
-    hook.remove()
-    guided = generate(pipe)
-    assert torch.equal(guided[0], plain(family)[0])
-    assert not torch.equal(guided[1], plain(family)[1])
-    handle.remove()
-    assert hook_count(pipe) == 0
-    assert torch.equal(generate(pipe), plain(family))
-
-
-def test_an_exception_in_the_callback_leaves_the_with_block_clean(sdxl: Any) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"), negtome_guidance(sdxl, ALWAYS):
-        generate(sdxl, callback_on_step_end=fail)
-    assert hook_count(sdxl) == 0
-    assert torch.equal(generate(sdxl), plain("sdxl"))
-
-
-def test_a_filter_that_matches_nothing_lists_the_blocks(flux: Any) -> None:
-    with pytest.raises(ValueError, match=r"up_blocks.*single_transformer_blocks\.1\.attn"):
-        apply_negtome(flux, blocks="up_blocks")
-
-
-def test_an_unknown_setting_is_named(flux: Any) -> None:
-    with pytest.raises(ValueError, match="'strength'"):
-        apply_negtome(flux, strength=0.5)
-    with pytest.raises(TypeError, match="NegToMeConfig, not dict"):
-        apply_negtome(flux, {"alpha": 0.5})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("thing", [None, "flux", 3, object()])
-def test_what_is_no_pipeline_is_refused(thing: Any) -> None:
-    with pytest.raises(TypeError, match="transformer or a unet"):
-        apply_negtome(thing)
-
-
-def test_a_model_without_attention_is_refused() -> None:
-    class Pipe:
-        unet = nn.Linear(2, 2)
-
-    with pytest.raises(ValueError, match=r"Linear.*register_layout"):
-        apply_negtome(Pipe())
-
-
-def test_a_cache_is_refused_before_and_after() -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    pipe = flux_pipeline()
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match="disable_cache"):
-        apply_negtome(pipe)
-    pipe.transformer.disable_cache()
-    with negtome_guidance(pipe):
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(ValueError, match="disable_cache"):
-            generate(pipe)
 
 
 def test_a_single_image_has_nothing_to_be_pushed_from(flux: Any) -> None:
@@ -522,51 +220,6 @@ def test_what_a_hook_inside_the_attention_keeps_is_not_written_into(flux: Any, i
     assert torch.equal(*kept)
 
 
-def test_a_deep_copy_is_guided_and_removed_by_itself() -> None:
-    pipe = flux_pipeline()
-    apply_negtome(pipe, ALWAYS, steps=(0.0, 1.0), dropout=0.5)
-    guided = generate(pipe)
-    copied = copy.deepcopy(pipe)
-    assert torch.equal(generate(copied), guided)
-    remove_negtome(copied)
-    assert hook_count(copied) == 0
-    assert torch.equal(generate(copied), plain("flux"))
-    assert torch.equal(generate(pipe), guided)
-
-
-def test_a_guided_model_can_be_saved(tmp_path: Path) -> None:
-    from diffusers import FluxTransformer2DModel
-
-    pipe = flux_pipeline()
-    apply_negtome(pipe, ALWAYS)
-    pipe.transformer.save_pretrained(tmp_path)
-    pipe.transformer = FluxTransformer2DModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(generate(pipe), plain("flux"))
-
-
-@pytest.mark.parametrize("placement", ["output", "pre_projection"])
-def test_a_model_is_pickled_without_its_guidance(tmp_path: Path, placement: Any) -> None:
-    pipe = flux_pipeline()
-    apply_negtome(pipe, ALWAYS, placement=placement)
-    guided = generate(pipe)
-    torch.save(pipe.transformer, tmp_path / "model.pt")
-    assert torch.equal(generate(pipe), guided)
-    pipe.transformer = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(generate(pipe), plain("flux"))
-    with negtome_guidance(pipe, ALWAYS, placement=placement):
-        assert torch.equal(generate(pipe), guided)
-
-
-def test_removing_finds_the_model_that_the_pipeline_held_before() -> None:
-    pipe = flux_pipeline()
-    guided = pipe.transformer
-    handle = apply_negtome(pipe, ALWAYS)
-    pipe.transformer = flux_pipeline().transformer
-    remove_negtome(pipe)
-    pipe.transformer = guided
-    assert not handle.applied and hook_count(pipe) == 0
-
-
 @pytest.mark.parametrize(
     ("family", "regional", "compiled_first", "placement"),
     [
@@ -616,94 +269,6 @@ def test_a_compiled_model_is_guided_like_another(
     finally:
         torch._dynamo.config.recompile_limit = limit
         torch.compiler.reset()
-
-
-class Attention(nn.Module):
-    def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, image: Tensor, text: Tensor) -> Any:
-        return self.answer(image, text)
-
-
-class UnheardOf(nn.Module):
-    """A third party's denoiser; `answer` is what its attention returns."""
-
-    def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.attn = Attention(answer)
-
-    def forward(self, hidden_states: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
-        output = self.attn(hidden_states, text)
-        return output[0] if isinstance(output, tuple) else output[:, -hidden_states.shape[1] :]
-
-
-class UnheardOfPipeline:
-    def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
-        self.transformer = UnheardOf(answer)
-        self.scheduler = type("Scheduler", (), {"timesteps": torch.tensor([1000.0, 500.0])})()
-
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        outputs = []
-        for step, t in enumerate(self.scheduler.timesteps):
-            self.scheduler.step_index = step
-            text = torch.ones(len(image), 3, 8)
-            outputs.append(self.transformer(image, text, timestep=t / 7))
-        return outputs
-
-
-def unheard_of_input() -> Tensor:
-    return torch.randn(3, 10, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    "answer", [lambda image, text: (image, text), lambda image, text: image], ids=["tuple", "S==N"]
-)
-def test_an_unknown_class_is_served_where_the_rules_settle_it(answer: Any) -> None:
-    pipe, image = UnheardOfPipeline(answer), unheard_of_input()
-    with negtome_guidance(pipe, threshold=0.1) as handle:
-        early, late = pipe(image)
-    torch.testing.assert_close(early, negtome(image, threshold=0.1))
-    assert torch.equal(late, image)
-    assert handle.summary().guided == 1
-
-
-def test_an_unknown_order_of_tokens_names_the_class_and_the_way_out() -> None:
-    pipe = UnheardOfPipeline(lambda image, text: torch.cat([text, image], dim=1))
-    expected = r"UnheardOf: .* attn has the shape \(3, 13, 8\) .* 10 tokens.*register_layout"
-    with negtome_guidance(pipe), pytest.raises(ValueError, match=expected):
-        pipe(unheard_of_input())
-
-
-def test_an_unknown_class_needs_its_pipeline() -> None:
-    with pytest.raises(ValueError, match=r"UnheardOf .*register_layout"):
-        apply_negtome(UnheardOf(lambda image, text: image))
-
-
-def test_a_registered_layout_serves_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts._LAYOUTS))
-    layout = Layout(
-        scheduler_timestep=lambda t: t * 7,
-        guidance="sequential",
-        image_tokens=lambda model, arguments: ImageTokens(10, 10, (2, 5)),
-        joint="text_first",
-    )
-    register_layout(UnheardOf, layout)
-    pipe = UnheardOfPipeline(lambda image, text: torch.cat([text, image], dim=1))
-    image = unheard_of_input()
-    with negtome_guidance(pipe.transformer, threshold=0.1) as handle:
-        early, late = pipe(image)
-    torch.testing.assert_close(early, negtome(image, threshold=0.1))
-    assert torch.equal(late, image)
-    assert handle.summary().rows[0].grid == (2, 5)
-
-
-def test_wrong_registrations_are_refused() -> None:
-    with pytest.raises(TypeError, match="must be a Layout"):
-        register_layout("Model", {"latents": "x"})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="class or its name"):
-        register_layout("not a name", Layout())
 
 
 def test_guidance_gives_no_warning_where_it_works(flux: Any) -> None:

@@ -156,8 +156,8 @@ def test_before_the_projection_too_only_the_other_videos_change(name: str) -> No
 
 
 def test_given_tokens_are_whole_frames_or_there_is_no_grid() -> None:
-    assert video_tokens((3, 8, 12), (1, 2, 2), 24) == ImageTokens(72, 48, (4, 6), 2, first=24)
-    assert video_tokens((3, 8, 12), (1, 2, 2), 5) == ImageTokens(72, 67, None, 1, first=5)
+    assert video_tokens((3, 8, 12), (1, 2, 2), 24) == ImageTokens(72, 48, (4, 6), 2, offset=24)
+    assert video_tokens((3, 8, 12), (1, 2, 2), 5) == ImageTokens(72, 67, None, 1, offset=5)
 
 
 @pytest.mark.parametrize("given", [0, 6])
@@ -172,7 +172,7 @@ def test_coordinates_tell_the_grid_of_ltx(given: int) -> None:
         "timestep": torch.cat([torch.zeros(2, given), torch.full((2, 18), 900.0)], dim=1),
         "video_coords": places.expand(2, -1, -1),
     }
-    expected = ImageTokens(18 + given, 18, (2, 3), 3, first=given)
+    expected = ImageTokens(18 + given, 18, (2, 3), 3, offset=given)
     assert ltx_tokens(pipe.transformer, arguments) == expected
 
 
@@ -185,7 +185,7 @@ def test_what_ltx_2_appends_is_not_generated() -> None:
         "height": 2,
         "width": 3,
     }
-    expected = ImageTokens(24, 12, (2, 3), 2, first=6)
+    expected = ImageTokens(24, 12, (2, 3), 2, offset=6)
     assert ltx_tokens(pipe.transformer, arguments) == expected
 
 

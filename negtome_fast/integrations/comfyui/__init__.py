@@ -1,7 +1,7 @@
 """A ComfyUI node pack: copy or link this folder into ComfyUI/custom_nodes.
 
-It uses the negtome_fast that is installed in the Python environment which runs ComfyUI, and is
-read by ComfyUI through NODE_CLASS_MAPPINGS or, in the V3 schema, through comfy_entrypoint.
+It needs negtome_fast in the Python environment that runs ComfyUI. ComfyUI finds the nodes in
+NODE_CLASS_MAPPINGS or, in the V3 schema, through comfy_entrypoint.
 """
 
 try:

@@ -1,7 +1,7 @@
-"""One NegToMe node at work: what ComfyUI calls around each run and each forward of a model.
+"""`Guide`: one NegToMe node at work, around each run and each forward of a ComfyUI model.
 
-It is attached to a clone of the model: wrappers open and close the steps of a `Guidance`, which
-is given the image tokens by a UNet's attention-output patches or by `places.hooked`.
+It is attached to a clone of the model. Wrappers open and close the steps of a `Guidance`; a UNet's
+attention-output patches or `places.hooked` give it the image tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 from negtome_fast.config import NOISE, NegToMeConfig
 from negtome_fast.guidance import Guidance
-from negtome_fast.pipelines.references import select_items
+from negtome_fast.pipelines.reference_forward import select_items
 
 from .places import UNET, check_model, hooked, image_grid
 from .references import ReferenceImages
 
 KEY = "negtome_fast"
-# comfy.patcher_extension.WrappersMP has these values; they are repeated here so that the pack can
-# be imported, and tested, where there is no ComfyUI.
+# Values of comfy.patcher_extension.WrappersMP, repeated here so that the pack can be imported and
+# tested without ComfyUI.
 OUTER_SAMPLE = "outer_sample"
 APPLY_MODEL = "apply_model"
 COMPILED = "torch.compile"
@@ -34,9 +34,12 @@ class Window:
     """The guided part of a run.
 
     Attributes:
-        start, end: as percent from 0 (noise) to 1 (image), as ComfyUI's other nodes have it; or as
-            sigmas, from the higher one to the lower one. Both ends belong to the window.
-        unit: what these are.
+        start, end: both ends, included. In percent, from 0 (noise) to 1 (image) as in ComfyUI's
+            other nodes; or in sigmas, the higher one first.
+        unit: `"percent"` or `"sigma"`.
+
+    Raises:
+        ValueError: the two are out of order or out of range.
     """
 
     start: float
@@ -56,7 +59,7 @@ class Window:
             )
 
     def sigmas(self, model_sampling: Any) -> tuple[float, float]:
-        """(highest, lowest) sigma of the window."""
+        """Returns the (highest, lowest) sigma of the window."""
         if self.unit == "sigma":
             return self.start, self.end
         highest, lowest = map(model_sampling.percent_to_sigma, (self.start, self.end))
@@ -67,10 +70,10 @@ class Guide:
     """Guides every model that it is attached to; they share its settings and statistics.
 
     Args:
-        title: what the summary calls it.
-        config: t_start and t_end are set by the window.
-        window: which steps are guided.
-        references: images to be guided by instead of the batch's own.
+        title: its name in the summary.
+        config: the settings; the window sets t_start and t_end.
+        window: the guided steps.
+        references: images that guide the batch; None to guide it by its own images.
     """
 
     def __init__(
@@ -88,11 +91,11 @@ class Guide:
         self._paused = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guide:
-        """Itself: ComfyUI copies a model's patches, not its wrappers, when it clones the model."""
+        """Returns itself: when ComfyUI clones a model it copies its patches, not its wrappers."""
         return self
 
     def attach(self, model: Any) -> Any:
-        """A clone of a ComfyUI MODEL that is guided; the model itself stays as it is."""
+        """Returns a guided clone of a ComfyUI MODEL; the model itself stays as it is."""
         check_model(model.model)
         clone = model.clone()
         clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, self.sample)
@@ -103,12 +106,12 @@ class Guide:
         return clone
 
     def sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Around a whole run (OUTER_SAMPLE): the window's sigmas and the references' latents."""
+        """Wraps a run (OUTER_SAMPLE): sets the window's sigmas and the references' latents."""
         patcher = executor.class_obj.model_patcher
         if patcher.get_wrappers(APPLY_MODEL, COMPILED):
             raise ValueError(
                 "NegToMe does not guide a model that was compiled by a node: the compiled code "
-                "would not call it. Leave the node that compiles the model out"
+                "would not call it. Remove the node that compiles the model"
             )
         model_sampling = patcher.get_model_object("model_sampling")
         self._highest = float(model_sampling.sigma_max)
@@ -138,10 +141,10 @@ class Guide:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Around each forward (APPLY_MODEL) at a sigma t (B,): a step of the guidance.
+        """Wraps a forward (APPLY_MODEL) at a sigma t (B,): opens and closes a step of the guidance.
 
-        ComfyUI's batch is one part (items, ...) for each entry of `cond_or_uncond`, as many as fit
-        into memory; these are the groups.
+        ComfyUI's batch has one part (items, ...) for each entry of `cond_or_uncond`, as many as fit
+        into memory. These parts are the guidance groups.
         """
         options = transformer_options or {}
         conditions = (c_concat, c_crossattn, control)
@@ -165,11 +168,11 @@ class Guide:
             self.guidance.end_step(completed=completed)
 
     def after_attn1(self, tokens: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        """A UNet's attn1_output_patch: tokens (B, N, D) of a block's self-attention."""
+        """Guides a UNet's attn1_output_patch: tokens (B, N, D) of a block's self-attention."""
         return self._after(tokens, options, "attn1")
 
     def after_attn2(self, tokens: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        """A UNet's attn2_output_patch: tokens (B, N, D) of a block's cross-attention."""
+        """Guides a UNet's attn2_output_patch: tokens (B, N, D) of a block's cross-attention."""
         return self._after(tokens, options, "attn2")
 
     def _after(self, tokens: torch.Tensor, options: dict[str, Any], attention: str) -> torch.Tensor:
@@ -197,9 +200,10 @@ class Guide:
         options: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> None:
-        """The forwards of the references, in the conditioning of the first item of each group.
+        """Runs the model on the references, in the conditioning of the first item of each group.
 
-        Of at most as many at a time as the run has items, for which ComfyUI has made room.
+        A forward holds at most as many references as the run has items: ComfyUI has reserved memory
+        for those.
         """
         assert self.references is not None
         groups, model = self.guidance.groups, executor.class_obj
@@ -211,21 +215,23 @@ class Guide:
                 references = self.references.at(t[:1], x, model, which)
                 chosen = firsts.repeat_interleave(len(references))
                 latents = references.repeat(groups, *[1] * (references.ndim - 1))
-                own_t, own, more = select_items((t, conditions, kwargs), x.shape[0], chosen)
+                selected_t, selected, others = select_items(
+                    (t, conditions, kwargs), x.shape[0], chosen
+                )
                 with self.guidance.record(first, len(references)):
-                    executor(latents, own_t, *own, options, **more)
+                    executor(latents, selected_t, *selected, options, **others)
 
     def _time(self, sigma: float) -> float:
-        """A sigma on the scale of the configuration's window, 1000 (noise) to 0.
+        """Returns a sigma on the scale of the configuration's window, 1000 (noise) to 0.
 
-        For flow matching this is the scheduler's timestep, elsewhere just a scale.
+        For flow matching this is the scheduler's timestep; for other models it is only a scale.
         """
         return NOISE * min(sigma / self._highest, 1.0)
 
 
 @contextmanager
 def _alone(guide: Guide, options: dict[str, Any]) -> Iterator[None]:
-    """Pauses the other guides of this model: they guide the image, not another's references."""
+    """Pauses the model's other guides, which must not guide this guide's references."""
     wrappers = options.get("wrappers", {}).get(APPLY_MODEL, {}).get(KEY, [])
     guides = [other for other in map(_guide_of, wrappers) if other is not None]
     others = [other for other in guides if other is not guide and not other._paused]
@@ -244,6 +250,6 @@ def _guide_of(wrapper: Callable[..., Any]) -> Guide | None:
 
 
 def guides_of(model: Any) -> list[Guide]:
-    """The guides that are attached to a ComfyUI MODEL, in their order."""
+    """Returns the guides that are attached to a ComfyUI MODEL, in their order."""
     guides = map(_guide_of, model.get_wrappers(APPLY_MODEL, KEY))
     return [guide for guide in guides if guide is not None]

@@ -1,6 +1,6 @@
-"""The nodes: one description of each, from which both of ComfyUI's schemas are made.
+"""The nodes: one description of each, for both of ComfyUI's schemas.
 
-`NODE_CLASS_MAPPINGS` has them as plain classes, which every ComfyUI reads; `comfy_entrypoint`
+`NODE_CLASS_MAPPINGS` holds them as plain classes, which every ComfyUI reads. `comfy_entrypoint`
 makes them in the V3 schema of `comfy_api`.
 """
 
@@ -22,7 +22,14 @@ CATEGORY = "model_patches/negtome"
 
 @dataclass(frozen=True)
 class Socket:
-    """An input or output of a node: its name, ComfyUI's type, and options such as the default."""
+    """An input or output of a node.
+
+    Attributes:
+        name: its name.
+        kind: ComfyUI's type, such as `"FLOAT"`.
+        options: ComfyUI's options, such as `default` and `tooltip`.
+        optional: it may be left unconnected.
+    """
 
     name: str
     kind: str
@@ -37,22 +44,25 @@ class Socket:
         return options.pop("options"), options
 
     def v3_input(self, io: Any) -> Any:
-        """From `comfy_api.latest.io`, whose types are named as here but for their case."""
+        """Returns it as an input of `comfy_api.latest.io`, whose types differ in case only."""
         kind = getattr(io, self.kind.capitalize())
         return kind.Input(self.name, optional=self.optional, **self.options)
 
     def v3_output(self, io: Any) -> Any:
-        """As `v3_input`; an output may not have the id of an input."""
+        """Returns it as an output; its id must differ from those of the inputs."""
         kind = getattr(io, self.kind.capitalize())
         return kind.Output(f"{self.name}_out", display_name=self.name)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node; `run` takes the inputs by name and returns a value for each output.
+    """One node.
 
     Attributes:
-        shows: it is an output node and shows its last output, a text, in the user interface.
+        name, title, description: its id, and what the user reads.
+        inputs, outputs: its sockets.
+        run: takes the inputs by name and returns a value for each output.
+        shows: it is an output node, whose last output, a text, is shown in the user interface.
     """
 
     name: str
@@ -64,7 +74,7 @@ class Node:
     shows: bool = False
 
     def v1(self) -> type:
-        """A class as in ComfyUI's NODE_CLASS_MAPPINGS."""
+        """Returns a class for ComfyUI's NODE_CLASS_MAPPINGS."""
 
         def run(_: Any, **inputs: Any) -> Any:
             outputs = self.run(**inputs)
@@ -89,7 +99,7 @@ class Node:
         return type(self.name, (), members)
 
     def v3(self, io: Any) -> type:
-        """A class in the V3 schema; `io` is `comfy_api.latest.io`."""
+        """Returns a class in the V3 schema; `io` is `comfy_api.latest.io`."""
 
         def define_schema(_: type) -> Any:
             outputs = [one.v3_output(io) for one in self.outputs]
@@ -122,7 +132,7 @@ def _number(
     return Socket(name, "FLOAT", options)
 
 
-MODEL = Socket("model", "MODEL", {"tooltip": "It stays as it is; the output is a guided clone."})
+MODEL = Socket("model", "MODEL", {"tooltip": "The model to guide; the output is a guided clone."})
 STRENGTH = (
     _number(
         "alpha",
@@ -220,7 +230,7 @@ def batch_diversity(
     blocks: str = "",
     min_grid: int = 0,
 ) -> tuple[Any]:
-    """A clone of the model whose images in one batch are pushed away from each other."""
+    """Returns a clone of the model that pushes the images of a batch away from each other."""
     config = _config(alpha, threshold, blocks, min_grid, reference=reference)
     guide = Guide("NegToMe (batch diversity)", config, Window(start, end, window))
     return (guide.attach(model),)
@@ -239,7 +249,7 @@ def avoid_image(
     blocks: str = "",
     min_grid: int = 0,
 ) -> tuple[Any]:
-    """A clone of the model whose images are pushed away from the given ones."""
+    """Returns a clone of the model that pushes its images away from the given ones."""
     config = _config(alpha, threshold, blocks, min_grid)
     references = ReferenceImages(image, vae, mask)
     guide = Guide("NegToMe (avoid image)", config, Window(start, end, window), references)
@@ -247,7 +257,7 @@ def avoid_image(
 
 
 def info(model: Any, samples: Any) -> tuple[Any, str]:
-    """The samples, and what the guidance did in the model's last run, block by block."""
+    """Returns the samples, and the counts of the model's last run, block by block."""
     guides = guides_of(model)
     texts = [f"{guide.title}: {guide.guidance.summary()}" for guide in guides]
     return samples, "\n\n".join(texts) or "this model is not guided by NegToMe"
@@ -287,8 +297,12 @@ NODES = (
         "each picture.",
         (
             MODEL,
-            Socket("image", "IMAGE", {"tooltip": "To be avoided; stretched to the run's size."}),
-            Socket("vae", "VAE", {"tooltip": "Of this model."}),
+            Socket(
+                "image",
+                "IMAGE",
+                {"tooltip": "To avoid; it is stretched to the run's size."},
+            ),
+            Socket("vae", "VAE", {"tooltip": "The VAE of this model."}),
             *STRENGTH,
             *WINDOW,
             Socket(
@@ -305,11 +319,11 @@ NODES = (
     Node(
         "NegToMeInfo",
         "NegToMe info",
-        "What NegToMe did in the sampling that made these samples: share of tokens matched and "
-        "pushed, and their mean similarity, for each block.",
+        "Shows what NegToMe did in the sampling that made these samples: for each block, the share "
+        "of tokens matched and pushed, and their mean similarity.",
         (
             Socket("model", "MODEL", {"tooltip": "The guided model that the sampler was given."}),
-            Socket("samples", "LATENT", {"tooltip": "The sampler's output; it is handed through."}),
+            Socket("samples", "LATENT", {"tooltip": "The sampler's output. It is passed through."}),
         ),
         (Socket("samples", "LATENT"), Socket("text", "STRING")),
         info,
@@ -322,7 +336,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {node.name: node.title for node in NODES}
 
 
 async def comfy_entrypoint() -> Any:
-    """The nodes in ComfyUI's V3 schema."""
+    """Returns the nodes in ComfyUI's V3 schema."""
     from comfy_api.latest import ComfyExtension, io
 
     class NegToMeExtension(ComfyExtension):

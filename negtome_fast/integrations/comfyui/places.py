@@ -1,8 +1,8 @@
-"""Where ComfyUI's models hand over the image tokens of an attention output.
+"""Image tokens in the attention outputs of ComfyUI's models.
 
-A UNet has patches for it. ComfyUI's block patches of diffusion transformers see a block's output,
-after its residual and MLP, and so these get forward hooks on the output projections of their
-attention modules instead, for the time of one guided forward.
+A UNet has patches for attention outputs. A diffusion transformer has patches only for a block's
+output, after its residual and MLP. So during a guided forward there are hooks on the output
+projections of its attention modules instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Apply = Callable[[torch.Tensor, str], torch.Tensor]
 """(image tokens (B, N, D) that may be written into, name of the block) -> the guided tokens."""
 
 UNET = "UNetModel"
-"""Class of the UNets of Stable Diffusion 1.x, 2.x, XL and those built like them."""
+"""Class of the UNets of Stable Diffusion 1.x, 2.x, XL and of models like them."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Place:
     Attributes:
         blocks: pattern (fnmatch) of the modules' names in ComfyUI's diffusion model.
         projection: name of the output projection inside of each.
-        order: `"image"`: the tokens are the image's; `"text_first"`, `"image_first"`: also text.
-        at: `"output"` of the projection; or its `"input"`, where attention and MLP share one
-            projection and the attention comes first among its channels.
-        conditions: tokens of other images may follow those of the image that is generated.
+        order: `"image"`: all tokens are image; `"text_first"` or `"image_first"`: some are text.
+        at: guide the `"output"` of the projection; or its `"input"`, if attention and MLP share
+            one projection, whose first channels are the attention.
+        conditions: tokens of other images may follow the generated image's.
     """
 
     blocks: str
@@ -68,12 +68,12 @@ PLACES: dict[str, tuple[Place, ...]] = {
         Place("single_blocks.*", "linear2", order="image_first", at="input"),
     ),
 }
-"""By the class of ComfyUI's diffusion model: FLUX.1, Chroma, SD3, AuraFlow, PixArt, Qwen-Image,
-Wan, HunyuanVideo. An entry may be added for another class."""
+"""Class of ComfyUI's diffusion model -> its places: FLUX.1, Chroma, SD3, AuraFlow, PixArt,
+Qwen-Image, Wan, HunyuanVideo. Add an entry to guide another class."""
 
 
 def check_model(model: Any) -> None:
-    """Refuses a `comfy.model_base.BaseModel` whose image tokens would not be found.
+    """Refuses a `comfy.model_base.BaseModel` whose image tokens are not known.
 
     Raises:
         ValueError: it is of an unknown class, or a UNet with temporal layers.
@@ -89,21 +89,26 @@ def check_model(model: Any) -> None:
     elif name not in PLACES:
         raise ValueError(
             f"NegToMe does not know where the image tokens of {name} are; it knows "
-            f"{', '.join((UNET, *PLACES))}. If the model is compiled, leave that node out; for "
+            f"{', '.join((UNET, *PLACES))}. If a node compiles the model, remove that node; for "
             "another class add an entry to PLACES in places.py of this node pack"
         )
 
 
 @dataclass
 class _Forward:
-    """Tokens of one forward: of the image, and of the image stream where that was seen."""
+    """Numbers of tokens in one forward.
+
+    Attributes:
+        image: tokens of the generated image.
+        stream: tokens of the image stream, once a block has shown them: image and conditions.
+    """
 
     image: int
     stream: int
 
 
 def image_grid(model: nn.Module, latents: torch.Tensor) -> tuple[int, int, int]:
-    """(frames, height, width) of the image tokens of latents (B, C, H, W) or (B, C, F, H, W)."""
+    """Returns (frames, height, width) in tokens of latents (B, C, H, W) or (B, C, F, H, W)."""
     patch = getattr(model, "patch_size", 1)
     sides = (1, patch, patch) if isinstance(patch, int) else (1, *patch)[-3:]
     sizes = (1, *latents.shape[2:])[-3:]
@@ -116,8 +121,9 @@ def hooked(model: nn.Module, latents: torch.Tensor, apply: Apply) -> Iterator[No
     """Calls `apply` on the image tokens of every attention output of the forwards inside.
 
     Args:
-        model: ComfyUI's diffusion model, of a class in `PLACES`; as it was before afterwards.
-        latents: what the forwards inside are given, for their sizes.
+        model: ComfyUI's diffusion model, of a class in `PLACES`; the hooks are removed at the end.
+        latents: latents of the size that the forwards inside are given.
+        apply: guides image tokens.
     """
     frames, height, width = image_grid(model, latents)
     tokens = frames * height * width
@@ -155,15 +161,15 @@ def _on_input(
 
 
 def _guide(tokens: torch.Tensor, block: str, place: Place, forward: _Forward, apply: Apply) -> None:
-    """Guides the image among the tokens (B, S, D), which are nobody else's, in place."""
+    """Guides the image among the tokens (B, S, D) in place; nobody else may hold them."""
     count = tokens.shape[1]
     if place.order == "image":
         forward.stream = count
-    more = place.order != "image" or place.conditions
-    if count < forward.image or (count > forward.image and not more):
+    may_hold_others = place.order != "image" or place.conditions
+    if count < forward.image or (count > forward.image and not may_hold_others):
         raise ValueError(
             f"{block} has {count} tokens where the latents make {forward.image}; NegToMe cannot "
-            "tell which of them are the image. Leave out what adds to them or takes from them"
+            "tell which of them are the image. Remove the node that adds or removes tokens"
         )
     first = count - forward.stream if place.order == "text_first" else 0
     image = tokens[:, first : first + forward.image]

@@ -1,4 +1,4 @@
-"""Reference images: encoded once for each size of a run, noised to the sigma of each step."""
+"""Reference images: encoded once per size of a run, noised to the sigma of each step."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 
-from negtome_fast.guidance import ReferenceSettings
+from negtome_fast.config import ReferenceSettings
 from negtome_fast.pipelines.references import draw_noise
 
 
 class ReferenceImages:
-    """Images that a model is guided by, and the VAE that encodes them.
+    """Images that guide a model, and the VAE that encodes them.
 
     Args:
-        images: (R, H, W, 3) in [0, 1], ComfyUI's IMAGE; each is a reference of its own.
+        images: (R, H, W, 3) in [0, 1], ComfyUI's IMAGE; each is one reference.
         vae: ComfyUI's VAE of the model.
-        mask: ComfyUI's MASK, (1, H, W) for all or (R, H, W), from 0 to 1; a reference may be
-            matched where it is above 0.5. It covers the image from edge to edge.
+        mask: ComfyUI's MASK, (R, H, W), or (1, H, W) for all, from 0 to 1; a reference may be
+            matched where it is above 0.5. It is stretched to the image.
 
     Raises:
-        ValueError: sizes that do not go together, or a mask that is empty.
+        ValueError: the sizes do not fit, or the mask is empty.
     """
 
     def __init__(self, images: torch.Tensor, vae: Any, mask: torch.Tensor | None = None) -> None:
@@ -56,7 +56,8 @@ class ReferenceImages:
 
         Args:
             model: ComfyUI's `BaseModel`.
-            latents: of the run, (B, C, H, W) or (B, C, F, H, W).
+            latents: latents of the run, (B, C, H, W) or (B, C, F, H, W).
+            seed: seed of the run.
         """
         size = tuple(latents.shape[1:])
         if size != self._size:
@@ -82,12 +83,19 @@ class ReferenceImages:
         return encoded
 
     def at(self, sigma: torch.Tensor, like: torch.Tensor, model: Any, which: slice) -> torch.Tensor:
-        """What the model is to be given of these references at a sigma (1,): (R, C, ...)."""
-        clean, noise = (torch.cat(own[which]).to(like) for own in (self._clean, self._noise))
+        """Returns the model's input for some references at a sigma (1,): (R, C, ...).
+
+        Args:
+            sigma: noise level of the step.
+            like: input of the run's own forward, whose shape, dtype and device these take.
+            model: ComfyUI's `BaseModel`.
+            which: the references.
+        """
+        clean, noise = (torch.cat(kept[which]).to(like) for kept in (self._clean, self._noise))
         if clean.shape[1:] != like.shape[1:]:
             raise ValueError(
                 f"a forward of {tuple(like.shape[1:])} in a run of {tuple(clean.shape[1:])}: "
-                "reference images do not go together with prompts for areas or context windows"
+                "reference images cannot be used with prompts for areas or with context windows"
             )
         noised: torch.Tensor = model.model_sampling.noise_scaling(sigma, noise, clean)
         return noised

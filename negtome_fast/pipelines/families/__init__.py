@@ -1,4 +1,4 @@
-"""The table of the model classes that are known: one entry each, by kind of architecture."""
+"""The model classes that are known, one module per kind of architecture."""
 
 from dataclasses import replace
 

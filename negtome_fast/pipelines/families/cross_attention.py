@@ -1,4 +1,4 @@
-"""The image attends to itself and then to the text: all that the attention returns is image."""
+"""Models whose image attends to itself, then to the text: attention outputs are all image."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .grids import patches, qwen_image_tokens
 
 
 def adapt_sana(model: nn.Module, layout: Layout) -> Layout:
-    """Sana multiplies the timestep by a number of its configuration; Sprint gives 1 to 0.
+    """Returns the layout with the model's unit of time.
 
-    Only the distilled Sprint models have guidance embeddings. Their 1 is rounded up a little.
+    Sana multiplies the timestep by a number of its configuration. The distilled Sprint models,
+    which alone have guidance embeddings, are given 1 (noise) to 0, and 1 is rounded up a little.
     """
     if getattr(model.config, "guidance_embeds", False):
         return replace(layout, scheduler_timestep=lambda value: min(value * 1000, 1000))

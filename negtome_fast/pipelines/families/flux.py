@@ -1,4 +1,4 @@
-"""FLUX and the models that are built as it is: double blocks, then single blocks, text first."""
+"""FLUX and models of its architecture: double blocks, then single blocks, text before image."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..layouts import ImageTokens, Layout, as_it_is, times_1000
 
 
 def tokens_by_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """`hidden_states` (B, N, C) and `img_ids` (N, 3 or 4) of (image, row, column, ...).
+    """Reads `hidden_states` (B, N, C) and `img_ids` (N, 3 or 4) of (image, row, column, ...).
 
-    Images to edit have a greater number in the first column. They follow the generated one, or,
-    where their keys are cached (FLUX.2 Klein KV), come before it as the text does.
+    Images to edit have a greater number in the first column. They follow the generated image; if
+    their keys are cached (FLUX.2 Klein KV), they come before it.
     """
-    stream = arguments["hidden_states"].shape[1]
+    num_tokens = arguments["hidden_states"].shape[1]
     ids = arguments.get("img_ids")
     if ids is None:
-        return ImageTokens(stream, stream)
+        return ImageTokens(num_tokens, num_tokens)
     ids = ids[0] if ids.ndim == 3 else ids
     own = ids[:, 0] == ids[:, 0].min()
     generated = int(own.sum())
@@ -29,10 +29,10 @@ def tokens_by_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens
     height, width = (int(length) + 1 for length in extent.tolist())
     grid = (height, width) if height * width == generated else None
     if bool(own[:generated].all()):
-        return ImageTokens(stream, generated, grid)
+        return ImageTokens(num_tokens, generated, grid)
     if bool(own[-generated:].all()):
-        return ImageTokens(stream, generated, grid, first=stream - generated)
-    return ImageTokens(stream, stream)
+        return ImageTokens(num_tokens, generated, grid, offset=num_tokens - generated)
+    return ImageTokens(num_tokens, num_tokens)
 
 
 BUILT_LIKE_FLUX = Layout(

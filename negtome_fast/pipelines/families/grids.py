@@ -1,4 +1,4 @@
-"""Token grids that several kinds of architecture find in the same way."""
+"""Token grids that are found in the same way in several kinds of architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..layouts import ImageTokens
 
 
 def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, H, W) or (B, C, F, H, W), the first tensor of the arguments, in patches.
+    """Counts patches of the latents (B, C, H, W) or (B, C, F, H, W), the first tensor argument.
 
     The configuration's `patch_size` is a number, (height, width) or (frames, height, width).
     """
@@ -26,14 +26,14 @@ def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
 
 
 def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """`img_shapes`: for each item, (frames, rows, columns) of the image and of those to edit.
+    """Reads `img_shapes`: per item, (frames, rows, columns) of the image and of images to edit.
 
-    The layered model generates all but the last as the layers of one picture.
+    The layered model generates all but the last, as the layers of one picture.
     """
-    stream = arguments["hidden_states"].shape[1]
+    num_tokens = arguments["hidden_states"].shape[1]
     shapes = arguments.get("img_shapes")
     if not shapes:
-        return ImageTokens(stream, stream)
+        return ImageTokens(num_tokens, num_tokens)
     own = shapes[0] if isinstance(shapes[0], (list, tuple)) and shapes[0] else shapes
     if not isinstance(own[0], (list, tuple)):
         own = [own]
@@ -41,4 +41,4 @@ def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     own = own[:-1] if layered else own[:1]
     height, width = own[0][1:]
     frames = sum(shape[0] for shape in own)
-    return ImageTokens(stream, frames * height * width, (height, width), frames)
+    return ImageTokens(num_tokens, frames * height * width, (height, width), frames)

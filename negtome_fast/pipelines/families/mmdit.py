@@ -1,4 +1,4 @@
-"""Two streams that attend together; the attention returns (image, text)."""
+"""Models of two streams that attend together: the attention returns (image, text)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .grids import patches, qwen_image_tokens
 
 
 def qwen21_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Qwen-Image 2.1: images to edit stand in the text; the last of `img_shapes` is generated."""
+    """Reads the last of `img_shapes`, the generated image; images to edit are part of the text."""
     frames, height, width = arguments["img_shapes"][0][-1]
     count = frames * height * width
     return ImageTokens(count, count, (height, width), frames)
 
 
 def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents that are not square are padded with tokens, after the image, to the longest length.
+    """Reads latents (B, C, H, W), or patches (B, N, C) with `img_sizes`, (height, width) per item.
 
-    They are (B, C, H, W), or patches (B, N, C) with `img_sizes`, the (height, width) of each item.
+    Latents that are not square get padding tokens after the image, up to the model's maximum.
     """
     latents = arguments["hidden_states"]
     if latents.ndim == 3:
@@ -34,7 +34,7 @@ def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Imag
     image = patches(model, arguments)
     square = latents.shape[-2] == latents.shape[-1]
     longest: Any = model.max_seq
-    return image if square else replace(image, stream=longest)
+    return image if square else replace(image, num_tokens=longest)
 
 
 TWO_STREAMS = Layout(image_tokens=patches, fresh_outputs=True)

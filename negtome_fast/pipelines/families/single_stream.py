@@ -1,4 +1,4 @@
-"""One stream: image and text are one sequence in every block."""
+"""Models of one stream: image and text are one sequence in every block."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from .grids import patches
 
 
 def lumina2_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Each image follows the last valid token of its caption; the padding follows the image."""
+    """Finds each image after the last valid token of its caption; padding follows the image."""
     lengths = arguments["encoder_attention_mask"].sum(dim=1).tolist()
     return replace(patches(model, arguments), starts=tuple(int(length) for length in lengths))
 
 
 def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """`x`: (C, F, H, W) of each item; image and caption are padded to a multiple of 32 each.
+    """Reads `x`, latents (C, F, H, W) per item.
 
-    The image comes first. In the omni model, `x` holds lists of images, None where there is none;
-    the last is generated, and all of them follow all captions.
+    Image and caption are each padded to a multiple of 32 tokens, and the image comes first. In the
+    omni model, an item of `x` is a list of images (None where there is none), of which the last is
+    generated, and the images follow all captions.
     """
     multiple = 32
     patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
@@ -51,7 +52,7 @@ def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageToken
 
 
 def krea2_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """`hidden_states` (B, N, C) and `position_ids` (text + N, 3) of (0, row, column)."""
+    """Reads `hidden_states` (B, N, C) and `position_ids` (text + N, 3) of (0, row, column)."""
     count = arguments["hidden_states"].shape[1]
     places = arguments["position_ids"][-count:, 1:]
     height, width = (int(last) + 1 for last in places.amax(0).tolist())

@@ -1,4 +1,4 @@
-"""UNets: every resolution has a grid of its own, told by the modules around the attention."""
+"""UNets: each resolution has its own grid, which the modules around the attention tell."""
 
 from ..layouts import Layout
 

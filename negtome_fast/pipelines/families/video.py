@@ -1,8 +1,8 @@
-"""Video models: the tokens of all frames, which every attention module sees at once.
+"""Video models: most attention modules see the tokens of all frames at once.
 
-Models that look at one frame at a time (Latte, AnimateDiff) are guided as the others are: a frame's
+Models that see one frame at a time (Latte, AnimateDiff) are guided in the same way: a frame's
 tokens may be matched with any frame of the reference, and frames of one video are never pushed
-apart. Attention along time alone is left out.
+apart. Attention along time alone is not guided.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ Counter = Callable[[nn.Module, Mapping[str, Any]], ImageTokens]
 
 
 def reversed_timestep(value: float) -> float:
-    """The time input runs from 0 (noise) to 1000."""
+    """Returns the scheduler's timestep for a time input from 0 (noise) to 1000."""
     return 1000 - value
 
 
 def given_tokens(timestep: Any, tokens: int) -> int:
-    """How many tokens, from the first on, have the time 0: those of the input image.
+    """Returns how many tokens, from the first on, have the time 0: those of the input image.
 
-    Image-to-video models that are told the time of each token or frame, in any shape that begins
-    with the items, generate the others.
+    Args:
+        timestep: of image-to-video models that are told the time of each token or frame, in any
+            shape that begins with the items.
+        tokens: number of tokens in the image stream.
     """
     if not isinstance(timestep, torch.Tensor) or timestep.ndim < 2:
         return 0
@@ -40,30 +42,32 @@ def given_tokens(timestep: Any, tokens: int) -> int:
 
 
 def video_tokens(size: Sequence[int], patch: Sequence[int], given: int = 0) -> ImageTokens:
-    """Tokens of latents of `size` (frames, height, width) in patches of `patch`.
+    """Counts the tokens of latents.
 
     Args:
-        given: tokens at the beginning that are not generated; all, or whole frames.
+        size: (frames, height, width) of the latents.
+        patch: (frames, height, width) of a patch.
+        given: number of tokens at the beginning that are not generated.
     """
     frames, height, width = (length // step for length, step in zip(size, patch, strict=True))
     tokens = frames * height * width
     generated = tokens - given
     if generated % (height * width):
-        return ImageTokens(tokens, generated, first=given)
+        return ImageTokens(tokens, generated, offset=given)
     return ImageTokens(
-        tokens, generated, (height, width), generated // (height * width), first=given
+        tokens, generated, (height, width), generated // (height * width), offset=given
     )
 
 
 def _patches(model: nn.Module, *names: str) -> tuple[int, ...]:
-    """Fields of the model's configuration, 1 where one is not set."""
+    """Returns fields of the model's configuration, 1 for each that is not set."""
     return tuple(getattr(model.config, name, None) or 1 for name in names)
 
 
 def wan_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, F, H, W) in patches (time, height, width).
+    """Reads latents (B, C, F, H, W) and the `patch_size` (time, height, width).
 
-    Wan 2.2 5B and SANA-Video are told the time of each token, SkyReels V2 that of each frame.
+    Wan 2.2 5B and SANA-Video are told the time of each token, SkyReels V2 the time of each frame.
     """
     size, patch = arguments["hidden_states"].shape[2:], model.config.patch_size
     tokens = math.prod(length // step for length, step in zip(size, patch, strict=True))
@@ -71,20 +75,20 @@ def wan_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
 
 
 def channels_first_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, F, H, W) in patches of `patch_size_t` frames and `patch_size`² pixels."""
+    """Reads latents (B, C, F, H, W), in patches of `patch_size_t` and `patch_size` squared."""
     patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
     return video_tokens(arguments["hidden_states"].shape[2:], patch)
 
 
 def frames_first_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """CogVideoX: latents (B, F, C, H, W)."""
+    """Reads latents (B, F, C, H, W), CogVideoX's."""
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
     return video_tokens((frames, height, width), patch)
 
 
 def hunyuan_video_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Image-to-video by token replacement: the first frame is the input image."""
+    """Reads latents (B, C, F, H, W); with token replacement the first frame is the input image."""
     size = arguments["hidden_states"].shape[2:]
     patch = _patches(model, "patch_size_t", "patch_size", "patch_size")
     replaced = getattr(model.config, "image_condition_type", None) == "token_replace"
@@ -93,7 +97,7 @@ def hunyuan_video_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Imag
 
 
 def framepack_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """The frames before, at three resolutions, come before those that are generated."""
+    """Counts earlier frames at three resolutions, which come before those that are generated."""
     own = channels_first_tokens(model, arguments)
     past = 0
     for name, patch in (
@@ -105,55 +109,55 @@ def framepack_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTok
         if latents is not None and arguments.get(f"indices_{name}") is not None:
             sizes = zip(latents.shape[2:], patch, strict=True)
             past += math.prod(-(-length // step) for length, step in sizes)
-    return ImageTokens(own.stream + past, own.generated, own.grid, own.frames, first=past)
+    return ImageTokens(own.num_tokens + past, own.generated, own.grid, own.frames, offset=past)
 
 
 def ltx_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """LTX: packed latents (B, N, C).
+    """Reads packed latents (B, N, C).
 
-    Their size is given, and LTX-2 appends conditions to as many; or it follows from `video_coords`
-    (B, 3, N) of (frame, row, column), and LTX puts conditions, at time 0, before.
+    LTX-2 is given their size and appends conditions. For LTX the size follows from `video_coords`
+    (B, 3, N) of (frame, row, column), and conditions, at time 0, come before.
     """
     tokens = arguments["hidden_states"].shape[1]
     given = given_tokens(arguments.get("timestep"), tokens)
     size = [arguments[name] for name in ("num_frames", "height", "width") if arguments.get(name)]
     if len(size) == 3:
-        return replace(video_tokens(size, (1, 1, 1), given), stream=tokens)
+        return replace(video_tokens(size, (1, 1, 1), given), num_tokens=tokens)
     coordinates = arguments.get("video_coords")
     if coordinates is not None:
-        # A coordinate may be a pair, of where the token begins and ends.
+        # A coordinate may be a pair: where the token begins and where it ends.
         places = coordinates[0, :, given:].reshape(3, tokens - given, -1)[..., 0]
         frames, height, width = (axis.unique().numel() for axis in places)
         if frames * height * width == tokens - given:
-            return ImageTokens(tokens, tokens - given, (height, width), frames, first=given)
-    return ImageTokens(tokens, tokens - given, first=given)
+            return ImageTokens(tokens, tokens - given, (height, width), frames, offset=given)
+    return ImageTokens(tokens, tokens - given, offset=given)
 
 
 def channels_last_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Kandinsky 5: latents (B, F, H, W, C)."""
+    """Reads latents (B, F, H, W, C), Kandinsky 5's."""
     return video_tokens(arguments["hidden_states"].shape[1:4], model.config.patch_size)
 
 
 def frame_unet_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, F, H, W); the grids inside the UNet have as many frames."""
+    """Reads latents (B, C, F, H, W); the grids inside the UNet have as many frames."""
     return video_tokens(arguments["sample"].shape[2:], (1, 1, 1))
 
 
 def stable_video_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, F, C, H, W)."""
+    """Reads latents (B, F, C, H, W)."""
     frames, _, height, width = arguments["sample"].shape[1:]
     return video_tokens((frames, height, width), (1, 1, 1))
 
 
 def cosmos_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Latents (B, C, F, H, W); `condition_mask` (B, 1, F, H, W) is 1 in frames that are given."""
+    """Reads latents (B, C, F, H, W); `condition_mask` (B, 1, F, H, W) is 1 in given frames."""
     size, mask = arguments["hidden_states"].shape[2:], arguments.get("condition_mask")
     whole = video_tokens(size, model.config.patch_size)
     if mask is None:
         return whole
     generated = mask[0, 0].flatten(1).amin(1) < 1
     given = int(generated.int().argmax())
-    return video_tokens(size, model.config.patch_size, given * whole.stream // whole.frames)
+    return video_tokens(size, model.config.patch_size, given * whole.num_tokens // whole.frames)
 
 
 def _wan_like(family: str, image_tokens: Counter = wan_tokens, **settings: Any) -> Layout:
@@ -168,7 +172,7 @@ def _wan_like(family: str, image_tokens: Counter = wan_tokens, **settings: Any) 
 
 
 def _joint(family: str, image_tokens: Counter, **settings: Any) -> Layout:
-    """Video and text in one attention, which returns the two apart."""
+    """Returns the layout of models with video and text in one attention, which returns both."""
     return Layout(
         family=family,
         image_tokens=image_tokens,
@@ -179,7 +183,7 @@ def _joint(family: str, image_tokens: Counter, **settings: Any) -> Layout:
 
 
 def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
-    """Attention to the video, then to the text."""
+    """Returns the layout of models that attend to the video, then to the text."""
     return Layout(
         family=family,
         image_tokens=image_tokens,
@@ -192,7 +196,7 @@ def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
 def _frame_unet(
     family: str, image_tokens: Counter = frame_unet_tokens, grid: str = "Transformer2DModel"
 ) -> Layout:
-    """A UNet for images with attention along time added to it."""
+    """Returns the layout of a UNet for images with attention along time added to it."""
     return Layout(
         family=family,
         latents="sample",
@@ -218,7 +222,7 @@ LAYOUTS = {
     "HunyuanVideoFramepackTransformer3DModel": _joint(
         "FramePack", framepack_tokens, guidance="sequential"
     ),
-    # What goes into the output projection of CogVideoX still holds the text.
+    # The input of CogVideoX's output projection still holds the text.
     "CogVideoXTransformer3DModel": _joint("CogVideoX", frames_first_tokens, joint="text_first"),
     "ConsisIDTransformer3DModel": _joint("ConsisID", frames_first_tokens, joint="text_first"),
     "EasyAnimateTransformer3DModel": _joint("EasyAnimate", channels_first_tokens),
@@ -239,7 +243,7 @@ LAYOUTS = {
     ),
     "UNetMotionModel": _frame_unet("AnimateDiff"),
     "UNet3DConditionModel": _frame_unet("ModelScope text-to-video, Zeroscope"),
-    # The pipelines of these two have schedulers of several scales of time.
+    # Pipelines of these two use schedulers with several scales of time.
     "UNetSpatioTemporalConditionModel": replace(
         _frame_unet(
             "Stable Video Diffusion (windows in steps)",
