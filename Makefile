@@ -5,9 +5,9 @@
 #   make compile-tables  the same, written there
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
-#   make pictures the pictures of docs/applications.md
+#   make pictures the pictures of docs/            make pages   the generated parts of the pages
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (demo, pictures, test, bench, candidates), PIP_ARGS, TRITON;
+# Variables: PYTHON (default python3), ARGS (demo, pictures, pages, test, bench, candidates), PIP_ARGS, TRITON;
 # PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ OTHER_TRITON := $(VENV)/triton-$(TRITON)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo pictures test lint format bench compile-check compile-tables candidates other-triton
+.PHONY: demo pictures pages test lint format bench compile-check compile-tables candidates other-triton
 .PHONY: clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -28,7 +28,10 @@ demo: $(VENV)/installed-demo
 	$(BIN)/negtome-fast demo $(ARGS)
 
 pictures: $(VENV)/installed-demo
-	$(BIN)/python docs/make_pictures.py $(ARGS)
+	$(BIN)/python -m docs.make_pictures $(ARGS)
+
+pages: $(VENV)/installed-all
+	$(BIN)/python -m docs.render $(ARGS)
 
 # One thread in each worker: more would only make the workers wait for each other.
 test: $(VENV)/installed-all
@@ -55,7 +58,7 @@ candidates: $(VENV)/installed-all other-triton
 
 bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)
-	$(BIN)/python -m pytest -q bench/bench_operator.py
+	$(BIN)/python -m pytest -q bench/suites/pytest_operator.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

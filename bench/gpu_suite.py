@@ -117,12 +117,12 @@ def run(
     call: str, stages: dict[str, Any], names: Sequence[str], out: Path, limit: float, rehearse: bool
 ) -> int:
     """Runs the stages; prints the summary last. 1 where one failed."""
-    from bench import machine
     from bench.gpu.processes import Log, Setting
     from bench.gpu.suite import final_lines, run_stages
     from bench.results import SCHEMA
+    from negtome_fast import provenance
 
-    results: dict[str, Any] = {"schema": SCHEMA, "call": call, **machine.describe()}
+    results: dict[str, Any] = {"schema": SCHEMA, "call": call, **provenance.describe()}
     results |= {"rehearsal": rehearse, "limit_seconds": limit, "cut_short": False, "stages": {}}
     path = out / f"{call}.json"
     with tempfile.TemporaryDirectory() as work:

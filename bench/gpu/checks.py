@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import correctness
 from .._path import ROOT
-from ..shapes import parse_shape, random_tokens
+from ..compared.shapes import parse_shape, random_tokens
+from ..timing import correctness
 from .launches import POINTERS, WAYS, launching
 from .poison import poisoned
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..candidates import CANDIDATES, OURS
-from ..measure import rotating_inputs
+from ..compared.candidates import CANDIDATES, OURS
+from ..compared.shapes import parse_shape
 from ..results import save
-from ..shapes import parse_shape
+from ..timing.measure import rotating_inputs
 from .launches import choice, launching
 
 CALLS = 8

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import plan, rivals
 from .._path import ROOT
+from ..compared import rivals
+from ..suites import plan
 from .processes import Setting, read_json, run
 from .smoke import ON_TRITON, benchmark, compiled_first, find_tool, module
 from .suite import Stage
@@ -66,9 +67,7 @@ def run_tune(setting: Setting, seconds: float) -> dict[str, Any]:
     else:
         table = setting.out / f"{architecture()}.json"
         options = ["--seconds", str(seconds * 0.85), "--out", str(table)]
-    program = (
-        "import sys, bench; from negtome_fast import tune; from negtome_fast.cli import main; "
-    )
+    program = "import sys, bench; from negtome_fast.cli import main, tune; "
     # One candidate of each kernel is enough to go through it all.
     program += "tune.QUICK = 1; " if setting.rehearse else ""
     program += "sys.exit(main(sys.argv[1:]))"
@@ -133,7 +132,7 @@ def run_compiled(setting: Setting, seconds: float) -> dict[str, Any]:
 def run_coarse(setting: Setting, seconds: float) -> dict[str, Any]:
     """Kind "coarse" against tiles at long sequences, and how many columns a row it leaves."""
     path = setting.work / "coarse.json"
-    command = module("coarse_columns", "--out", str(path))
+    command = module("__main__", "coarse-columns", "--out", str(path))
     command += ["--seconds", "0.05" if setting.rehearse else "2"]
     stage = run("coarse", command, setting, seconds, ON_TRITON)
     return stage | {"result": read_json(path) or {}}
@@ -160,7 +159,7 @@ def run_end_to_end(setting: Setting, seconds: float) -> dict[str, Any]:
 
 def run_sanitizer(setting: Setting, seconds: float) -> dict[str, Any]:
     """memcheck on a small run; in a rehearsal the small run alone."""
-    command = module("small_run", setting.device)
+    command = module("gpu.small_run", setting.device)
     if not setting.rehearse:
         tool = find_tool(SANITIZERS)
         if tool is None:
@@ -174,7 +173,7 @@ def run_sanitizer(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def read_outcomes(path: Path) -> dict[str, Any]:
-    """Counts, and why each test failed, from what `bench.pytest_outcomes` wrote.
+    """Counts, and why each test failed, from what `bench.gpu.pytest_outcomes` wrote.
 
     Also of a run that was cut short. A failed test stays one: a worker that ends after a device
     fault is reported once more, without the reason.
@@ -222,7 +221,7 @@ def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
     if not any(files):
         return {"failed": 1, "error": "there are no tests in this checkout"}
     outcomes = setting.work / "tests.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command += ["-k", REHEARSED_CHOICE] if setting.rehearse else []
     if importlib.util.find_spec("pytest_timeout"):

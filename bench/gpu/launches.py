@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..shapes import Shape
+from ..compared.shapes import Shape
 
 KINDS = (
     "scale",

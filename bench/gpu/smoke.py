@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import predictions
+from ..compared import predictions
 from .kinds import file_of
 from .launches import KINDS
 from .processes import Setting, read_json, run, together
@@ -193,7 +193,7 @@ def run_ncu(setting: Setting, seconds: float) -> dict[str, Any]:
         return {"skipped": "ncu is not installed"}
     report = setting.work / "tile.ncu-rep"
     command = [tool, "--clock-control", "none", "--set", "full", "--force-overwrite"]
-    command += ["--kernel-name", "regex:(tile|rows)_kernel", "--launch-skip", "1"]
+    command += ["--kernel-name", "regex:(tiled_match|fused)_kernel", "--launch-skip", "1"]
     command += ["--launch-count", "1", "--export", str(report), *program]
     stage = run("ncu", command, setting, seconds * 0.8, ON_TRITON)
     if any(NO_COUNTERS in line for line in stage["log"]):

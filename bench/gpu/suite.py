@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import predictions, tables
+from ..compared import predictions
+from ..drawn import tables
 from ..results import save
 from .processes import Setting
 

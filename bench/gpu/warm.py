@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..candidates import CANDIDATES, OURS
-from ..correctness import check
-from ..shapes import parse_shape, random_tokens
+from ..compared.candidates import CANDIDATES, OURS
+from ..compared.shapes import parse_shape, random_tokens
+from ..timing.correctness import check
 from .launches import choice, launching
 
 

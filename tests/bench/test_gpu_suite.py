@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_suite, predictions, results
-from bench import run as bench_run
+from bench import gpu_suite, results
 from bench.__main__ import main as bench_main
+from bench.compared import predictions
+from bench.compared.shapes import parse_shape
 from bench.gpu import checks, full, kinds, launches, processes, smoke, suite
 from bench.gpu.processes import Log, Setting
-from bench.shapes import parse_shape
+from bench.suites import operator as bench_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -471,10 +472,10 @@ def test_every_test_runs_once_and_of_the_kernels_alone(
     parallel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tests = tmp_path / "tests"
-    tests.mkdir()
     program = "import os, pytest\nBACKENDS = os.environ['NEGTOME_FAST_TEST_BACKENDS'].split(',')\n"
     program += "@pytest.mark.parametrize('b', BACKENDS)\ndef test_a(b): assert b == 'triton'\n"
-    for name in ("test_operator.py", "test_compat.py"):
+    for name in ("operator/test_operator.py", "integrations/test_compat.py"):
+        (tests / name).parent.mkdir(parents=True)
         (tests / name).write_text(program)
     if parallel:
         pytest.importorskip("xdist")
@@ -495,7 +496,7 @@ def test_a_worker_that_loses_the_device_ends_and_another_goes_on(tmp_path: Path)
     pytest.importorskip("xdist")
     program = """
 import pytest
-from bench import pytest_outcomes
+from bench.gpu import pytest_outcomes
 @pytest.mark.parametrize("n", range(4))
 def test_a(n, monkeypatch):
     if n == 0:
@@ -504,7 +505,7 @@ def test_a(n, monkeypatch):
 """
     (tmp_path / "test_some.py").write_text(program)
     outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes", "-n", "1"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes", "-n", "1"]
     command += ["--max-worker-restart", "3", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(tmp_path), str(tmp_path)]
     environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes)}
@@ -518,7 +519,7 @@ def test_a(n, monkeypatch):
 def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes"]
     command += ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
     environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes)}
     assert processes.run_limited(command, tmp_path / "log", 120.0, environment) == 1

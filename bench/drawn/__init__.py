@@ -1,0 +1,1 @@
+"""What is printed and drawn from results: text, comparisons of two files, plots, an HTML page."""

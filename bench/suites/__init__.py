@@ -1,0 +1,1 @@
+"""The benchmarks themselves: one module for each word of `python -m bench`."""
