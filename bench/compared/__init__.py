@@ -1,9 +1,9 @@
-"""What is compared: the operator, its rivals, and the shapes and models that they run on.
+"""The operator, its rivals, and the shapes and models that they run on.
 
 shapes        hidden states of models, and random tokens to fill them
 baselines     the authors' function, split versions, bare products
 rivals        fused assignments of other packages
 candidates    all of them by name, as functions of the tokens
 denoisers     whole models
-predictions   what was expected before anything was measured
+predictions   times that were expected before anything was measured
 """

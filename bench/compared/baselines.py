@@ -1,11 +1,11 @@
-"""What the operator is measured against, written from the definitions.
+"""Baselines of the operator, written from the definitions.
 
-authors   the whole cosine matrix (F, N, N) against frame 0, the maximum over the *source*
-          axis, a gather, and (1 + alpha) x - alpha r where the maximum exceeds the threshold
+authors   the whole cosine matrix (F, N, N) against frame 0, its maximum over the *source* axis, a
+          gather, and (1 + alpha) x - alpha r where the maximum exceeds the threshold
 split     the paper's matching, exact, by library calls: a product that fills a bounded matrix of
           scores, a reduction over it, and the push
-matmul    the bare product of the source tokens with their reference: the same multiply-adds,
-          its output stored, nothing else
+matmul    the bare product of the source tokens with their reference, with its output stored: the
+          same multiply-adds and nothing else
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ EPSILON = 1e-12
 def authors_frames(frames: Tensor, alpha: float = ALPHA, threshold: float = THRESHOLD) -> Tensor:
     """The computation of the method's authors on `frames` `(F, N, D)`; frame 0 is the reference.
 
-    As theirs, it stores the matrix, computes frame 0 against itself, and rounds to the input's
-    dtype after every operation. It gathers without first repeating the reference for each frame,
-    and indexes on the device only; so it is, if anything, faster than theirs.
+    Like theirs, it stores the matrix, computes frame 0 against itself, and rounds to the input's
+    dtype after every operation. Unlike theirs, it does not repeat the reference for each frame
+    before it gathers, and indexes only on the device. If anything, it is faster than theirs.
     """
     unit = F.normalize(frames, dim=-1)
     similarity = unit @ unit[0].T
@@ -49,9 +49,8 @@ def split_rows_of(
 ) -> None:
     """The paper's matching of `sources` `(S, D)` in `reference` `(M, D)`, `rows` scores at a time.
 
-    Writes `targets` `(S, D)`. Scores are fp32, so that its choices are as exact as the operator's:
-    half-precision tokens are multiplied by the GPU's library into fp32, and on a CPU, whose library
-    cannot, after a cast.
+    Writes `targets` `(S, D)`. Scores are fp32, so that choices are as exact as the operator's. A
+    GPU's library multiplies half-precision tokens into fp32; a CPU's cannot, so tokens are cast.
     """
     wide = torch.promote_types(sources.dtype, torch.float32)
     norm = torch.linalg.vector_norm(reference, dim=-1, dtype=wide).clamp_min(EPSILON)
@@ -101,7 +100,7 @@ def split(
     threshold: float = THRESHOLD,
     rows: int = 2048,
 ) -> Tensor:
-    """`split_frames` on each of the equal `groups` of `x` `(B, N, D)`, contiguous."""
+    """`split_frames` on each of the equal `groups` of contiguous `x` `(B, N, D)`."""
     y = torch.empty_like(x)
     for part, out in zip(x.chunk(groups), y.chunk(groups), strict=True):
         split_frames(part, out, alpha, threshold, rows)
@@ -124,7 +123,7 @@ def matmul(x: Tensor, groups: int = 1) -> Tensor:
 
 
 def matmul_into(x: Tensor, out: Tensor, groups: int = 1) -> Tensor:
-    """`matmul` into memory that is already there: no time goes into mapping pages."""
+    """`matmul` into memory that exists, so that no time goes into mapping pages."""
     source, reference = matmul_operands(x, groups)
     if groups == 1:
         torch.mm(source[0], reference[0], out=out[0])
@@ -135,8 +134,7 @@ def matmul_into(x: Tensor, out: Tensor, groups: int = 1) -> Tensor:
 def matmul_others(x: Tensor, groups: int = 1) -> list[Tensor]:
     """The bare products of every item with all others of its group, each newly allocated.
 
-    Twelve products for four items: one for each item and each other, as a library would do it,
-    which does not know that a product serves both directions.
+    Four items need twelve products. A library does not know that one serves both directions.
     """
     products = []
     for part in x.chunk(groups):

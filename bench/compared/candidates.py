@@ -1,4 +1,4 @@
-"""The contestants: the operator and what it is compared with, each as a function of `x` alone."""
+"""The operator and its rivals by name, each as a function of the tokens alone."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from torch import Tensor
 from . import baselines, rivals
 from .shapes import Shape
 
-#: Some store several matrices; only what returns the result returns one tensor.
 Call = Callable[[Tensor], Any]
+"""Function of the tokens; bare products may return several matrices."""
 OURS = "ours"
-#: Rows of scores among which the split version takes the fastest; at most this many bytes of them.
 SPLIT_ROWS = (512, 2048, 8192)
+"""Rows of scores among which the split version takes the fastest."""
 SPLIT_BYTES = 2**30
-#: `torch.compile` unrolls the split version's loop.
+"""Most bytes of scores."""
 MOST_CHUNKS = 32
+"""Most chunks of rows; `torch.compile` unrolls the loop over them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`prepare(shape, example)` gives the function to measure.
+    """A function to measure.
 
-    `returns_result` is False where the output is a stored similarity matrix: overhead, which the
-    operator is there to avoid, and not the result. `compiles` marks functions whose first call
-    at a shape compiles. `exact` ones promise the operator's own result, and are held to it.
-    `others`: there is one for shapes in which all items of a group meet each other.
+    Attributes:
+        label: name in tables.
+        prepare: (shape, example) -> the function.
+        returns_result: False if the output is a stored similarity matrix, which the operator avoids
+            and which therefore counts as extra memory.
+        compiles: the first call at a shape compiles.
+        exact: the result must be the operator's, and is checked.
+        others: serves shapes in which all items of a group meet each other.
     """
 
     label: str
@@ -44,7 +49,7 @@ class Candidate:
 def _ours(shape: Shape, example: Tensor) -> Call:
     from negtome_fast.functional import negtome
 
-    # As tensors, they are converted and checked once and not in every call.
+    # Tensors are converted and checked once and not in every call.
     alpha = torch.tensor(baselines.ALPHA, device=example.device)
     threshold = torch.tensor(baselines.THRESHOLD, device=example.device)
     reference: Literal["first", "others"] = "others" if shape.others else "first"
@@ -56,7 +61,7 @@ def _authors(shape: Shape, example: Tensor) -> Call:
 
 
 def _compile(function: Callable[..., Tensor], example: Tensor) -> Callable[..., Tensor]:
-    # CUDA graphs are left out of the mode because the timing captures one around it anyway.
+    # The mode is one without CUDA graphs, because the timing captures a graph anyway.
     mode = "max-autotune-no-cudagraphs" if example.is_cuda else "default"
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
@@ -67,7 +72,7 @@ def _authors_compiled(shape: Shape, example: Tensor) -> Call:
 
 
 def fastest(calls: Sequence[Call], x: Tensor, clock: Callable[[], float]) -> Call:
-    """The call that takes the least time on `x`, each warmed up by one call."""
+    """The call that takes the least time on `x`, after one call to warm up."""
     taken = []
     for call in calls:
         call(x)
@@ -87,7 +92,7 @@ def _clock(example: Tensor) -> Callable[[], float]:
 
 
 def split_rows(shape: Shape) -> list[int]:
-    """How many rows of scores the split version may store at a time: a few choices to try."""
+    """Numbers of rows of scores that the split version may store at a time."""
     size = shape.items // shape.groups
     total = shape.tokens if shape.others else (size - 1) * shape.tokens
     columns = (size - 1) * shape.tokens if shape.others else shape.tokens
@@ -107,7 +112,7 @@ def _split(shape: Shape, example: Tensor) -> Call:
 
 
 def _split_compiled(shape: Shape, example: Tensor) -> Call:
-    # Of the sizes the middle one: each more would cost the compiler's time again.
+    # Only the middle size: every other one would cost the compiler's time again.
     rows = split_rows(shape)
     return _split_by(_compile(baselines.split, example), shape, rows[len(rows) // 2])
 
@@ -152,5 +157,5 @@ CANDIDATES = {
         "flashlib, match", _by_assignment("flashlib", False), returns_result=False
     ),
 }
-#: Those whose packages most machines do not have, on a GPU only, and not unless asked for.
 OF_PACKAGES = ("flash-kmeans", "flash-kmeans-match", "flashlib", "flashlib-match")
+"""Candidates that need a GPU and a package; they are measured only if asked for."""

@@ -1,7 +1,7 @@
-"""The models whose steps are timed: the embedded one, and others at full size, random weights.
+"""The models whose steps are timed: the embedded one, and others at full size with random weights.
 
-Random weights cost what trained ones do: the time of a step does not depend on their values. With
-`tiny=True` each is a few kilobytes of the same class, to rehearse on any machine.
+The time of a step does not depend on the values of the weights. With `tiny=True` a model of the
+same class has a few kilobytes, for a rehearsal on any machine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Workload:
-    """A denoiser with the inputs of one step, and what a whole run is made of.
+    """A denoiser with the inputs of one step, and the parts of a whole run.
 
     Attributes:
-        name: of the model and its task.
-        model: the denoiser; the pipeline where the run is that of a pipeline.
+        name: model and task.
+        model: the denoiser, or the pipeline if a whole run is timed.
         forward: one forward at a timestep, 1000 (noise) to 0.
         config: the authors' settings for this family.
-        timesteps: of a whole run.
-        images: that one forward serves.
-        run: all of a run, the images included, from a seed; None where only steps are timed.
+        timesteps: the timesteps of a whole run.
+        images: images that one forward serves.
+        run: a whole run with its images, from a seed; None if only steps are timed.
     """
 
     name: str
@@ -47,18 +47,18 @@ class Workload:
 
     @property
     def guided_timestep(self) -> float:
-        """One inside the window."""
+        """A timestep inside the window."""
         return next(t for t in self.timesteps if self.config.includes_step(t, None, None, 0.0))
 
 
 def flow_timesteps(steps: int, shift: float) -> tuple[float, ...]:
-    """Of a flow-matching scheduler: `steps` equal sigmas from 1, shifted towards the noise."""
+    """Timesteps of a flow-matching scheduler: equal sigmas from 1, shifted towards the noise."""
     sigmas = (1 - i / steps for i in range(steps))
     return tuple(1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas)
 
 
 def leading_timesteps(steps: int) -> tuple[float, ...]:
-    """Of SDXL's scheduler: spaced from the image's end, with an offset of 1."""
+    """Timesteps of SDXL's scheduler: spaced from the end of the run, with an offset of 1."""
     return tuple(float(i * (1000 // steps) + 1) for i in reversed(range(steps)))
 
 
@@ -68,7 +68,7 @@ def _made(
     torch.manual_seed(SEED)
     with torch.device(device):
         model = model_class(**settings).eval().requires_grad_(False)
-    # As `from_pretrained` does: some parts stay in fp32 whatever the dtype of the rest.
+    # Like `from_pretrained`: some parts stay in fp32 whatever the dtype of the rest.
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not set(kept) & set(name.split(".")):
@@ -120,7 +120,7 @@ def flux(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Worklo
     def forward(timestep: float) -> Any:
         return model(timestep=torch.full((IMAGES,), timestep / 1000, **kind), **inputs)[0]
 
-    # exp(1.15): the shift of the pipeline's scheduler for 4,096 tokens; 28 steps are its default.
+    # 3.158 is exp(1.15), the scheduler's shift for 4,096 tokens; 28 steps are the default.
     return Workload(
         "FLUX.1-dev 1024 px",
         model,
@@ -206,7 +206,7 @@ def _wan(
     def forward(timestep: float) -> Any:
         return model(timestep=torch.full((2,), timestep, device=device), **inputs)[0]
 
-    # The authors have no settings for video: those for FLUX, a flow-matching transformer too.
+    # The authors have no settings for video; FLUX is a flow-matching transformer too.
     config = NegToMeConfig.preset("flux").with_overrides(groups=1)
     return Workload(name, model, forward, config, flow_timesteps(50, shift), 2)
 
@@ -230,9 +230,9 @@ def wan_14b(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Wor
 
 
 def embedded(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Workload:
-    """The package's own model, as the demo runs it: 4 images of 64 px, true guidance, 20 steps.
+    """The embedded model as the demo runs it: 4 images of 64 px, true guidance, 20 steps.
 
-    `tiny` takes fewer steps.
+    With `tiny` it takes fewer steps.
     """
     from negtome_fast import models
 
@@ -261,7 +261,6 @@ def embedded(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Wo
     )
 
 
-#: Name on the command line -> what builds it; in order of importance.
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "flux": flux,
     "sdxl": sdxl,
@@ -269,3 +268,4 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "embedded": embedded,
     "wan-14b": wan_14b,
 }
+"""Name on the command line -> function that builds the workload; in order of importance."""

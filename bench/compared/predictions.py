@@ -1,7 +1,7 @@
-"""Predictions made before anything was measured: our time over the bare matmul's, by shape.
+"""Predictions from before the first measurement: our time over that of the bare matmul, by shape.
 
-`predictions.json` is the one place of these ranges; bench/NOTES.md shows them with the reasons.
-`python -m bench.predictions` prints the table of that page.
+The ranges are in `predictions.json`, and bench/NOTES.md shows them with the reasons; `python -m
+bench.compared.predictions` prints the table of that page.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("predictions.json")
-#: The shapes of the short call, most important first.
 HEADER = "| shape, bf16 | predicted, ours / bare matmul | what limits it |"
 
 
 def load() -> list[dict[str, Any]]:
-    """The predictions: shape, dtype, low, high, limit."""
+    """The predictions, most important shape first: shape, dtype, low, high, limit."""
     found: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
     return found
 
@@ -28,13 +27,13 @@ def table() -> str:
 
 
 def ratio(case: dict[str, Any]) -> float | None:
-    """Our time over the bare matmul's, from the paired rounds of one case."""
+    """Our time over that of the bare matmul, from the paired rounds of one case."""
     paired = case.get("times", {}).get("matmul", {}).get("times_ours")
     return None if not paired else 1 / float(paired["median"])
 
 
 def beside(case: dict[str, Any]) -> dict[str, Any] | None:
-    """The prediction of a measured case, with what was measured and whether it holds."""
+    """The prediction for a case, with the measured ratio and a verdict; None if there is none."""
     for one in load():
         if (one["shape"], one["dtype"]) == (case.get("shape"), case.get("dtype")):
             break

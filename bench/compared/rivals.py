@@ -1,9 +1,9 @@
-"""Fused nearest-centre assignments of other packages, used where they are installed.
+"""Fused nearest-centre assignments of other packages, if they are installed.
 
-On unit vectors the nearest centre by Euclidean distance is the one of the best cosine, so the
-assignment step of a k-means library is a matching; normalising, threshold and push are torch's.
-Tokens are rounded to their dtype after they are normalised, as a user of these packages does it:
-choices are as good as that rounding lets them be, not exact.
+Among unit vectors the nearest centre is the one with the best cosine, so the assignment step of a
+k-means library is a matching; torch normalises, compares with the threshold and pushes. Normalised
+tokens are rounded to their dtype, as a user of these packages would do it, so the matches are
+not exact.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 from .baselines import ALPHA, THRESHOLD
 
 Assign = Callable[[Tensor, Tensor], Tensor]
-#: Package -> (module, function).
 ASSIGNMENTS = {
     "flash-kmeans": ("flash_kmeans.assign_euclid_triton", "euclid_assign_triton"),
     "flashlib": ("flashlib.primitives.kmeans", "euclid_assign_triton"),
 }
+"""Package -> (module, function)."""
 
 
 class NotInstalled(Exception):
-    """A package of a rival is not there; the text names it."""
+    """The package of a rival is missing; the message names it."""
 
 
 def assignment(package: str) -> Assign:
     """`(sources (B, N, D), centres (B, K, D)) -> (B, N) int32`, the nearest centre of each source.
 
     Raises:
-        NotInstalled: the package, or the function in it, is not there.
+        NotInstalled: the package or its function is missing.
     """
     module, name = ASSIGNMENTS[package]
     try:
@@ -82,5 +82,5 @@ def negtome_by(
 
 
 def assigned(assign: Assign, x: Tensor, groups: int) -> Tensor:
-    """The matching alone, of tokens as they are: for the time of the fused kernel by itself."""
+    """The matching alone, without normalising, for the time of the fused kernel itself."""
     return assign(*operands(x, groups))

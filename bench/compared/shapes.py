@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Share of the reference in a token, drawn between these: about half the tokens get pushed.
 SHARED = (0.3, 0.95)
+"""Range of the share of the reference in a token, with which about half the tokens are pushed."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Hidden states `(items, tokens, channels)` in equal `groups` whose item 0 is the reference.
+    """Hidden states (items, tokens, channels) in equal groups, whose item 0 is the reference.
 
-    `independent`: no token resembles another, see `random_tokens`. `others`: every item meets all
-    other items of its group, instead of item 0 alone.
+    Attributes:
+        independent: no token resembles another; see `random_tokens`.
+        others: every item meets all other items of its group, instead of item 0 alone.
     """
 
     name: str
@@ -30,21 +31,21 @@ class Shape:
 
     @property
     def products(self) -> int:
-        """Pairs of a source item and a reference item; in `others`, each in both directions."""
+        """Number of pairs of a source item and a reference item; `others` has both directions."""
         size = self.items // self.groups
         return self.groups * (size * (size - 1) if self.others else size - 1)
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of matching: `N * N * D` for each product; reference items are skipped.
+        """Multiply-adds of matching, N * N * D for each product; references are no sources.
 
-        In `others` a product serves both directions of a pair, so that half of it is enough.
+        With `others` one product could serve both directions of a pair; both are counted.
         """
         return self.products * self.tokens**2 * self.channels
 
     @property
     def least_elements(self) -> int:
-        """What any method must move: every token is read once and every result written once."""
+        """Elements that any method must move: each token is read once, each result written once."""
         return 2 * self.elements
 
     @property
@@ -76,10 +77,10 @@ QUICK_SHAPES = (Shape("quick", 3, 512, 320), Shape("quick, groups", 4, 256, 640,
 
 
 def parse_shape(text: str) -> Shape:
-    """`"4x4096x640"`, with two groups `"8x4096x640/2"`; then `,independent` and `,others`.
+    """Parse `"4x4096x640"`, or `"8x4096x640/2"` for two groups; then `,independent`, `,others`.
 
     Raises:
-        ValueError: anything else, or groups that do not divide the items or hold a single item.
+        ValueError: the text is no shape, or a group would be unequal or hold a single item.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?(,independent)?(,others)?", text)
     if not found:
@@ -99,9 +100,9 @@ def random_tokens(
     """Random hidden states in which every token resembles some token of its reference.
 
     Each token is `c * r + sqrt(1 - c^2) * noise` for a random reference token `r` and a random
-    `c`, so that cosines spread around the threshold as they do in a network. Independent tokens
-    would never be similar in hundreds of channels, and nothing would ever be pushed: those of an
-    `independent` shape, for methods whose time depends on how clear the match is.
+    `c`, so that cosines spread around the threshold as they do in a network. Tokens of an
+    `independent` shape are noise alone: in hundreds of channels none is similar and none is pushed.
+    They are for methods whose time depends on how clear the match is.
     """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.empty(shape.items, shape.tokens, shape.channels, dtype=dtype, device=device)

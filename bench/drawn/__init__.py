@@ -1,1 +1,1 @@
-"""What is printed and drawn from results: text, comparisons of two files, plots, an HTML page."""
+"""Results as text, as a comparison of two files, as plots and as an HTML page."""

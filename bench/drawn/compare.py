@@ -19,34 +19,36 @@ from ..compared.candidates import OURS
 from . import tables
 
 TOLERANCE = 0.03
-#: What the memory of a process differs by from run to run.
 MEMORY_NOISE = 4 * 2**20
+"""Bytes by which the memory of a process differs from run to run."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One case: `ratio` new over old with the interval (low, high), and what is to be said."""
+class ComparedCase:
+    """One case of two results.
+
+    Attributes:
+        case: shape and dtype.
+        old, new: seconds, or the share of a rival's time.
+        ratio, low, high: new over old, with its interval.
+        verdict: a word for the table; capitals mark a regression.
+    """
 
     case: str
-    old: float | None
-    new: float | None
-    ratio: float | None
-    low: float | None
-    high: float | None
+    old: float
     verdict: str
+    new: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def regressed(self) -> bool:
         return self.verdict.startswith(("SLOWER", "WRONG", "FAILED", "LARGER"))
 
 
-def _ratio(old: dict[str, float], new: dict[str, float]) -> tuple[float, float, float]:
-    """Of the medians, and between the extremes of the 20th and 80th percentiles."""
-    return new["median"] / old["median"], new["p20"] / old["p80"], new["p80"] / old["p20"]
-
-
 def _figures(case: dict[str, Any], by: str) -> dict[str, float] | None:
-    """Seconds of ours; or, by a rival, what ours takes of the rival's time in the same rounds."""
+    """Seconds of ours; with a rival, the share that ours takes of its time in the same rounds."""
     times = case.get("times", {})
     if by == OURS:
         figures: dict[str, float] | None = times.get(OURS, {}).get("seconds")
@@ -57,43 +59,50 @@ def _figures(case: dict[str, Any], by: str) -> dict[str, float] | None:
     return {"median": 1 / rival["median"], "p20": 1 / rival["p80"], "p80": 1 / rival["p20"]}
 
 
+def _grown(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> str | None:
+    """Verdict on the extra memory, or None if it did not grow."""
+    before, after = (case.get("extra_bytes", {}).get(OURS) for case in (old, new))
+    if isinstance(before, int) and isinstance(after, int):
+        grown = after - before
+        if grown > max(MEMORY_NOISE, tolerance * before):
+            return f"LARGER by {grown / 2**20:.1f} MiB"
+    return None
+
+
 def compare_case(
     old: dict[str, Any], new: dict[str, Any] | None, by: str, tolerance: float
-) -> Row | None:
-    """None where the old file has nothing to compare with."""
+) -> ComparedCase | None:
+    """Compare one case; None if the old file has no time to compare with."""
     name = f"{old['shape']} {old['dtype']}"
     before = _figures(old, by)
     if "wrong" in old or before is None:
         return None
-    if new is None or "skipped" in new:
-        reason = "not in the second file" if new is None else f"skipped: {new['skipped']}"
-        return Row(name, before["median"], None, None, None, None, reason)
+    if new is None:
+        return ComparedCase(name, before["median"], "not in the second file")
+    if "skipped" in new:
+        return ComparedCase(name, before["median"], f"skipped: {new['skipped']}")
     if "wrong" in new:
-        return Row(name, before["median"], None, None, None, None, f"WRONG: {new['wrong']}")
+        return ComparedCase(name, before["median"], f"WRONG: {new['wrong']}")
     after = _figures(new, by)
     if after is None:
-        return Row(name, before["median"], None, None, None, None, f"FAILED: no time of {by}")
-    ratio, low, high = _ratio(before, after)
-    verdict = "same to the noise"
+        return ComparedCase(name, before["median"], f"FAILED: no time of {by}")
+    ratio = after["median"] / before["median"]
+    low, high = after["p20"] / before["p80"], after["p80"] / before["p20"]
     if low > 1 + tolerance:
         verdict = "SLOWER"
-    elif high < 1 - tolerance:
-        verdict = "faster"
-    sizes = [case.get("extra_bytes", {}).get(OURS) for case in (old, new)]
-    if all(isinstance(size, int) for size in sizes):
-        grown = sizes[1] - sizes[0]
-        if grown > max(MEMORY_NOISE, tolerance * sizes[0]) and verdict != "SLOWER":
-            verdict = f"LARGER by {grown / 2**20:.1f} MiB"
-    return Row(name, before["median"], after["median"], ratio, low, high, verdict)
+    else:
+        faster = "faster" if high < 1 - tolerance else "same to the noise"
+        verdict = _grown(old, new, tolerance) or faster
+    return ComparedCase(name, before["median"], verdict, after["median"], ratio, low, high)
 
 
 def compare(
     old: dict[str, Any], new: dict[str, Any], by: str = OURS, tolerance: float = TOLERANCE
-) -> list[Row]:
-    """A row for every case of `old` that has a time.
+) -> list[ComparedCase]:
+    """Compare every case of `old` that has a time.
 
     Raises:
-        ValueError: nothing to compare.
+        ValueError: there is nothing to compare.
     """
     parts = [results.micro(result) for result in (old, new)]
     if parts[0] is None or parts[1] is None:
@@ -105,26 +114,26 @@ def compare(
         compare_case(case, found.get(results.case_key(case)), by, tolerance)
         for case in parts[0]["cases"]
     ]
-    rows = [row for row in rows if row is not None]
-    if not rows:
+    compared = [row for row in rows if row is not None]
+    if not compared:
         raise ValueError(f"no case of the first file has a time by {by!r}")
-    return [row for row in rows if row is not None]
+    return compared
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What speaks against comparing the times themselves."""
-    said = []
-    for name in ("cpu", "threads", "gpu", "device"):
-        pair = [
-            result.get(name, {}) if name != "gpu" else (result.get("gpu") or {}).get("name")
-            for result in (old, new)
-        ]
-        if pair[0] != pair[1]:
-            said.append(f"{name}: {pair[0]} and {pair[1]}")
-    return said
+    """Differences of the machines, which make times of the two results incomparable."""
+
+    def value(result: dict[str, Any], name: str) -> Any:
+        return (result.get("gpu") or {}).get("name") if name == "gpu" else result.get(name)
+
+    names = ("cpu", "threads", "gpu", "device")
+    pairs = {name: (value(old, name), value(new, name)) for name in names}
+    return [f"{name}: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
 
 
-def text(rows: Sequence[Row], by: str) -> str:
+def text(rows: Sequence[ComparedCase], by: str) -> str:
+    """The comparison as a table."""
+
     def figure(value: float | None) -> str:
         if value is None:
             return "-"
@@ -140,7 +149,7 @@ def text(rows: Sequence[Row], by: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench compare") -> int:
-    """0 no regression, 1 a regression, 2 for bad input."""
+    """Return 0 without a regression, 1 with one, 2 for bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("old", type=Path, metavar="A", help="result file to compare with")
     parser.add_argument("new", type=Path, metavar="B", help="result file that is judged")

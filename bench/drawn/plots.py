@@ -1,4 +1,4 @@
-"""Plots of result files, with matplotlib: each function makes a figure, or None without figures."""
+"""Plots of results, with matplotlib: each function makes a figure, or None if there is no data."""
 
 from __future__ import annotations
 
@@ -111,6 +111,60 @@ def speed_ups(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def _ceilings(axes: Axes, dtype: str, roof: float, slope: float, ends: tuple[float, float]) -> None:
+    """The roof of products and the slope of copies, over intensities between `ends`."""
+    left, right = ends
+    ridge = roof / slope
+    axes.plot([left, ridge, right], [left * slope, roof, roof], color="#222222", linewidth=1.4)
+    for text, x, y, side in (
+        (f"ceiling of a {dtype} product", right, roof, "right"),
+        ("ceiling of a copy", ridge * 0.55, ridge * 0.55 * slope, "left"),
+    ):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(-6 if side == "right" else 8, 5),
+            textcoords="offset points",
+            ha=side,
+            fontsize=8.5,
+        )
+
+
+def _rates(axes: Axes, cases: Sequence[dict[str, Any]], scale: float) -> list[float]:
+    """Draw the rates of all candidates, number ours by case, and return the rates."""
+    drawn = []
+    for name in ("matmul", "split", "authors", OURS):
+        for number, case in enumerate(cases, start=1):
+            tflops = case["times"].get(name, {}).get("tflops")
+            if tflops is None:
+                continue
+            x, rate = _intensity(case), tflops * scale
+            drawn.append(rate)
+            style = {"color": COLOURS[name], "marker": MARKERS[name]}
+            label = CANDIDATES[name].label
+            if name != OURS:
+                axes.scatter(x, rate, s=30, label=label, zorder=2, **style)
+                continue
+            axes.scatter(x, rate, s=46, label=label, zorder=3, **style)
+            # Shapes with equally many tokens lie above each other: their numbers take turns.
+            right = number % 2
+            axes.annotate(
+                str(number),
+                (x, rate),
+                xytext=(8 if right else -8, -3),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                fontsize=8,
+                color=COLOURS[name],
+            )
+    return drawn
+
+
+def _intensity(case: dict[str, Any]) -> float:
+    """FLOP of the matching for each byte that must be moved."""
+    return 2 * float(case["multiply_adds"]) / float(case["least_bytes"])
+
+
 def roofline(result: dict[str, Any]) -> Figure | None:
     """Rate against arithmetic intensity, under the two ceilings of the same run."""
     limits = result.get("ceilings")
@@ -124,53 +178,13 @@ def roofline(result: dict[str, Any]) -> Figure | None:
     unit, scale = ("TFLOP/s", 1.0) if limits["matmul_tflops"] >= 1 else ("GFLOP/s", 1e3)
     figure, (axes,) = _figure(9, 5.2)
     roof, slope = limits["matmul_tflops"] * scale, limits["copy_bytes_per_second"] / 1e12 * scale
-    intensities = [2 * case["multiply_adds"] / case["least_bytes"] for case in cases]
-    ridge = roof / slope
-    left, right = min(ridge, *intensities) / 3, max(ridge, *intensities) * 3
-    axes.plot([left, ridge, right], [left * slope, roof, roof], color="#222222", linewidth=1.4)
-    for text, x, y, side in (
-        (f"ceiling of a {limits['dtype']} product", right, roof, "right"),
-        ("ceiling of a copy", ridge * 0.55, ridge * 0.55 * slope, "left"),
-    ):
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(-6 if side == "right" else 8, 5),
-            textcoords="offset points",
-            ha=side,
-            fontsize=8.5,
-        )
-    lowest = highest = roof
-    for name in ("matmul", "split", "authors", OURS):
-        for number, (case, x) in enumerate(zip(cases, intensities, strict=True), start=1):
-            rate = case["times"].get(name, {}).get("tflops")
-            if rate is None:
-                continue
-            lowest, highest = min(lowest, rate * scale), max(highest, rate * scale)
-            axes.scatter(
-                x,
-                rate * scale,
-                color=COLOURS[name],
-                marker=MARKERS[name],
-                s=46 if name == OURS else 30,
-                label=CANDIDATES[name].label,
-                zorder=3 if name == OURS else 2,
-            )
-            if name == OURS:
-                axes.annotate(
-                    str(number),
-                    (x, rate * scale),
-                    # Shapes of as many tokens lie above each other: their numbers take turns.
-                    xytext=(8 if number % 2 else -8, -3),
-                    textcoords="offset points",
-                    ha="left" if number % 2 else "right",
-                    fontsize=8,
-                    color=COLOURS[name],
-                )
+    places = [roof / slope, *map(_intensity, cases)]
+    _ceilings(axes, limits["dtype"], roof, slope, (min(places) / 3, max(places) * 3))
+    rates = [roof, *_rates(axes, cases, scale)]
     axes.set_xscale("log")
     axes.set_yscale("log")
     # On a CPU a coarse product in int8 goes beyond the ceiling of fp32.
-    axes.set_ylim(min(lowest / 1.6, ridge * slope / 4), highest * 1.5)
+    axes.set_ylim(min(min(rates) / 1.6, roof / 4), max(rates) * 1.5)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
@@ -237,7 +251,7 @@ def growth(result: dict[str, Any]) -> Figure | None:
 
     for name in ("matmul", "split", "authors", OURS):
         extra = [(size(c["shape"]), c.get("extra_bytes", {}).get(name)) for c in cases]
-        # What a process needs for a small call is below the noise of its allocator.
+        # The memory of a small call is below the noise of the allocator.
         points = [(n, max(e / 2**20, 0.1)) for n, e in extra if isinstance(e, int)]
         _line(right, name, points)
         refused = [n for n, e in extra if isinstance(e, dict)]

@@ -1,7 +1,7 @@
 """`python -m bench report [FILES]`: one HTML page that needs nothing else, and the plots as PNG.
 
 Every result file is a section: the machine, the ceilings, speed-ups, roofline, growth, end to end,
-and a table of all cases. What was not measured, or was wrong, is listed with the reason.
+and a table of all cases. Cases that were wrong or not measured are listed with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import results
 from .._path import ROOT
-from ..compared.candidates import CANDIDATES
 from . import plots, tables
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ tr.ours td { color: #0b57d0; font-weight: 600; }
 INTRODUCTION = (
     "Times are medians of candidates that took turns on the same tensors in one process; ratios "
     "are taken within a round, and error bars and bands run from the 20th to the 80th percentile. "
-    "Every result was checked against fp64 first, and what was wrong has no time. Extra memory is "
-    "the peak beyond input and result."
+    "Every result was checked against fp64 first; a wrong one has no time. Extra memory is the "
+    "peak beyond input and result."
 )
 
 
@@ -54,7 +53,7 @@ def _text(value: Any) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows are (class of the row, cells); a single cell goes over the whole row."""
+    """A table of rows (class of the row, cells); a single cell spans the whole row."""
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     body = []
     for kind, cells in rows:
@@ -73,60 +72,27 @@ def case_table(cases: Sequence[dict[str, Any]]) -> str:
     """Every candidate of every measured case."""
     rows: list[tuple[str, Sequence[str]]] = []
     for case in cases:
-        correct = case["correct"]
-        heading = f"{case['name']}: {case['shape']} {case['dtype']}"
-        heading += f" ({correct['checked']} tokens right, {correct['pushed_share']:.0%} pushed)"
-        rows.append(("", [heading]))
-        times, extra = case.get("times", {}), case.get("extra_bytes", {})
-        for name in [name for name in CANDIDATES if name in times or name in extra]:
-            taken = times.get(name, {})
-            cells = ["-"] * 3
-            if "failed" in taken:
-                cells = [f"did not run: {taken['failed'][:60]}", "", ""]
-            elif taken:
-                seconds = taken["seconds"]
-                low, high = tables.time_text(seconds["p20"]), tables.time_text(seconds["p80"])
-                ratio = f"{taken['times_ours']['median']:.2f}"
-                cells = [tables.time_text(seconds["median"]), f"{low} - {high}", ratio]
-            rates = tables.rate_cells(taken)
-            memory = tables.memory_text(extra.get(name))
-            rows.append((name, [CANDIDATES[name].label, *cells, *rates, memory]))
-    header = (
-        "candidate", "time", "p20 - p80", "time / ours", "rate", "of product", "of copy",
-        "extra memory",
-    )  # fmt: skip
-    return _table(header, rows)
+        heading = f"{case['name']}: {case['shape']} {case['dtype']} ({tables.checked_text(case)})"
+        rows += [("", [heading]), *tables.candidate_rows(case, reasons=True)]
+    return _table(tables.COLUMNS, rows)
 
 
 def end_to_end_table(models: Sequence[dict[str, Any]]) -> str:
+    """Every method of every model that was measured end to end."""
     rows: list[tuple[str, Sequence[str]]] = []
     for model in models:
         how = "timed" if model["run"]["measured"] else "added up from its steps"
-        rows.append(
-            (
-                "",
-                [
-                    f"{model['name']}: {model['images']} images, {model['guided_steps']} of "
-                    f"{model['steps']} steps guided; the whole run is {how}"
-                ],
-            )
+        heading = (
+            f"{model['name']}: {model['images']} images, {model['guided_steps']} of "
+            f"{model['steps']} steps guided; the whole run is {how}"
         )
-        for method in ("without", "ours", "authors"):
-            step, run = model["step"][method], model["run"].get(method, {})
-            cells = [tables.time_text(step["seconds"]["median"])]
-            for part, count in ((step, 1), (run, model["images"])):
-                if "added_seconds" in part:
-                    cells.append(tables.signed_time(part["added_seconds"]["median"] / count))
-                    cells.append(tables.interval_text(part["added_share"]))
-                else:
-                    cells += ["-", "-"]
-            rows.append((method, [method, *cells]))
+        rows += [("", [heading]), *tables.method_rows(model)]
     header = ("", "a step", "added to it", "share [interval]", "added to an image", "share")
     return _table(header, rows)
 
 
 def left_out(cases: Sequence[dict[str, Any]]) -> str:
-    """What has no figures, and why."""
+    """A list of the cases without figures, with the reasons."""
     items = []
     for case in cases:
         name = f"{_text(case['shape'])} {_text(case['dtype'])}"
@@ -159,7 +125,7 @@ def _facts(result: dict[str, Any], part: dict[str, Any] | None) -> str:
 
 
 def section(name: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """HTML of one result file, and its plots by name."""
+    """HTML of one result file, and its plots as PNG by name."""
     part, models = results.micro(result), results.end_to_end(result)
     figures: dict[str, Figure | None] = {}
     if part:
@@ -188,10 +154,11 @@ def section(name: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
 
 
 def write(files: Sequence[Path], out: Path) -> list[Path]:
-    """The page and the plots; returns what was written.
+    """Write the page and the plots, and return their paths.
 
     Raises:
-        ValueError: a file that is no result. ImportError: no matplotlib.
+        ValueError: a file is no result.
+        ImportError: matplotlib is not installed.
     """
     sections: list[str] = []
     images: dict[str, bytes] = {}
@@ -224,14 +191,14 @@ def shipped() -> list[Path]:
         try:
             result = results.load(path)
         except ValueError:
-            continue  # of the demo, or of a study
+            continue  # a result of the demo or of a study
         if results.micro(result) or results.end_to_end(result):
             found.append(path)
     return found
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench report") -> int:
-    """0, or 2 for bad input."""
+    """Return 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=Path, help="result files; default: those in bench/results"

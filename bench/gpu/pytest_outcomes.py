@@ -15,10 +15,10 @@ import sys
 from typing import Any
 
 FILE_VARIABLE = "NEGTOME_FAST_OUTCOMES"
-#: Characters kept of each end of a traceback that is too long for the results.
 HALF = 6000
-#: Exit code of a process that ends because it lost the device.
+"""Characters kept at each end of a long traceback."""
 LOST = 70
+"""Exit code of a process that lost the device."""
 
 
 def _write(test: str, outcome: str, why: str) -> None:
@@ -29,13 +29,13 @@ def _write(test: str, outcome: str, why: str) -> None:
 
 
 def _reason(report: Any) -> str:
-    """The whole traceback; of a very long one the beginning and the end."""
+    """The traceback, or the beginning and the end of a very long one."""
     text = str(report.longrepr).strip()
     return text if len(text) <= 2 * HALF else f"{text[:HALF]}\n...\n{text[-HALF:]}"
 
 
 def device_lost() -> bool:
-    """Whether a fault left the GPU unusable to this process; False where it was never used."""
+    """Return True if this process used the GPU and a fault made it unusable."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

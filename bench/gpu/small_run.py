@@ -16,7 +16,7 @@ from ..compared.shapes import Shape, random_tokens
 
 
 def main(device: str) -> int:
-    """0; raises where a result is not what the definition gives."""
+    """Return 0; raise if a result differs from the definition."""
     from negtome_fast.functional import match_tokens, negtome
 
     modes: tuple[dict[str, Any], ...] = (
@@ -27,7 +27,7 @@ def main(device: str) -> int:
         {"matching": "official"},
         {"inplace": True},
     )
-    # The interpreter takes a thousand times as long.
+    # The interpreter is a thousand times slower.
     tokens, channels = (67, 72) if device == "cuda" else (18, 20)
     for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.bfloat16,):
         x = random_tokens(Shape("odd", 4, tokens, channels), dtype, device)
@@ -37,7 +37,7 @@ def main(device: str) -> int:
             resolution = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(y, expected, rtol=resolution, atol=resolution)
         match_tokens(x, x[0, 3:], backend="triton")
-    print(f"{len(modes)} modes on {device}: as the definition says")
+    print(f"{len(modes)} modes on {device} agree with the definition")
     return 0
 
 

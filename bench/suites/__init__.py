@@ -1,1 +1,1 @@
-"""The benchmarks themselves: one module for each word of `python -m bench`."""
+"""The benchmarks: one module for each word of `python -m bench`, and one for pytest-benchmark."""

@@ -1,8 +1,8 @@
-"""`python -m bench coarse-columns`: kind "coarse" against kind "tiles", and what it leaves open.
+"""`python -m bench coarse-columns`: kind "coarse" against kind "tiles".
 
-For each shape: seconds of a call of either kind in turns on the same inputs, their ratio, and how
-many columns and blocks of columns the int8 bounds leave in question. On a CPU, under
-TRITON_INTERPRET=1, small shapes rehearse it; those times tell nothing about a GPU.
+For each shape it prints seconds of a call of either kind, in turns on the same inputs, their ratio,
+and the number of columns and blocks of columns that the int8 bounds leave in question. On a CPU,
+with TRITON_INTERPRET=1, small shapes rehearse it, and their times tell nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def _call(kind: str, shape: Shape, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float = 3.0
 ) -> dict[str, Any]:
-    """Times, their ratio (tiles / coarse: above 1 where coarse is faster) and what is in question.
+    """Measure times, their ratio (tiles / coarse, above 1 if coarse is faster) and columns.
 
-    `alike` is the share of source tokens for which both kinds do the same: less than 1 only where
-    two cosines differ by less than the rounding of a sum.
+    `alike` is the share of source tokens for which both kinds choose the same token; it is below 1
+    only if two cosines differ by less than the rounding of a sum.
     """
     from negtome_fast.backends.coarse_statistics import coarse_statistics
 
@@ -67,7 +67,7 @@ def measure(
 
 
 def line(found: dict[str, Any]) -> str:
-    """One line of text for a result of `measure`."""
+    """Text of a result of `measure`."""
     each = found["in_question"]
     times = ", ".join(
         f"{kind} {found['seconds'][kind]['median'] * 1e3:.3f} ms" for kind in found["seconds"]
@@ -83,14 +83,14 @@ def line(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench coarse-columns") -> int:
-    """Exit code 0, or 2 where the kernels cannot run. Prints a line a shape; `--out` saves JSON."""
+    """Print a line for each shape; return 0, or 2 if the kernels cannot run."""
     from negtome_fast.backends import triton_runtime
 
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=parse_shape, help="such as 2x75600x5120")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape (3)")
-    parser.add_argument("--out", type=Path, help="a file for the results")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time of a shape; default: 3")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable, reason = triton_runtime.available(device)

@@ -1,9 +1,9 @@
-"""`python -m bench end-to-end`: what guidance adds to a step and to an image.
+"""`python -m bench end-to-end`: time that guidance adds to a step and to an image.
 
-In one process, in turns, on the same inputs: the denoiser without guidance, with ours, and with the
-authors' function in the same places. Each difference is taken within a round; the median comes with
-an interval. Without a GPU the embedded model is timed, with one FLUX.1-dev, SDXL and Wan at full
-size and random weights. Needs diffusers.
+The denoiser runs without guidance, with ours, and with the authors' function in the same places, in
+turns in one process on the same inputs. Differences are taken within a round; the median has an
+interval. On a CPU the embedded model is timed; on a GPU also FLUX.1-dev, SDXL and Wan at full size
+with random weights. Needs diffusers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .. import results
 from ..compared import baselines
 from ..compared.denoisers import WORKLOADS, Workload
 from ..drawn import tables
+from ..drawn.tables import METHODS
 from ..timing import clock
 
 if TYPE_CHECKING:
     from negtome_fast.guidance import Guidance
 
-METHODS = ("without", "ours", "authors")
 MIN_ROUNDS = 3
 MAX_ROUNDS = 40
 
 
 class AuthorsFunction:
-    """Stands for `Guidance.apply`: their function in the same places, without statistics."""
+    """The authors' function in place of `Guidance.apply`, without statistics."""
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
@@ -60,7 +60,7 @@ class AuthorsFunction:
 
 @contextmanager
 def guided(workload: Workload, method: str) -> Iterator[Any]:
-    """The workload's model under a method; the handle, or None without guidance."""
+    """Apply a method to the workload's model; give the handle, or None without guidance."""
     if method == "without":
         yield None
         return
@@ -76,7 +76,7 @@ def guided(workload: Workload, method: str) -> Iterator[Any]:
 
 
 def blocks_guided(handle: Any) -> int:
-    """How many attention outputs were guided since it was applied."""
+    """Number of attention outputs that were guided since guidance was applied."""
     replaced = vars(handle.guidance).get("apply")
     return int(replaced.calls if replaced else handle.summary().total.calls)
 
@@ -97,9 +97,9 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def _sampler(
     workload: Workload, method: str, call: Callable[[], Any], device: torch.device, seen: Any
 ) -> clock.Sampler:
-    """Seconds of one `call` under `method`, after one that is not counted.
+    """Sampler of one `call` under `method`, after a call that is not counted.
 
-    That one settles what a run settles once: groups, the places of the image, allocations.
+    The first call does what a run does once: it finds groups and image tokens, and allocates.
     """
 
     def sample() -> float:
@@ -116,7 +116,7 @@ def _sampler(
 
 
 def added(samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Seconds of each method, and what it adds to the same round without guidance."""
+    """Seconds of each method, and its difference to the same round without guidance."""
     plain = samples["without"]
     found: dict[str, Any] = {}
     for method, taken in samples.items():
@@ -145,7 +145,7 @@ def _timed(
 
 
 def _peaks(workload: Workload, call: Callable[[], Any], methods: Sequence[str]) -> dict[str, int]:
-    """Peak CUDA memory of one call under each method, beyond what lay there before."""
+    """Peak CUDA memory of one call under each method, less the memory before it."""
     peaks = {}
     for method in methods:
         with guided(workload, method), torch.no_grad():
@@ -164,7 +164,7 @@ def measure(
     seconds: float,
     methods: Sequence[str] = METHODS,
 ) -> dict[str, Any]:
-    """A step inside the window; and a whole run, timed where there is one, else added up."""
+    """Measure a step inside the window and a whole run, which may be added up from its steps."""
 
     def step() -> Any:
         return workload.forward(workload.guided_timestep)
@@ -177,7 +177,7 @@ def measure(
         "steps": len(workload.timesteps),
         "guided_steps": workload.guided_steps,
         "config": workload.config.to_dict(),
-        # The pipeline's clock knows no step outside of a run.
+        # A pipeline knows its step only inside a run.
         "step": _timed(_bare(workload), step, methods, seconds * share, device),
     }
     if device.type == "cuda":
@@ -191,7 +191,7 @@ def measure(
 
 
 def _bare(workload: Workload) -> Workload:
-    """The same with the denoiser instead of its pipeline."""
+    """The workload with the denoiser instead of its pipeline."""
     model = getattr(workload.model, "transformer", workload.model)
     config = workload.config if workload.config.groups else workload.config.with_overrides(groups=1)
     return Workload(
@@ -200,7 +200,7 @@ def _bare(workload: Workload) -> Workload:
 
 
 def added_up(step: dict[str, Any], steps: int, guided_steps: int) -> dict[str, Any]:
-    """A run from its steps: all cost what one costs, and those in the window what one there adds.
+    """Times of a run, added up from equal steps and the addition of a step inside the window.
 
     Text encoders and the VAE are left out, so the shares are a little too large.
     """
@@ -225,29 +225,20 @@ def added_up(step: dict[str, Any], steps: int, guided_steps: int) -> dict[str, A
 
 
 def lines(model: dict[str, Any]) -> list[str]:
-    """What one model's measurement reads on a screen."""
+    """Text of one model's measurement."""
     head = (
         f"{model['name']}: {model['images']} images, {model['guided_steps']} of {model['steps']} "
         f"steps in the window, {model['step']['blocks']} blocks guided in each"
     )
-    rows: list[tuple[str, ...]] = [
-        ("", "a step", "added to it", "", "added to an image", "", "extra peak")
+    peaks = model["step"].get("extra_bytes", {})
+    rows = [
+        [*cells, tables.memory_text(peaks.get(method))]
+        for method, cells in tables.method_rows(model)
     ]
-    for method in METHODS:
-        figures, run = model["step"].get(method), model["run"].get(method, {})
-        if figures is None:
-            continue
-        cells = [tables.time_text(figures["seconds"]["median"])]
-        for part, images in ((figures, 1), (run, model["images"])):
-            if "added_seconds" in part:
-                extra = part["added_seconds"]["median"] / images
-                cells += [tables.signed_time(extra), tables.interval_text(part["added_share"])]
-            else:
-                cells += ["-", "-"]
-        peak = model["step"].get("extra_bytes", {}).get(method)
-        rows.append((method, *cells, tables.memory_text(peak)))
+    header = ["", "a step", "added to it", "", "added to an image", "", "extra peak"]
     how = "timed" if model["run"]["measured"] else "added up from the steps"
-    return [head, *tables.aligned(rows), f"  (the whole run is {how}; medians [interval])", ""]
+    table = tables.aligned([header, *rows])
+    return [head, *table, f"  (the whole run is {how}; medians [interval])", ""]
 
 
 def _release(device: torch.device) -> None:
@@ -266,8 +257,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for each model; default 40")
-    parser.add_argument("--deadline", type=float, help="begin no model after so many seconds")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time of a model; default: 40")
+    parser.add_argument("--deadline", type=float, help="begin no model after this time, in seconds")
     parser.add_argument("--tiny", action="store_true", help="rehearse with models of kilobytes")
     parser.add_argument("--name", help="the result is bench/results/NAME.json")
     parser.add_argument("--out", type=Path, help="the JSON file to write instead")
@@ -302,7 +293,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 print("\n".join(lines(model)), flush=True)
                 del workload
             except Exception as error:
-                # A model that this diffusers or this memory cannot hold must not end the run.
+                # One model must not end the run: memory or diffusers may not allow it.
                 result["skipped"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
             _release(device)
         if name in result["skipped"]:
@@ -313,7 +304,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench end-to-end") -> int:
-    """0, or 1 where no model could be measured, or 2 for bad input."""
+    """Return 0, 1 if no model could be measured, 2 for bad input."""
     arguments = build_parser(prog).parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(f"{prog}: there is no CUDA device here", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""`python -m bench fixed-cost`: what a guided block and a bare call take where the tokens are few.
+"""`python -m bench fixed-cost`: time of a guided block and a bare call with few tokens.
 
-There the calls cost more than the arithmetic. For each shape, dtype and number of threads, in turns
-on the same tokens: a block of a guided step (`Guidance.apply`, with its share of opening, closing
-and counting the step), `negtome`, and the authors' function. Ratios are taken within each round.
-The authors' function exists for the reference "first" alone; other modes are timed by themselves.
+With few tokens the calls cost more than the arithmetic. For each shape, dtype and number of
+threads these take turns on the same tokens: a block of a guided step (`Guidance.apply`, with its
+share of beginning, ending and counting the step), `negtome`, and the authors' function. Ratios are
+taken within a round. The authors' function serves the reference "first" alone; other modes are
+timed without it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ..compared import baselines
 from ..drawn import tables
 from ..timing import clock
 
-Shape = tuple[int, int, int]
-SHAPES: tuple[Shape, ...] = (
+Sizes = tuple[int, int, int]
+SHAPES: tuple[Sizes, ...] = (
     (4, 64, 128),
     (4, 64, 160),
     (2, 64, 640),
@@ -39,15 +40,15 @@ MODES = ("first", "others", "first, 2 groups", "first, mask", "external")
 OURS = ("block", "call")
 
 
-def tokens(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Items that resemble each other, so that most of their tokens are pushed."""
+def tokens(shape: Sizes, dtype: torch.dtype) -> Tensor:
+    """Random items that resemble each other, so that most of their tokens are pushed."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(1, *shape[1:], generator=generator)
     return (common + 0.5 * torch.randn(shape, generator=generator)).to(dtype)
 
 
 def _mean(call: Callable[[], object], calls: int) -> clock.Sampler:
-    """Seconds of one of `calls` calls."""
+    """Sampler of the mean of `calls` calls."""
 
     def sample() -> float:
         start = time.perf_counter()
@@ -86,7 +87,7 @@ def _block(x: Tensor, reference: Any, groups: int, masked: bool) -> clock.Sample
 
 
 def samplers(x: Tensor, mode: str) -> dict[str, clock.Sampler]:
-    """Candidates that take turns for one mode: block and call, and the authors' for "first"."""
+    """Samplers of one mode: block, call, and the authors' function for "first"."""
     from negtome_fast.functional import negtome
 
     groups = 2 if mode.endswith("groups") else 1
@@ -109,9 +110,9 @@ def samplers(x: Tensor, mode: str) -> dict[str, clock.Sampler]:
 
 @torch.no_grad()
 def measure(
-    shape: Shape, dtype: str, mode: str, threads: int, seconds: float, max_rounds: int = 2000
+    shape: Sizes, dtype: str, mode: str, threads: int, seconds: float, max_rounds: int = 2000
 ) -> dict[str, Any]:
-    """Seconds of each candidate, and ratios of ours to the authors' with 95% intervals."""
+    """Measure seconds of each candidate, and ours over the authors' with 95% intervals."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -133,7 +134,7 @@ def measure(
 
 
 def line(case: dict[str, Any]) -> list[str]:
-    """Lines of text for one case."""
+    """Cells of one case, as in HEADER."""
     cells = ["x".join(map(str, case["shape"])), case["dtype"], case["mode"], str(case["threads"])]
     for name in (*OURS, "authors"):
         taken = case["seconds"].get(name)
@@ -158,7 +159,7 @@ HEADER = (
 )
 
 
-def _shape(text: str) -> Shape:
+def _shape(text: str) -> Sizes:
     items, count, channels = (int(part) for part in text.split("x"))
     return items, count, channels
 
@@ -169,10 +170,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each case; default 1")
-    parser.add_argument(
-        "--add", action="store_true", help="keep the other cases of the file that is written"
-    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case; default: 1")
+    parser.add_argument("--add", action="store_true", help="keep the other cases of the file")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "fixed-cost-cpu.json")
     return parser
 
@@ -182,7 +181,7 @@ def _key(case: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench fixed-cost") -> int:
-    """0."""
+    """Measure all cases and return 0."""
     arguments = build_parser(prog).parse_args(argv)
     cases = [
         measure(shape, dtype, mode, threads, arguments.seconds)

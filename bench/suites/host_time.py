@@ -1,9 +1,9 @@
-"""`python -m bench host-time`: the host's time of one guided call on a GPU, measured without one.
+"""`python -m bench host-time`: the host's time of one guided call on a GPU, without a GPU.
 
-Everything runs as for an H100 - checks, plan, memory, Triton's binding of arguments - but the
-driver: a stand-in takes the place of the launch itself and of the encoding of tensor maps, and
-tokens lie in host memory. A launch by the driver adds a few microseconds that this cannot see.
-Kernels are compiled for sm_90 once. The target is 60 us for mode "first".
+Checks, plan, memory and Triton's binding of arguments run as for an H100. Only the driver is a
+stand-in, which takes the place of the launch and of the encoding of tensor maps; tokens lie in host
+memory. The driver's launch adds a few microseconds that are not seen here. Kernels are compiled for
+sm_90 once. The target is 60 us for mode "first".
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .._path import ROOT
 
 TARGET = 60e-6
 CALLS = 200
-#: Items, tokens, channels, groups; mode; in place, as pipelines call it.
 CASES = {
     "FLUX 1024 px, first": ((4, 4096, 3072), 1, "first", True),
     "SDXL 1024 px 64x64, first": ((8, 4096, 640), 2, "first", True),
@@ -35,10 +34,11 @@ CASES = {
     "SDXL 1024 px 32x32, others": ((8, 1024, 1280), 2, "others", False),
     "small, first, out of place": ((4, 256, 640), 1, "first", False),
 }
+"""Name -> (items, tokens, channels), groups, mode, in place; pipelines call it in place."""
 
 
 class StandIn:
-    """A driver as Triton asks for one, without a device; `launches` counts what it was given."""
+    """A driver for Triton without a device; `launches` counts the launches."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
@@ -73,8 +73,8 @@ class StandIn:
         return launch
 
 
-def calls(driver: StandIn) -> dict[str, Callable[[], object]]:
-    """A guided call for each case; `driver` counts its launches."""
+def calls() -> dict[str, Callable[[], object]]:
+    """A guided call for each case."""
     import negtome_fast as nf
 
     found: dict[str, Callable[[], object]] = {}
@@ -106,7 +106,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         mock.patch.dict(runtime._settled, {cpu: (True, "a stand-in for a GPU")}),
         torch.no_grad(),
     ):
-        cases = calls(driver)
+        cases = calls()
         samples: dict[str, list[float]] = {name: [] for name in cases}
         launches = {}
         for name, call in cases.items():
@@ -133,16 +133,16 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench host-time") -> int:
-    """0, or 1 where a case with a target misses it."""
+    """Return 0, or 1 if a case misses its target."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help=f"of {CALLS} calls, default 20")
+    parser.add_argument("--rounds", type=int, default=20, help=f"of {CALLS} calls; default: 20")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/host-time.json")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print(
-            f"{prog}: the launches of interpreted kernels tell nothing; unset TRITON_INTERPRET",
+            f"{prog}: TRITON_INTERPRET is set, and interpreted launches tell nothing; unset it",
             file=sys.stderr,
         )
         return 2

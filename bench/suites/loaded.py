@@ -1,8 +1,8 @@
 """`python -m bench loaded`: times on a machine whose processors are busy with other processes.
 
-Ours with one thread and with two, the authors' function and the bare matmul, in turns, first on the
-machine as it is, then with one busy process a processor. These are started here, end with this
-process or after a time, and do nothing but count. A shape that is measured again replaces itself
+Ours with one thread and with several, the authors' function and the bare matmul take turns, first
+on the machine as it is, then beside one busy process for each processor. The busy processes only
+count, and end with this process or after a time. A shape that is measured again replaces its case
 in the file.
 """
 
@@ -36,24 +36,24 @@ from ..compared.shapes import (
 from ..drawn import tables
 from ..timing import clock, correctness
 
-#: What is measured where no shape is named.
 CASES = (
     (SDXL_64_ONE_GROUP, "float32"),
     (SDXL_32_ONE_GROUP, "float32"),
     (FLUX_768, "bfloat16"),
 )
-#: Name in the result -> (candidate, threads or None for those asked for).
+"""Default shapes and dtypes."""
 CONTESTANTS = {
     "ours": (OURS, None),
     "ours, 1 thread": (OURS, 1),
     "authors": ("authors", None),
     "matmul": ("matmul", None),
 }
-#: At most so many times the time of one thread, and at least so many times as fast as the authors'.
+"""Name in the result -> (candidate, threads); None is the number from the options."""
 TARGETS = {"ours, 1 thread": 1.5, "authors": 2.0}
+"""Most time over that of one thread, and least time of the authors' over ours."""
 MIN_ROUNDS = 3
-#: Seconds after which a busy process ends, whatever becomes of this one.
 LONGEST = 600
+"""Seconds after which a busy process ends."""
 BUSY = """
 import os, sys, time
 parent, end = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
@@ -66,7 +66,7 @@ while time.monotonic() < end and os.getppid() == parent:
 
 @contextmanager
 def busy_processes(count: int, seconds: float = LONGEST) -> Iterator[None]:
-    """`count` processes that only count, until the end of the block; at most so many seconds."""
+    """Run `count` busy processes until the end of the block, for at most `seconds`."""
     words = [sys.executable, "-S", "-c", BUSY, str(os.getpid()), str(seconds)]
     with ExitStack() as stack:
         for _ in range(count):
@@ -78,7 +78,7 @@ def busy_processes(count: int, seconds: float = LONGEST) -> Iterator[None]:
 
 
 def _sampler(name: str, threads: int, shape: Shape, inputs: list[Tensor]) -> clock.Sampler:
-    """Seconds of one call with so many threads, which are set before the clock starts."""
+    """Sampler of one call; the number of threads is set before the clock starts."""
     function = CANDIDATES[name].prepare(shape, inputs[0])
     calls = 0
 
@@ -97,7 +97,7 @@ def _sampler(name: str, threads: int, shape: Shape, inputs: list[Tensor]) -> clo
 def measure(
     shape: Shape, dtype: torch.dtype, seconds: float, threads: int, busy: int
 ) -> dict[str, Any]:
-    """Times of one shape, without and with `busy` other processes; ratios are paired by round."""
+    """Time one shape without and with `busy` other processes; ratios are taken within a round."""
     inputs = [random_tokens(shape, dtype, "cpu", seed) for seed in range(2)]
     case: dict[str, Any] = {"shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
     correctness.check(shape, inputs[0])
@@ -119,7 +119,7 @@ def measure(
 
 
 def missed(case: dict[str, Any]) -> list[str]:
-    """The targets that a case misses under load, in words."""
+    """The targets that a case misses under load, as text."""
     over = {name: entry["times_ours"]["median"] for name, entry in case["loaded"].items()}
     found = []
     if 1 / over["ours, 1 thread"] > TARGETS["ours, 1 thread"]:
@@ -140,7 +140,7 @@ def _lines(case: dict[str, Any]) -> Iterator[str]:
 
 
 def _earlier_cases(path: Path, described: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases of the file that were measured on the same machine with the same code."""
+    """Cases of the file from the same machine and the same code."""
     if not path.exists():
         return []
     earlier = results.load(path)
@@ -155,18 +155,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", type=parse_shape, metavar="BxNxD[/G]", help="measure this shape alone"
     )
-    parser.add_argument("--dtype", default="float32", help="of --shape; default: %(default)s")
+    parser.add_argument("--dtype", default="float32", help="dtype of --shape; default: %(default)s")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="for each state of a shape; default: 20"
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="time of a shape in each state; default: 20",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
-    parser.add_argument("--busy", type=int, help="other processes; default: one a processor")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch; default: 2")
+    parser.add_argument("--busy", type=int, help="busy processes; default: one a processor")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "loaded-cpu.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench loaded") -> int:
-    """0, or 1 where a target is missed."""
+    """Return 0, or 1 if a target is missed."""
     arguments = build_parser(prog).parse_args(argv)
     cases: Sequence[tuple[Shape, str]] = CASES
     if arguments.shape:

@@ -1,4 +1,4 @@
-"""`python -m bench [run]`: the operator against what it is to replace, on this machine.
+"""`python -m bench [run]`: the operator against its rivals on this machine.
 
 Writes a JSON file after every shape, so that a run that is cut short leaves what it has.
 """
@@ -30,10 +30,10 @@ from . import plan
 from .plan import Entry
 
 DTYPES = ("float32", "bfloat16", "float16")
-#: One round of all candidates costs about this many times the multiply-adds of ours.
 ROUND_COST = 5
-#: Seconds that a shape may take on a CPU; a longer one is skipped, and the reason written down.
+"""Multiply-adds of a round of all candidates, over those of ours."""
 LONGEST_SHAPE = 120.0
+"""Seconds that a shape may take on a CPU; a longer one is skipped with the reason."""
 CPU_DEADLINE = 480.0
 
 
@@ -58,32 +58,34 @@ def build_parser(prog: str = "python -m bench run") -> argparse.ArgumentParser:
         "--against",
         nargs="*",
         choices=others,
-        help="default: all but those of other packages, fewer in sweeps",
+        help="rivals; default: all but other packages, and fewer in sweeps",
     )
     parser.add_argument(
         "--seconds",
         type=_positive(float),
-        help="time for the rounds of one shape; default 10, in sweeps 1",
+        help="time for the rounds of one shape; default: 10, in sweeps 1",
     )
     parser.add_argument(
         "--deadline",
         type=_positive(float),
-        help=f"begin no shape after so many seconds; default on a CPU {CPU_DEADLINE:.0f}",
+        help=f"begin no shape after this time; default on a CPU: {CPU_DEADLINE:.0f} s",
     )
     parser.add_argument(
         "--longest",
         type=_positive(float),
         default=LONGEST_SHAPE,
-        help="skip shapes that would take more seconds on a CPU; default %(default).0f",
+        help="skip shapes that would take longer on a CPU; default: %(default).0f s",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument(
         "--case-limit",
         type=_positive(float),
-        help="end this process with exit code 1 where a shape takes more seconds: a kernel hangs",
+        help="end with exit code 1 if a shape takes longer, because a kernel hangs; in seconds",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="keep the shapes of the file, go on with the others"
+        "--resume",
+        action="store_true",
+        help="keep the shapes of the file, go on with others",
     )
     parser.add_argument(
         "--without",
@@ -91,7 +93,7 @@ def build_parser(prog: str = "python -m bench run") -> argparse.ArgumentParser:
         default=[],
         choices=KINDS,
         metavar="KIND",
-        help="kinds of kernels that are known to fail: launch in another way where there is one",
+        help="kinds of kernels that fail; shapes are launched in another way if there is one",
     )
     parser.add_argument("--name", help="the result is bench/results/NAME.json")
     parser.add_argument("--out", type=Path, help="the JSON file to write instead")
@@ -119,7 +121,7 @@ def _positive(kind: type) -> Any:
 
 
 def entries(arguments: argparse.Namespace, on_gpu: bool) -> list[Entry]:
-    """What to measure, by the options."""
+    """The shapes to measure, by the options."""
     if arguments.shape:
         return [Entry(shape) for shape in arguments.shape]
     if arguments.quick:
@@ -129,14 +131,14 @@ def entries(arguments: argparse.Namespace, on_gpu: bool) -> list[Entry]:
 
 
 def too_long(shape: Shape, limits: dict[str, Any], rounds: int, longest: float) -> str | None:
-    """Why this shape does not fit into `longest` seconds on a CPU, or None."""
+    """Reason why a shape does not fit into `longest` seconds on a CPU, or None."""
     rate = limits["matmul_tflops"] * 1e12
     seconds = rounds * ROUND_COST * 2 * shape.multiply_adds / rate
     return f"would take {seconds:.0f} s or more here" if seconds > longest else None
 
 
-class _Run:
-    """One run of the command: what is measured how, and the file that is written."""
+class OperatorRun:
+    """One run of the command: device, options and the file that it writes."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -154,14 +156,14 @@ class _Run:
             "device": self.device.type,
         }
         if not self.on_gpu:
-            # A GPU that is there but not measured has no place in the name or the reading.
+            # A GPU that is not measured must not appear in the name or the text.
             self.result["gpu"] = None
         name = arguments.name or f"{provenance.slug(self.result)}-{self.result['date'][:10]}"
         self.out = arguments.out or results.FOLDER / f"{name}.json"
         self.limits: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Measures the ceilings; with --resume takes over the shapes that the file has."""
+        """Measure the ceilings; with --resume keep the shapes of the file."""
         kept = self._resumed()
         print(tables.machine_line(self.result), flush=True)
         self.limits = ceilings.measure(getattr(torch, self.dtype), self.device)
@@ -180,7 +182,7 @@ class _Run:
         return cases
 
     def empty_case(self, entry: Entry) -> dict[str, Any]:
-        """The fields that identify a case, whatever becomes of it."""
+        """The fields that identify a case."""
         shape = entry.shape
         return {
             "name": shape.name,
@@ -191,7 +193,7 @@ class _Run:
         }
 
     def skipped(self, entry: Entry) -> str | None:
-        """Why a shape is not measured, or None."""
+        """Reason why a shape is not measured, or None."""
         if self.deadline and time.perf_counter() - self.started > self.deadline:
             return f"the deadline of {self.deadline:.0f} s is over"
         if self.on_gpu:
@@ -199,11 +201,11 @@ class _Run:
         return too_long(entry.shape, self.limits, MIN_ROUNDS["cpu"], self.arguments.longest)
 
     def measured(self, entry: Entry, dtype: str) -> dict[str, Any]:
-        """The case of one shape; `wrong` with a traceback where something is raised."""
+        """Measure one shape; an exception gives a case that is `wrong`, with the traceback."""
         arguments = self.arguments
         against = entry.against or [n for n in CANDIDATES if n not in (OURS, *OF_PACKAGES)]
         if arguments.against is not None:
-            # A sweep has few rivals; packages are asked for by name.
+            # A sweep has few rivals; packages must be named.
             packages = [name for name in arguments.against if name in OF_PACKAGES]
             against = [name for name in against if name in arguments.against]
             against += packages if entry.against is None else []
@@ -221,18 +223,18 @@ class _Run:
                     seconds,
                     entry.memory and not arguments.no_memory,
                     self.limits,
-                    # `match_tokens`, which is by tiles, is not asked where those are broken.
+                    # `match_tokens` launches tiles, which may be broken.
                     matches=not arguments.without,
                 )
         except Exception as error:
-            # One shape must not cost the others; the reader learns all there is.
+            # One shape must not cost the others.
             text = traceback.format_exc()
             print(text, flush=True)
             said = f"did not run: {type(error).__name__}: {error}".splitlines()[0]
             return {"wrong": said, "traceback": text}
 
     def take(self, entry: Entry) -> bool:
-        """Adds the case of one shape to the file; False where the device is lost."""
+        """Add the case of one shape to the file; return False if the device is lost."""
         case = self.empty_case(entry)
         reason = self.skipped(entry)
         if reason:
@@ -260,8 +262,8 @@ class _Run:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the options name; `lost` in the result tells that the device failed."""
-    work = _Run(arguments)
+    """Measure what the options name; `lost` in the result tells that the device failed."""
+    work = OperatorRun(arguments)
     work.begin()
     done = {results.case_key(case) for case in work.result["cases"]}
     for entry in entries(arguments, work.on_gpu):
@@ -277,7 +279,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench run") -> int:
-    """0, or 1 where a result was wrong, 2 for bad input, 3 where the device was lost."""
+    """Return 0, 1 if a result was wrong, 2 for bad input, 3 if the device was lost."""
     arguments = build_parser(prog).parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(f"{prog}: there is no CUDA device here", file=sys.stderr)

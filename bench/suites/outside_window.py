@@ -1,7 +1,7 @@
 """`python -m bench outside-window`: time that guidance costs in the steps that it leaves alone.
 
-The embedded model's step with and without guidance, in turns, on the same inputs, at a timestep
-outside of the window. The ratio is taken within each round; its target is at most 1.01.
+The embedded model runs with and without guidance, in turns on the same inputs, at a timestep that
+lies outside of the window. The ratio is taken within a round; its target is at most 1.01.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..timing import clock
 
 TARGET = 1.01
 FORWARDS = 5
-"""In one sample, of which the mean is taken."""
+"""Forwards of a sample, which is their mean."""
 
 
 def _sampler(workload: Workload, method: Callable[[], AbstractContextManager[Any]]) -> Any:
@@ -44,7 +44,7 @@ def _sampler(workload: Workload, method: Callable[[], AbstractContextManager[Any
 
 
 def measure(workload: Workload, seconds: float) -> dict[str, Any]:
-    """Seconds of a step without and with guidance, and the ratios of all rounds."""
+    """Measure seconds of a step without and with guidance, and the ratio of each round."""
     from negtome_fast.pipelines import negtome_guidance
 
     methods: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -65,7 +65,7 @@ def measure(workload: Workload, seconds: float) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench outside-window") -> int:
-    """0, or 1 where the ratio's interval lies above the target."""
+    """Return 0, or 1 if the interval of the ratio lies above the target."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="default: 60")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")

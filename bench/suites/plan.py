@@ -1,4 +1,4 @@
-"""What a run measures, in order of importance: shapes of models, then growth along one axis."""
+"""The shapes that a run measures, by importance: shapes of models, then growth along one axis."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SERIES = {
     "channels": "2 items of 2,048 tokens, 64 to 5,120 channels",
     "independent": "shapes of models with tokens of which none resembles another, on a CPU",
 }
-#: Sweeps show how cost grows; what it is made of is seen on the shapes.
 SWEPT = ("authors", "split", "matmul")
+"""Rivals in a sweep, which shows how cost grows; the shapes of models have all rivals."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One shape to measure. None leaves a choice to the run: dtype, candidates, time, memory."""
+    """One shape to measure; None leaves a choice to the run."""
 
     shape: Shape
     series: str = "shapes"
@@ -36,7 +36,7 @@ def _sweep(series: str, sizes: Iterable[Shape], seconds: float, memory: bool) ->
 
 
 def sweeps(seconds: float) -> tuple[Entry, ...]:
-    """Growth with the tokens, with memory; with the batch and with the channels, without."""
+    """Growth with the tokens (with memory), with the batch and with the channels."""
     tokens = (Shape(f"{n} tokens", 2, n, 640) for n in (2**k for k in range(8, 17)))
     batch = (Shape(f"batch of {b}", b, 1024, 640) for b in (2, 4, 8, 16, 32))
     channels = (Shape(f"{d} channels", 2, 2048, d) for d in (64, 320, 640, 1280, 3072, 5120))
@@ -65,13 +65,13 @@ GPU = (
     ),
     *sweeps(seconds=1.0),
 )
-# A library without bf16 instructions takes half a minute for one bf16 product of this size, so
-# that shape has one rival. Large shapes are last, for machines that have the time.
+# Without bf16 instructions a library takes half a minute for one bf16 product of this size, so
+# FLUX has one rival. Large shapes come last, for machines that have the time.
 CPU = (
     Entry(shapes.SDXL_64_ONE_GROUP),
     Entry(shapes.SDXL_32_ONE_GROUP),
     Entry(shapes.FLUX_768, dtype="bfloat16", against=("authors",)),
-    # Matching by a coarse product, which the CPU has, depends on the tokens.
+    # The time of the CPU's coarse product depends on the tokens.
     *(
         Entry(replace(shape, independent=True), "independent", dtype, ("authors",), 5.0, False)
         for shape, dtype in (

@@ -1,7 +1,7 @@
-"""pytest-benchmark entries: `make bench`, or `python -m pytest bench/bench_operator.py`.
+"""pytest-benchmark entries: `make bench`, or `python -m pytest bench/suites/pytest_operator.py`.
 
-Small shapes that fit any machine, to compare versions of the code on one machine over time;
-`python -m bench` is the comparison with other code.
+They have small shapes, and compare versions of the code on one machine over time; `python -m bench`
+compares with other code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What this machine can do at most, measured in the run that it is compared with.
+"""The most that this machine can do, measured in the run that is compared with it.
 
-A large square product of random numbers, and a copy that no cache holds (bytes read + written).
+One ceiling is a large square product of random numbers, the other a copy that no cache holds
+(bytes read and written).
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import torch
 
 from . import clock
 
-#: (side of the product, bytes of the copy).
 SIZES = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
+"""Device -> (side of the product, bytes of the copy)."""
 ROUNDS = 7
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that products are computed in: on a CPU never less than fp32."""
+    """The dtype in which products are computed: on a CPU at least fp32."""
     return dtype if device.type == "cuda" else torch.promote_types(dtype, torch.float32)
 
 
 def measure(
     dtype: torch.dtype, device: torch.device, sizes: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """TFLOP/s and bytes per second, the fastest of some rounds."""
+    """Measure TFLOP/s and bytes per second; the fastest of some rounds counts."""
     side, copied = sizes or SIZES[device.type]
     dtype = product_dtype(dtype, device)
     make = clock.cuda_sampler if device.type == "cuda" else clock.cpu_sampler

@@ -1,6 +1,6 @@
 """Times side by side: candidates take turns, round by round, and ratios are taken within a round.
 
-Drift of the clock speed, and other load, then hits all candidates alike and cancels in the ratio.
+Drift of the clock speed and other load then hit all candidates alike and cancel in the ratio.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Sampler = Callable[[], float]
+"""Seconds of one call."""
 
 WARM_UP_ROUNDS = 2
 GRAPH_SECONDS = 1e-3
@@ -21,7 +22,7 @@ GRAPH_SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, 20th and 80th percentile of some samples, and how many there were."""
+    """Median, 20th and 80th percentile, and number of some samples."""
 
     median: float
     p20: float
@@ -33,7 +34,7 @@ class Summary:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The `share` quantile of ascending samples, interpolated linearly."""
+    """The quantile at `share` of ascending samples, interpolated linearly."""
     position = share * (len(ordered) - 1)
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
@@ -41,7 +42,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def summarize(samples: Sequence[float]) -> Summary:
-    """Raises ValueError where there is nothing to summarize."""
+    """Summarize samples; raise ValueError if there are none."""
     if not samples:
         raise ValueError("no samples to summarize")
     ordered = sorted(samples)
@@ -51,11 +52,11 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
-    """Median of paired differences or ratios, with an interval that needs no distribution.
+    """Median of paired differences or ratios, with an interval that assumes no distribution.
 
-    Its ends are the samples of ranks k and n + 1 - k with the largest k whose coverage, by the
-    binomial distribution, is at least `confidence`; with fewer than 6 samples it is all of them,
-    and `confidence` in the result says what that covers.
+    The ends are the samples of ranks k and n + 1 - k, with the largest k whose coverage by the
+    binomial distribution is at least `confidence`. With fewer than 6 samples the interval spans
+    all of them. `confidence` in the result is the coverage that was reached.
     """
     ordered, n = sorted(samples), len(samples)
     if not ordered:
@@ -88,7 +89,7 @@ def interleave(
     max_rounds: int = 200,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Sample all in turns until `seconds` are over; each round begins with another one."""
+    """Sample in turns until `seconds` are over; each round begins with the next sampler."""
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = clock() + seconds
@@ -102,7 +103,7 @@ def interleave(
 
 
 def cpu_sampler(function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Sampler:
-    """Seconds of one call; the inputs take turns."""
+    """Sampler of one call on a CPU; the inputs take turns."""
     calls = 0
 
     def sample() -> float:
@@ -118,7 +119,7 @@ def cpu_sampler(function: Callable[[Tensor], object], inputs: Sequence[Tensor]) 
 
 
 def _calls_per_sample(one_call: Callable[[], object], inputs: int) -> int:
-    """Enough calls for the events' resolution, and every input as often as the others."""
+    """Number of calls that is enough for the events' resolution, with each input equally often."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     one_call()
@@ -129,10 +130,10 @@ def _calls_per_sample(one_call: Callable[[], object], inputs: int) -> int:
 
 
 def cuda_sampler(function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Sampler:
-    """Seconds of one call, averaged over the replay of a CUDA graph of calls on rotating inputs.
+    """Sampler of one call, averaged over the replay of a CUDA graph of calls on rotating inputs.
 
-    The graph leaves the launch overhead of Python out of everyone's time. What cannot be captured
-    is timed as a row of ordinary calls; `sample.captured` tells which.
+    The graph keeps Python's launch overhead out of all times. A function that cannot be captured is
+    timed as a row of ordinary calls; `sample.captured` tells which.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

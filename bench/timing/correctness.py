@@ -1,7 +1,8 @@
-"""Is the operator right on the very tensors it is timed on? Checked in fp64, by the index rule.
+"""Checks a result against fp64 on the very tensors that are timed.
 
-A chosen token must be the fp64 best, or its fp64 cosine within rounding of the best; the output
-must be the push away from that token, rounded once; reference items must come back bit-identical.
+A chosen token must be the best in fp64, or its cosine in fp64 within rounding of the best. The
+output must be the push away from that token, rounded once. Reference items must come back with the
+same bits.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from ..compared.baselines import ALPHA, THRESHOLD
 from ..compared.shapes import Shape
 
-#: Rounding of an fp32 dot product of unit vectors, with room for a long sum.
 COSINE_TOLERANCE = 1e-5
+"""Rounding of an fp32 dot product of unit vectors, with room for a long sum."""
 ROWS = 256
 
 
 class WrongResult(Exception):
-    """The operator returned something that the definition does not allow."""
+    """A result that the definition does not allow."""
 
 
 def check(
@@ -33,20 +34,22 @@ def check(
     seed: int = 0,
     matches: bool = True,
 ) -> dict[str, float | int]:
-    """Compare `rows` random tokens of every source item with fp64.
+    """Compare random tokens of every source item with fp64.
 
     Args:
-        function: what computes the result; the operator if None. Of another function the matches
-            are not known: where two tokens are equally good to rounding it is not judged.
-        matches: ask `match_tokens` too, so that the matches of tokens that are not pushed are
-            known as well; not of `shape.others`.
+        function: computes the result; default: the operator. The matches of another function are
+            unknown, so tokens with two equally good matches, up to rounding, are not judged.
+        rows: tokens to check in each item.
+        seed: chooses these tokens.
+        matches: also call `match_tokens`, which tells the matches of tokens that are not pushed;
+            has no effect with `shape.others`.
 
     Returns:
-        How many tokens were checked, the share of them pushed, and how far the cosine of a chosen
-        token was from the best at most.
+        Number of checked tokens, the share of them pushed, and the largest distance in cosine
+        between a chosen token and the best.
 
     Raises:
-        WrongResult: with the item and what is wrong with it.
+        WrongResult: a result is wrong; the message names the item.
     """
     y, index = (function(x), None) if function else _operator(shape, x, matches)
     size = shape.items // shape.groups
@@ -75,7 +78,7 @@ def check(
 
 
 def _operator(shape: Shape, x: Tensor, matches: bool) -> tuple[Tensor, Tensor]:
-    """The operator's result, and `(B, N)` the tokens that it chose, -1 where it does not say."""
+    """Result of the operator, and the tokens that it chose, (B, N); -1 if unknown."""
     from negtome_fast import functional
 
     arguments: dict[str, Any] = {"alpha": ALPHA, "threshold": THRESHOLD, "groups": shape.groups}
@@ -89,9 +92,9 @@ def _operator(shape: Shape, x: Tensor, matches: bool) -> tuple[Tensor, Tensor]:
 
 
 def _two_best(source: Tensor, reference: Tensor, block: int = 8192) -> tuple[Tensor, Tensor]:
-    """The two best fp64 cosines `(rows, 2)` and the index `(rows,)` of the best.
+    """The two best fp64 cosines (rows, 2), and the index of the best (rows,).
 
-    The reference comes a block at a time, so that long inputs fit.
+    The reference is taken in blocks, so that long inputs fit into memory.
     """
     unit = F.normalize(source, dim=-1)
     values, indices = [], []
@@ -114,9 +117,9 @@ def _check_rows(
     index: Tensor | None,
     every: bool,
 ) -> tuple[int, float]:
-    """Number of pushed rows and the largest gap in cosine; raises WrongResult.
+    """Return the number of pushed rows and the largest gap in cosine; raise WrongResult.
 
-    `every`: an index must be there for every row, also for those that are not pushed.
+    With `every`, rows that are not pushed must have an index too.
     """
     best, best_index = _two_best(source, reference)
     judged = torch.ones(len(source), dtype=torch.bool, device=source.device)

@@ -15,12 +15,12 @@ from ..compared.shapes import Shape, random_tokens
 from . import clock, correctness, memory
 
 MAX_INPUTS = 8
-#: A CPU takes seconds for a round of a large shape; a GPU has thousands in that time.
 MIN_ROUNDS = {"cpu": 3, "cuda": 10}
+"""A CPU takes seconds for a round of a large shape, a GPU thousands of rounds in that time."""
 
 
 def rotating_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Enough different inputs that none is still in the cache when its turn comes."""
+    """So many different inputs that none is still in the cache when its turn comes."""
     count = 2
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 * 2**20)
@@ -62,10 +62,10 @@ def _samplers(
 
 
 def speeds(shape: Shape, dtype: torch.dtype, seconds: float, limits: dict[str, Any]) -> Any:
-    """TFLOP/s of the matching, and the shares of the ceilings that `ceilings.measure` found.
+    """TFLOP/s of the matching, and its shares of the ceilings that `ceilings.measure` found.
 
-    `of_matmul` is the time that the multiply-adds alone would take at the ceiling over the time
-    taken, `of_copy` the same for the least bytes that must be moved. The larger says what binds.
+    `of_matmul` is the time of the multiply-adds alone at the ceiling, over the time taken.
+    `of_copy` is the same for the fewest bytes that must be moved. The larger one is the limit.
     """
     tflops = 2 * shape.multiply_adds / seconds / 1e12
     rate = shape.least_elements * dtype.itemsize / seconds
@@ -84,7 +84,7 @@ def measure_times(
     limits: dict[str, Any] | None = None,
     refused: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Seconds of each candidate, and its time over ours, paired by round."""
+    """Seconds of each candidate, and its time over ours within each round."""
     failed: dict[str, str] = {}
     samplers = _samplers(shape, inputs, names, refused, failed)
     device = inputs[0].device.type
@@ -108,7 +108,7 @@ def measure_memory(
     names: Sequence[str],
     refused: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, int | dict[str, str] | None]:
-    """Bytes each candidate needs at its peak beyond its input and its result."""
+    """Peak bytes of each candidate beyond its input and its result."""
     extra: dict[str, int | dict[str, str] | None] = {}
     for name in names:
         if name == "matmul-into":
@@ -131,10 +131,10 @@ def measure_memory(
 
 
 def refusal(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[str], str | None]:
-    """Says of a candidate why it cannot run here: its matrix does not fit. None if it can."""
+    """Function that tells why a candidate cannot run here, or returns None if it can."""
     matrix = shape.products * shape.tokens**2 * dtype.itemsize
     whole = shape.items * shape.tokens**2 * dtype.itemsize
-    # `authors` holds the matrix of all items, and beside it what the maximum and the push need.
+    # `authors` holds the matrix of all items, and the temporaries of the maximum and the push.
     needs = {
         "authors": whole + 6 * shape.elements * dtype.itemsize,
         "authors-compiled": whole + 6 * shape.elements * dtype.itemsize,
@@ -164,9 +164,9 @@ def measure(
     limits: dict[str, Any] | None = None,
     matches: bool = True,
 ) -> dict[str, Any]:
-    """All that is known about one shape; without times where the result is wrong.
+    """Measure one shape; the case has no times if the result is wrong.
 
-    `matches` is that of `correctness.check`.
+    `matches` is the argument of `correctness.check`.
     """
     started = time.perf_counter()
     case: dict[str, Any] = {

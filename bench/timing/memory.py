@@ -1,8 +1,8 @@
-"""Peak extra memory of one call, measured: what it needs beyond its input and its result.
+"""Peak memory of one call beyond its input and its result.
 
-On CUDA it is read off the allocator. On the CPU the call runs in a process of its own, whose peak
-resident set the kernel of the operating system counts: that sees every allocation, whoever makes
-it, which no hook in Python or torch does. The peak counter is reset after the input is there.
+On CUDA the allocator counts it. On a CPU the call runs in a fresh process, and the operating system
+counts the peak of its resident set. This sees every allocation, which no hook in Python or torch
+does. The counter is reset after the input is made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MEMORY = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken on the device; None where the system does not say."""
+    """Free memory of the device; None if the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     if not MEMORY.exists():
@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cuda_extra_bytes(function: Callable[[Tensor], Tensor], x: Tensor, result: bool) -> int:
-    """Peak of the CUDA allocator over one call, less what was there before and the result."""
+    """Peak of the CUDA allocator over one call, less the memory before it and the result."""
     function(x)
     gc.collect()
     torch.cuda.synchronize()
@@ -51,7 +51,7 @@ def cuda_extra_bytes(function: Callable[[Tensor], Tensor], x: Tensor, result: bo
 
 
 def cpu_extra_bytes(candidate: str, shape: Shape, dtype: str, threads: int) -> int | None:
-    """The same on the CPU, in a fresh process; None where the system does not count peaks."""
+    """Peak of a fresh process over one call on a CPU; None if the system does not count peaks."""
     if not RESET.exists():
         return None
     arguments = [candidate, str(shape), dtype, str(threads)]
@@ -80,7 +80,7 @@ def _main(candidate: str, shape_text: str, dtype_name: str, threads: str) -> Non
     torch.set_num_threads(int(threads))
     shape, dtype = parse_shape(shape_text), getattr(torch, dtype_name)
     chosen = CANDIDATES[candidate]
-    # A small call first: libraries, threads and their workspaces are nobody's extra memory.
+    # A small call first: libraries, threads and their workspaces are no candidate's extra memory.
     small = Shape("small", shape.items, 64, shape.channels, shape.groups)
     chosen.prepare(small, small_tokens := random_tokens(small, dtype, "cpu"))(small_tokens)
     x = random_tokens(shape, dtype, "cpu")
@@ -89,7 +89,7 @@ def _main(candidate: str, shape_text: str, dtype_name: str, threads: str) -> Non
         function(x)
 
     gc.collect()
-    # Freed memory that the allocator still holds would be used again and hide an allocation.
+    # Freed memory that the allocator still holds would hide an allocation.
     ctypes.CDLL(None).malloc_trim(0)
     RESET.write_text("5")
     before = _status_bytes("VmRSS")

@@ -1,4 +1,4 @@
-"""The examples of docs/applications.md, from what `make pictures` recorded."""
+"""The examples of docs/applications.md, from the record of `make pictures`."""
 
 from __future__ import annotations
 

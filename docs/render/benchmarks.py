@@ -28,7 +28,7 @@ def _over_ours(times: dict[str, Any], candidate: str) -> str:
 
 
 def _not_measured(cases: Sequence[dict[str, Any]]) -> str:
-    """What was left out and why, and what was wrong: a sentence, or nothing."""
+    """A sentence on the cases without times, with the reasons; empty if there are none."""
     reasons: dict[str, list[str]] = {}
     for case in cases:
         reason = f"wrong: {case['wrong']}" if "wrong" in case else case.get("skipped")
@@ -48,7 +48,7 @@ def _origin(record: dict[str, Any]) -> str:
 
 
 def speed(record: dict[str, Any]) -> str:
-    """The microbenchmark: a shape a row; ratios are medians of paired rounds."""
+    """The operator's benchmark, a row for each shape; ratios are medians of paired rounds."""
     found = micro(record)
     if found is None:
         return NOT_MEASURED
@@ -114,7 +114,7 @@ def growth(record: dict[str, Any]) -> str:
 
 
 def independent(record: dict[str, Any]) -> str:
-    """Tokens of which none resembles another, the worst for the coarse product of the CPU."""
+    """Tokens that do not resemble each other, the worst case of the CPU's coarse product."""
     cases = [case for case in record["cases"] if case.get("series") == "independent"]
     rows = [
         [
@@ -130,7 +130,7 @@ def independent(record: dict[str, Any]) -> str:
 
 
 def end_to_end(record: dict[str, Any]) -> str:
-    """What guidance adds to a step and to an image: a model a row."""
+    """Time that guidance adds to a step and to an image, a row for each model."""
     rows = []
     models = models_of(record)
     if not models and not record.get("skipped"):
@@ -165,7 +165,7 @@ def end_to_end(record: dict[str, Any]) -> str:
 
 
 def loaded(record: dict[str, Any]) -> str:
-    """Times beside busy processes: a shape a row."""
+    """Times beside busy processes, a row for each shape."""
     rows = []
     for case in record["loaded"]:
         ours, alone = case["loaded"]["ours"], case["loaded"]["ours, 1 thread"]

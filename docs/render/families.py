@@ -13,7 +13,7 @@ from . import markers
 
 
 def image_place(layout: Any) -> str:
-    """Where the image lies in an attention output that is one tensor."""
+    """Place of the image tokens in an attention output that is one tensor."""
     if layout.grid_modules:
         return "all, a grid for each resolution"
     if layout.joint is None:
@@ -22,7 +22,7 @@ def image_place(layout: Any) -> str:
 
 
 def tested_as(tests: Sequence[Any]) -> str:
-    """What the tests run of the pipelines of one class: they name them where that differs."""
+    """The parts of the pipelines of one class that tests run; notes tell them apart."""
     kinds = {
         kind: ", ".join(dict.fromkeys(test.note for test in tests if test.whole is whole))
         for kind, whole in (("whole pipeline", True), ("denoiser alone", False))
@@ -35,7 +35,7 @@ def tested_as(tests: Sequence[Any]) -> str:
 
 
 def table() -> str:
-    """The classes of denoisers that are known: one a row, in the order of the code."""
+    """The known classes of denoisers, one a row, in the order of the code."""
     from negtome_fast.pipelines import known_layouts
 
     sys.path.insert(0, str(ROOT / "tests"))

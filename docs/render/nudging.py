@@ -37,7 +37,7 @@ def chance(result: dict[str, Any]) -> str:
 
 
 def demo(record: dict[str, Any]) -> str:
-    """What `negtome-fast nudge` flagged and repaired, a row for each prompt."""
+    """Images that `negtome-fast nudge` flagged and repaired, a row for each prompt."""
     rows = [
         [
             one["prompt"],

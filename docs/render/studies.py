@@ -9,7 +9,6 @@ from bench.results import FOLDER
 
 from .markers import table
 
-#: Conditions of the study of rivals that the README shows, and what it calls them.
 EVIDENCE = {
     "guidance scale 2.5": "without guidance, scale 2.5",
     "guidance scale 1": "a lower scale, 1",
@@ -21,10 +20,11 @@ EVIDENCE = {
     "NegToMe 2.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 2.5",
     "NegToMe 1.5, alpha 0.5": "NegToMe `others`, alpha 0.5, scale 1.5",
 }
+"""Condition of the study of rivals -> its name in the table of evidence."""
 
 
 def demo(record: dict[str, Any]) -> str:
-    """The demo's measures: a prompt a row, without -> with guidance."""
+    """Measures of the demo without -> with guidance, a row for each prompt."""
     rows = []
     for result in record["results"]:
         without, guided = result["without"], result["guided"]
@@ -60,7 +60,7 @@ def demo(record: dict[str, Any]) -> str:
 
 
 def evidence(record: dict[str, Any]) -> str:
-    """Diversity and its price, of `negtome-fast eval rivals`; intervals are of 95%."""
+    """Diversity and its price, from `negtome-fast eval rivals`, with 95% intervals."""
     measures = {one["name"]: one["measures"] for one in record["conditions"]}
 
     rows = [
@@ -79,7 +79,7 @@ def evidence(record: dict[str, Any]) -> str:
 
 
 def matched(record: dict[str, Any]) -> str:
-    """Guided against the best unguided guidance scales, of `negtome-fast eval diversity`."""
+    """Guided images against the best scale without guidance, from `eval diversity`."""
     rows = [
         [
             f"{one['level']:g}",
@@ -95,7 +95,7 @@ def matched(record: dict[str, Any]) -> str:
 
 
 def nudging(record: dict[str, Any]) -> str:
-    """Share of memorised outputs, of `negtome-fast eval nudging`; intervals are of 95%."""
+    """Share of memorised outputs, from `negtome-fast eval nudging`, with 95% intervals."""
     rows = []
     for subject in record["subjects"]:
         for one in subject["methods"]:
@@ -108,7 +108,7 @@ def nudging(record: dict[str, Any]) -> str:
 
 
 def _estimate(values: Sequence[float], form: str) -> str:
-    """An estimate and its interval; a share of exactly 0 or 1 has none."""
+    """An estimate and its interval; a share of exactly 0 or 1 has no interval."""
     estimate, low, high = (format(max(value, 0.0), form) for value in values)
     return estimate if low == high else f"{estimate} [{low}, {high}]"
 

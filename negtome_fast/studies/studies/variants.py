@@ -39,18 +39,18 @@ THRESHOLD = 0.65
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of the push, for groups of a batch in mode "others", as a baseline of the studies.
+    """A form of the push in mode "others", as a baseline of the studies.
 
         y = x + alpha w (x - r)   where cos(x, r) > threshold;   r the match, w = 1
 
     Attributes:
         distance: the match is the nearest token, not that of the highest cosine.
         centred: cosines are between tokens less the mean token of their group.
-        best: r is the mean of so many best matches.
+        best: number of matches whose mean is r.
         temperature: r is the mean of the `best`, weighted by softmax(cosine / temperature).
         excess: w = (cos - threshold) / (1 - threshold), so that nothing jumps at the threshold.
         decay: w falls linearly over the window, to 0 at its end.
-        preserve: y is brought to the length of x.
+        preserve: y is scaled to the length of x.
     """
 
     name: ClassVar[str] = "variant of the push"
@@ -64,7 +64,7 @@ class Variant:
 
     @contextmanager
     def applied(self, pipe: Any, *, prompts: int, images_per_prompt: int) -> Iterator[dict]:
-        """Puts `push` in the operator's place."""
+        """Put `push` in the operator's place."""
         timestep = 1000.0
 
         def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Variant:
     def push(
         self, x: Tensor, alpha: float, threshold: float, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, D) pushed, and similarity and match (B, 1, N), -1 where nothing moved."""
+        """Push tokens (B, N, D); return them, and similarity and match (B, 1, N), -1 if unmoved."""
         items, count, channels = x.shape
         size = items // groups
         tokens = x.float().reshape(groups, size * count, channels)
@@ -127,7 +127,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Form:
-    """A row of the table: a prototype at the strength that brings about the push of alpha 0.9."""
+    """A row of the table: a prototype at a strength like that of the operator at alpha 0.9."""
 
     label: str
     variant: Variant
@@ -146,14 +146,14 @@ FORMS = (
     Form("softmax over the 64 best", Variant(best=64, temperature=0.05)),
 )
 OPERATOR = ((SCALE, 0.3), (SCALE, 0.5), (SCALE, 0.9), (SCALE, 2.0), (2.5, 0.5), (2.5, 0.9))
-"""Guidance scale and alpha of the operator, whose frontier the forms are compared with."""
+"""Guidance scale and alpha of the operator on the frontier that forms are compared with."""
 
 NAMED_SEED = 4242
-"""Of the people whose attributes are all named in the prompt."""
+"""Seed of the people whose attributes are all named in the prompt."""
 
 
 def conditions() -> dict[str, Any]:
-    """The operator without and with guidance, and the forms, by name."""
+    """Images without guidance, the operator, and the forms, by name."""
 
     def guided(name: str, scale: float, alpha: float, **more: Any) -> Any:
         threshold = more.pop("threshold", THRESHOLD)
@@ -170,7 +170,7 @@ def conditions() -> dict[str, Any]:
 
 
 def named_groups(images: int) -> list[Any]:
-    """Every image a person of its own, balanced, with all attributes in the prompt."""
+    """A group for each image: balanced people with all attributes in the prompt."""
     people = [a for a in sample_avatars(8 * images, NAMED_SEED, "balanced") if not a.character]
     each = {
         style: [a for a in people if a.style == style][: images // len(STYLES)] for style in STYLES
@@ -182,9 +182,9 @@ def named_groups(images: int) -> list[Any]:
 
 
 def by_rarity(scores: Any) -> list[list[int]]:
-    """[images, of them inside the real manifold] by how many of the three values are uncommon.
+    """[images, images inside the real manifold] by the number of uncommon values of three.
 
-    Uncommon: not the value that 80% of the style's training images have.
+    A value is common if 80% of the style's training images have it.
     """
     counts = [[0, 0] for _ in range(len(OPEN_ATTRIBUTES) + 1)]
     for reading, inside in zip(scores.samples.readings, scores.inside.tolist(), strict=True):
@@ -196,7 +196,7 @@ def by_rarity(scores: Any) -> list[list[int]]:
 
 
 def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
-    """Entropy less that of the operator's frontier at the same precision: [estimate, interval]."""
+    """Entropy less that of the operator's frontier at the same precision, with its interval."""
     plan = plan_of(scores.samples)
     (level, levels), (own, own_drawn) = (drawn(scores, m, plan) for m in ("precision", "entropy"))
     points = [[drawn(one, m, plan) for m in ("precision", "entropy")] for one in operator]
