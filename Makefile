@@ -5,11 +5,10 @@
 #   make compile-tables  the same, written there
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
-#   make pictures the pictures of docs/applications.md
-#   make pages    the generated parts of README.md and docs/, from bench/results
+#   make pictures the pictures of docs/            make pages   the generated parts of the pages
 #   make docs     the site of docs/, in site/; any warning is an error
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (demo, pictures, test, bench, candidates), PIP_ARGS, TRITON;
+# Variables: PYTHON (default python3), ARGS (demo, pictures, pages, test, bench, candidates), PIP_ARGS, TRITON;
 # PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
 
 PYTHON ?= python3
@@ -21,8 +20,8 @@ OTHER_TRITON := $(VENV)/triton-$(TRITON)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo pictures test lint format bench compile-check compile-tables candidates other-triton
-.PHONY: pages docs clean
+.PHONY: demo pictures pages test lint format bench compile-check compile-tables candidates other-triton
+.PHONY: docs clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -30,7 +29,10 @@ demo: $(VENV)/installed-demo
 	$(BIN)/negtome-fast demo $(ARGS)
 
 pictures: $(VENV)/installed-demo
-	$(BIN)/python docs/make_pictures.py $(ARGS)
+	$(BIN)/python -m docs.make_pictures $(ARGS)
+
+pages: $(VENV)/installed-all
+	$(BIN)/python -m docs.render $(ARGS)
 
 # One thread in each worker: more would only make the workers wait for each other.
 test: $(VENV)/installed-all
@@ -57,11 +59,7 @@ candidates: $(VENV)/installed-all other-triton
 
 bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)
-	$(BIN)/python -m pytest -q bench/bench_operator.py
-
-pages: $(VENV)/installed-all
-	$(BIN)/python -m bench.readme
-	$(BIN)/python -m bench.evaluation
+	$(BIN)/python -m pytest -q bench/suites/pytest_operator.py
 
 docs: $(VENV)/installed-all
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

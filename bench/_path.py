@@ -1,8 +1,8 @@
 """Makes `negtome_fast.kernels` importable from a checkout that is not installed.
 
-`kernels/` lies beside `negtome_fast/`, and only an installation maps it into the package. Here a
-finder at the end of `sys.meta_path` does the same, so it acts only where nothing is installed.
-Importing this module is enough; pytest does it with `-p bench._path`.
+`kernels/` lies beside `negtome_fast/`, and an installation maps it into the package. Without one, a
+finder at the end of `sys.meta_path` does the same. Importing this module is enough; pytest does it
+with `-p bench._path`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PACKAGE = "negtome_fast.kernels"
 
 
 class _KernelsFinder(importlib.abc.MetaPathFinder):
-    """Finds the package `negtome_fast.kernels` in `ROOT / "kernels"`; its modules follow."""
+    """Finds the package `negtome_fast.kernels` in `ROOT / "kernels"`."""
 
     def find_spec(
         self,

@@ -1,28 +1,28 @@
 """Two commands for a machine with a GPU; `python bench/gpu_suite.py smoke --out DIR` comes first.
 
 smoke, at most 180 seconds:
-kernels     every kind of kernel and dtype against fp64, a process for each kind
-times       the main shapes against the bare matmul, beside what was predicted
+kernels     every kind of kernel and dtype against fp64, each kind in its own process
+times       the main shapes against the bare matmul, beside the predictions
 each        the time of every kernel by itself
-ncu         the profiler's report of the tile kernel, where `ncu` is installed
+ncu         the profiler's report of the tile kernel, if `ncu` is installed
 
 full, at most 450 seconds:
 tune        searches launch configurations for the main shapes: DIR/<arch>.json
 tuned       the shapes of models with that table, against what a user would take instead
 tests       the tests of the kernels, then the others that run on a GPU
-end-to-end  what guidance adds to FLUX.1-dev, SDXL and Wan, where diffusers is installed
+end-to-end  time that guidance adds to FLUX.1-dev, SDXL and Wan, if diffusers is installed
 coarse      int8 bounds and exact scores against tiles, and the columns in question a row
 growth      tokens, batch and channels
-sanitizer   a small run of every kernel under compute-sanitizer, where that is installed
-compiled    the main shapes against what `torch.compile` makes of the rivals
+sanitizer   a small run of every kernel under compute-sanitizer, if that is installed
+compiled    the main shapes against the rivals under `torch.compile`
 
-Every stage stands alone (`--stages`) and has its share of the limit and what earlier ones left. A
-kind of kernel that fails is named and left out of what follows. After each stage
-`DIR/smoke.json` or `DIR/full.json` is replaced by one that holds all there is, `cut_short` says
-that time ran out, and `DIR/smoke.log` or `DIR/full.log` holds all outputs. As
-`bench/results/gpu.json` the second fills the README's tables. Needs torch, triton and numpy, for
-the tests pytest, and no installation of the project. `--rehearse` goes through the same stages on
-a CPU, with Triton's interpreter and tiny sizes.
+Every stage can run alone (`--stages`). It has its share of the limit, and the time that earlier
+stages left. A kind of kernel that fails is named and left out of later stages. After each stage
+`DIR/smoke.json` or `DIR/full.json` is replaced and holds all results so far; `cut_short` in it says
+that time ran out. `DIR/smoke.log` or `DIR/full.log` holds all outputs. To show `full.json` in the
+tables of the docs, copy it to `bench/results/gpu.json` and run `make pages`. The suite needs torch,
+triton and numpy, pytest for the tests, and no installation of the project. `--rehearse` goes
+through the same stages on a CPU, with Triton's interpreter and tiny sizes.
 
 Exit code: 0 nothing failed, 1 something did, 2 no GPU or bad input.
 """
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def refusal(rehearse: bool) -> str | None:
-    """Why the suite cannot run here; None where it can."""
+    """Reason why the suite cannot run here, or None."""
     if not importlib.util.find_spec("torch"):
         return "torch is not installed here"
     import torch
@@ -72,7 +72,7 @@ def refusal(rehearse: bool) -> str | None:
 
 
 def interpreter_refusal() -> str | None:
-    """Triton's interpreter before 3.7 fails with numpy 2.5 and later."""
+    """Reason for no rehearsal, or None: Triton's interpreter before 3.7 fails with numpy 2.5."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -86,7 +86,7 @@ def interpreter_refusal() -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See the module's docstring."""
+    """Run the suite; the module's docstring tells the exit codes."""
     arguments = build_parser().parse_args(argv)
     reason = refusal(arguments.rehearse)
     if reason:
@@ -116,17 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(
     call: str, stages: dict[str, Any], names: Sequence[str], out: Path, limit: float, rehearse: bool
 ) -> int:
-    """Runs the stages; prints the summary last. 1 where one failed."""
-    from bench import machine
-    from bench.gpu.processes import Log, Setting
+    """Run the stages and print the summary; return 1 if a stage failed."""
+    from bench.gpu.processes import Log, SuiteRun
     from bench.gpu.suite import final_lines, run_stages
     from bench.results import SCHEMA
+    from negtome_fast import provenance
 
-    results: dict[str, Any] = {"schema": SCHEMA, "call": call, **machine.describe()}
+    results: dict[str, Any] = {"schema": SCHEMA, "call": call, **provenance.describe()}
     results |= {"rehearsal": rehearse, "limit_seconds": limit, "cut_short": False, "stages": {}}
     path = out / f"{call}.json"
     with tempfile.TemporaryDirectory() as work:
-        setting = Setting(out, Path(work), rehearse, Log(out / f"{call}.log"))
+        setting = SuiteRun(out, Path(work), rehearse, Log(out / f"{call}.log"))
         run_stages(stages, names, setting, limit, results, path)
     print("\n".join(final_lines(results)))
     print(f"written to {path}" + (", cut short" if results["cut_short"] else ""))

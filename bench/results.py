@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, and read with an error that says what is wrong."""
+"""Files of results in bench/results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ FOLDER = ROOT / "bench" / "results"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the file at once, so that a run that is killed leaves the last whole one."""
+    """Replace the file at once, so that a run that is killed leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result of `python -m bench`, of its end-to-end part or of the GPU suite.
+    """Read a result of `python -m bench` or of the GPU suite.
 
     Raises:
-        ValueError: another file. OSError: none that can be read.
+        ValueError: the file is something else.
+        OSError: the file cannot be read.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +38,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def micro(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The part that `python -m bench` wrote: the file itself, or a stage of the GPU suite."""
+    """The operator's benchmark: the result itself, or the stages of the GPU suite together."""
     if "cases" in result:
         return result
     found = [
@@ -52,7 +53,7 @@ def micro(result: dict[str, Any]) -> dict[str, Any] | None:
         before = latest.get(case_key(case), {})
         if "times" not in case and "times" in before:
             continue
-        # A later stage may measure a shape again, tuned or against others: its word counts.
+        # A later stage may measure a shape again, tuned or against other rivals: the later counts.
         merged = before | case
         for what in ("times", "extra_bytes"):
             if what in before:
@@ -73,7 +74,7 @@ def end_to_end(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def case_key(case: dict[str, Any]) -> tuple[str, str]:
-    """What identifies a case in two files: its shape and dtype."""
+    """Shape and dtype, which identify a case in two files."""
     return case["shape"], case["dtype"]
 
 

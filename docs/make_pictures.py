@@ -1,8 +1,9 @@
-"""`python docs/make_pictures.py [NAME ...]`: the pictures and figures of docs/applications.md.
+"""`python -m docs.make_pictures [NAME ...]`: the pictures that the pages of docs/ show.
 
-Runs the commands that the page shows, on the embedded model, copies their sheets to docs/pictures/
-and writes what the attribute reader sees between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
-With --check nothing is made: exits with 1 where the page's commands are not those of this file.
+Runs the commands that the pages show, on the embedded model, and copies their sheets to
+docs/pictures/. What the attribute reader sees goes to bench/results/pictures.json, and what the
+nudging demonstration did to bench/results/eval/nudging-demo.json; then `make pages` writes both
+into the pages.
 """
 
 from __future__ import annotations
@@ -10,45 +11,50 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import re
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "applications.md"
-PICTURES = DOCS / "pictures"
+from bench import results
+from bench._path import ROOT
+
+PICTURES = ROOT / "docs" / "pictures"
+RECORD = results.FOLDER / "pictures.json"
+DEMONSTRATION = "nudging-demo"
 
 Reading = dict[str, str]
+Measure = Callable[[list[Reading], list[np.ndarray]], float]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of the page.
+    """A picture of docs/applications.md.
 
     Attributes:
-        commands: of `negtome-fast`; the last one makes the sheet, in output/NAME.
+        commands: `negtome-fast` with these words; the last one makes the sheet, in output/NAME.
         measure: (readings, images (H, W, 3) in [0, 1]) -> figure.
-        says: what the figure is, with its unit.
-        lower: whether guidance should make it smaller.
+        says: name of the figure, with its unit.
+        lower: True if guidance should make the figure smaller.
     """
 
     commands: tuple[str, ...]
-    measure: Callable[[list[Reading], list[np.ndarray]], float]
+    measure: Measure
     says: str
     lower: bool
 
 
-def share(head: str, value: str) -> Callable[[list[Reading], list[np.ndarray]], float]:
+def share(head: str, value: str) -> Measure:
+    """Measure the share of images whose attribute `head` reads `value`."""
+
     def measure(readings: list[Reading], images: list[np.ndarray]) -> float:
         return sum(reading[head] == value for reading in readings) / len(readings)
 
@@ -56,6 +62,7 @@ def share(head: str, value: str) -> Callable[[list[Reading], list[np.ndarray]], 
 
 
 def diversity(readings: list[Reading], images: list[np.ndarray]) -> float:
+    """Entropy of the open attributes, in nats."""
     from negtome_fast.studies.measures import attribute_entropy
 
     return attribute_entropy(readings)
@@ -120,20 +127,13 @@ EXAMPLES: dict[str, Example] = {
 
 
 def commands(name: str) -> list[str]:
-    """As the page shows them: the last one writes to output/NAME."""
+    """Commands of an example as its page shows them: the last one writes to output/NAME."""
     *before, last = EXAMPLES[name].commands
     return [f"negtome-fast {command}" for command in (*before, f"{last} --output output/{name}")]
 
 
-def shell(name: str) -> str:
-    """The commands as a block of markdown, with long lines broken."""
-    lines = [re.sub(r" (--(?:reference|output|compare)\b)", r" \\\n    \1", c, count=1)
-             if len(c) > 90 else c for c in commands(name)]  # fmt: skip
-    return "```bash\n" + "\n".join(lines) + "\n```"
-
-
-def make(name: str) -> str:
-    """Runs an example and returns its part of the page."""
+def make(name: str) -> dict[str, Any]:
+    """Run an example, keep its sheet, and return its entry of the record."""
     from negtome_fast.cli import main
 
     for command in commands(name):
@@ -144,22 +144,21 @@ def make(name: str) -> str:
     PICTURES.mkdir(exist_ok=True)
     shutil.copy(folder / "sheet.png", PICTURES / f"{name}.png")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    plain, guided = (figure(name, folder, kind) for kind in ("plain", "guided"))
     example = EXAMPLES[name]
-    gained = plain - guided if example.lower else guided - plain
-    words = (
-        "the intended direction" if gained > 0 else "no change" if gained == 0 else "the other way"
-    )
-    pushed = np.mean([summary["total"]["pushed"] for summary in record["summaries"]])
-    return (
-        f"{shell(name)}\n\n![{name}](pictures/{name}.png)\n\n"
-        f"Measured on these {record['settings']['images']} images: {example.says}: "
-        f"{plain:.2f} without guidance, {guided:.2f} with it ({words}); {pushed:.0%} of the tokens "
-        "in the window were pushed."
-    )
+    pushed = [summary["total"]["pushed"] for summary in record["summaries"]]
+    return {
+        "commands": commands(name),
+        "measure": example.says,
+        "lower_is_meant": example.lower,
+        "images": record["settings"]["images"],
+        "plain": figure(name, folder, "plain"),
+        "guided": figure(name, folder, "guided"),
+        "pushed": float(np.mean(pushed)),
+    }
 
 
 def figure(name: str, folder: Path, kind: str) -> float:
+    """Measure the images of an example; `kind` is "plain" or "guided"."""
     from negtome_fast.models.reader import load_reader
 
     files = sorted(folder.glob(f"{kind}-*.png"))
@@ -168,51 +167,45 @@ def figure(name: str, folder: Path, kind: str) -> float:
     return EXAMPLES[name].measure(load_reader()[0].read(batch), images)
 
 
-def replaced(page: str, name: str, body: str) -> str:
-    pattern = rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)"
-    if not re.search(pattern, page, re.DOTALL):
-        raise SystemExit(f"{PAGE.name} has no place for {name}")
-    return re.sub(pattern, lambda found: f"{found[1]}{body}\n{found[2]}", page, flags=re.DOTALL)
+def demonstrate() -> None:
+    """Run `negtome-fast nudge`; keep its sheet, and as much of its record as the page shows."""
+    from negtome_fast.cli import main
 
-
-def problems(page: str) -> list[str]:
-    """What of the page is not this file's: commands and pictures."""
-    found = [f"{name}: its commands" for name in EXAMPLES if shell(name) not in page]
-    found += [
-        f"{name}: its picture" for name in EXAMPLES if not (PICTURES / f"{name}.png").is_file()
+    if main(["nudge", "--quiet", "--overwrite", "--output", "output"]) == 2:
+        raise SystemExit("negtome-fast nudge failed")
+    shutil.copy("output/sheet.png", PICTURES / f"{DEMONSTRATION}.png")
+    record = json.loads(Path("output/run.json").read_text(encoding="utf-8"))
+    prompts = [
+        {
+            "prompt": one["prompt"],
+            "flagged_before": one["flagged_before"],
+            "flagged_after": one["flagged_after"],
+            "attempts": [len(rows) for rows in one["attempts"]],
+        }
+        for one in record["prompts"]
     ]
-    return found
-
-
-@contextlib.contextmanager
-def inside(folder: str) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+    kept = {"filters": record["filters"], "versions": record["versions"], "prompts": prompts}
+    results.save(results.FOLDER / "eval" / f"{DEMONSTRATION}.json", kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python docs/make_pictures.py", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXAMPLES))
-    parser.add_argument("--check", action="store_true", help="make nothing")
+    """Make the named pictures, default all of them, and return 0."""
+    names = (*EXAMPLES, DEMONSTRATION)
+    parser = argparse.ArgumentParser(prog="python -m docs.make_pictures", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     options = parser.parse_args(argv)
-    unknown = set(options.names) - EXAMPLES.keys()
+    unknown = set(options.names) - set(names)
     if unknown:
-        parser.error(f"no example {', '.join(sorted(unknown))}; there are {', '.join(EXAMPLES)}")
-    if options.check:
-        wrong = problems(PAGE.read_text(encoding="utf-8"))
-        for line in wrong:
-            print(f"{PAGE.name}: {line}: run make pictures", file=sys.stderr)
-        return int(bool(wrong))
-    for name in options.names or EXAMPLES:
-        with tempfile.TemporaryDirectory() as folder, inside(folder):
-            body = make(name)
-        page = replaced(PAGE.read_text(encoding="utf-8"), name, body)
-        PAGE.write_text(page, encoding="utf-8")
-        print(body.split("\n\n")[-1], flush=True)
+        parser.error(f"no picture {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    for name in options.names or names:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            if name == DEMONSTRATION:
+                demonstrate()
+                continue
+            made = make(name)
+        record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+        results.save(RECORD, record | {name: made})
+        print(f"{name}: {made['plain']:.2f} -> {made['guided']:.2f}", flush=True)
     return 0
 
 

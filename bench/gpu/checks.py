@@ -1,6 +1,6 @@
 """Checks of one kind of kernel: right by the fp64 oracle, in place, repeated, in a CUDA graph.
 
-The oracle is that of the tests; docs say when two tokens are equally good.
+The oracle is the one of the tests, `tests/helpers/oracle.py`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import correctness
 from .._path import ROOT
-from ..shapes import parse_shape, random_tokens
+from ..compared.shapes import parse_shape, random_tokens
+from ..timing import correctness
 from .launches import POINTERS, WAYS, launching
 from .poison import poisoned
 
-#: Shapes that no tile divides, with references in one group and in two.
 SHAPES = {"cuda": ("4x257x320/2", "3x200x96"), "cpu": ("4x13x20/2",)}
-#: A shape of a model, in which programs take several tiles.
+"""Device -> shapes that no tile divides, with one group and with two."""
 LARGE = {"cuda": ("4x2304x3072", "8x1024x1280/2"), "cpu": ("2x17x20",)}
+"""Device -> shapes of models, in which a program takes several tiles."""
 REPETITIONS = {"cuda": 20, "cpu": 2}
-#: The dtype of the models first; a rehearsal has no time for others.
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.bfloat16,)}
+"""Device -> dtypes; a rehearsal has time for one."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a kind: all that it returns, and what is wrong with that.
+    """One call of a kind, with its check.
 
-    `verify` raises where the results of `call` are wrong; `in_place` gives the first of them,
-    written into its argument.
+    Attributes:
+        name: mode, shape and dtype.
+        x: the tokens.
+        call: the results for some tokens.
+        verify: raises if the results of `call` are wrong.
+        in_place: writes the first result into its argument and returns it.
     """
 
     name: str
@@ -58,7 +62,7 @@ def oracle() -> Any:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """For comparisons in which NaN equals NaN and 0 differs from -0."""
+    """The bits of a tensor as integers: NaN equals NaN, and 0 differs from -0."""
     wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(wide)
 
@@ -106,9 +110,9 @@ def _scale(x: Tensor, name: str) -> Work:
     from negtome_fast.pairing import Pairing
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
-        # Beyond the tokens there is room that says so, to whole blocks.
+        # Places after the last token, up to a whole block, are marked as negative.
         scale = column_scales(Call(x, x, Pairing("others", len(x))))
-        assert bool((scale[:, x.shape[1] :] < 0).all()), "room that looks like tokens"
+        assert bool((scale[:, x.shape[1] :] < 0).all()), "a place without a token has a scale"
         return (scale[:, : x.shape[1]],)
 
     def verify(x: Tensor, results: tuple[Tensor, ...]) -> None:
@@ -159,7 +163,7 @@ def works(kind: str, dtype: torch.dtype, device: str) -> Iterator[Work]:
         shape = parse_shape(text)
         x = random_tokens(shape, dtype, device)
         groups = {"groups": shape.groups}
-        # A masked reference and sources that may not move, in a pattern that no tile divides.
+        # Masks of reference and sources have patterns that no tile divides.
         some = torch.arange(shape.tokens, device=device)
         masks = {"reference_mask": some % 5 > 0, "source_mask": some % 3 > 0}
         name = f"{text}, {str(dtype).removeprefix('torch.')}"
@@ -186,7 +190,7 @@ def works(kind: str, dtype: torch.dtype, device: str) -> Iterator[Work]:
 
 
 def way(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """The launches that a kind is checked in."""
+    """Context in which the launches are of one kind."""
     if kind in ("fused", "coarse"):
         return launching(kind)
     if kind.startswith(("tiles", "pairs")):
@@ -224,7 +228,7 @@ def _in_place(work: Work) -> None:
 
 
 def _graph(work: Work) -> None:
-    """The graph computes from what lies in its input when it is replayed."""
+    """Check that a replayed graph computes from the current content of its input."""
     x = work.x.clone()
     second = work.x.flip(1).contiguous()
     expected = work.call(second)
@@ -247,7 +251,7 @@ def _large(kind: str, text: str, dtype: torch.dtype, device: str) -> None:
     others = ",others" if kind.startswith("pairs") else ""
     shape = parse_shape(text + others)
     with poisoned():
-        # Only the kind in question: `match_tokens` is always by tiles.
+        # `match_tokens` always launches tiles, so other kinds must not call it.
         x = random_tokens(shape, dtype, device)
         correctness.check(shape, x, matches=kind.startswith("tiles"))
 
@@ -255,19 +259,18 @@ def _large(kind: str, text: str, dtype: torch.dtype, device: str) -> None:
 def checks(kind: str, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Name and call of every check of a kind.
 
-    All calls in the dtype of the models, one in each of the others: most of the time is the
-    compiler's.
+    All calls run in bfloat16, and one in each other dtype, since compiling takes most of the time.
     """
     for dtype in DTYPES[device]:
         if kind.endswith(("descriptors", "flattened")) and dtype == torch.float32:
-            continue  # no table asks for them there
+            continue  # no tuning table has them in fp32
         every = None if dtype == torch.bfloat16 else 1
         for work in itertools.islice(works(kind, dtype, device), every):
             yield f"right, {work.name}", partial(_right, work)
             yield f"same bits, {work.name}", partial(_same_bits, work)
             if work.in_place:
                 yield f"in place, {work.name}", partial(_in_place, work)
-            # Nudging reads its reasons on the host, which no capture allows.
+            # The host reads why nudging stopped, which a capture does not allow.
             if device == "cuda" and kind != "nudge":
                 yield f"graph, {work.name}", partial(_graph, work)
         if kind == "fused" or kind.startswith(("tiles", "pairs")):

@@ -1,8 +1,8 @@
 """`python -m bench.gpu.each DEVICE FILE SHAPE[=KIND,KIND]...`: the time of every kernel by itself.
 
-By torch's profiler; where that does not see the device, by events around each launch of a Triton
-kernel. Medians over some calls on rotating inputs, in microseconds. `=KIND,...` names kinds that
-failed.
+Torch's profiler takes the times. If it does not see the device, events around each launch of a
+Triton kernel do. Times are medians over some calls on rotating inputs, in microseconds. `=KIND,...`
+names kinds that failed.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..candidates import CANDIDATES, OURS
-from ..measure import rotating_inputs
+from ..compared.candidates import CANDIDATES, OURS
+from ..compared.shapes import parse_shape
 from ..results import save
-from ..shapes import parse_shape
+from ..timing.measure import rotating_inputs
 from .launches import choice, launching
 
 CALLS = 8
 
 
 def by_profiler(call: Callable[[], None], on_gpu: bool) -> list[dict[str, Any]]:
-    """Kernels in the order of their time: name, launches, and microseconds of one launch.
+    """Kernels by their time: name, launches, and microseconds of one launch.
 
-    On a CPU the operators of torch take the kernels' place, so that a rehearsal runs this too.
+    On a CPU the operators of torch take their place, so that a rehearsal runs this too.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -48,7 +47,7 @@ def by_profiler(call: Callable[[], None], on_gpu: bool) -> list[dict[str, Any]]:
 
 
 def by_events(call: Callable[[], None]) -> list[dict[str, Any]]:
-    """The same of Triton's kernels alone, from events that Triton's hooks record."""
+    """`by_profiler` for Triton's kernels alone, from events that Triton's hooks record."""
     import triton
 
     hooks = triton.knobs.runtime
@@ -89,7 +88,7 @@ def _rows(taken: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def measure_one(text: str, broken: Sequence[str], device: str) -> dict[str, Any]:
-    """The kernels of one shape, by the first method that sees any; or why there are none."""
+    """The kernels of one shape by the first method that sees any, or the reason for none."""
     shape = parse_shape(text)
     way = choice(shape, broken)
     case: dict[str, Any] = {"shape": text, "dtype": "bfloat16", "calls": CALLS}
@@ -100,7 +99,7 @@ def measure_one(text: str, broken: Sequence[str], device: str) -> dict[str, Any]
 
     def call() -> None:
         for number in range(CALLS):
-            function(_turn(inputs, number))
+            function(inputs[number % len(inputs)])
 
     methods: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "profiler": lambda: by_profiler(call, device == "cuda")
@@ -122,12 +121,8 @@ def measure_one(text: str, broken: Sequence[str], device: str) -> dict[str, Any]
     return case | {"failed": 1, "error": "no method saw a kernel", "methods_failed": failed}
 
 
-def _turn(inputs: Sequence[Tensor], number: int) -> Tensor:
-    return inputs[number % len(inputs)]
-
-
 def main(argv: Sequence[str]) -> int:
-    """0, or 1 where a shape could not be measured."""
+    """Return 0, or 1 if a shape could not be measured."""
     device, path, *shapes = argv
     result: dict[str, Any] = {"kernels_of": []}
     for entry in shapes:

@@ -1,4 +1,4 @@
-"""The stages of `full`: tune, benchmark what was tuned, run the tests, and what else takes long."""
+"""The stages of `full`: tuning, benchmarks with the new table, tests, and all that takes long."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import plan, rivals
 from .._path import ROOT
-from .processes import Setting, read_json, run
+from ..compared import rivals
+from ..suites import plan
+from .processes import SuiteRun, read_json, run
 from .smoke import ON_TRITON, benchmark, compiled_first, find_tool, module
 from .suite import Stage
 
-#: Processes that test at the same time, where pytest-xdist is there: most time goes to compiling.
 MOST_WORKERS = 14
-#: Of one test; most are done in seconds, the slowest compile for half a minute.
+"""Most processes of pytest-xdist; compiling takes most of the time."""
 TEST_SECONDS = 120
-#: The tests of the kernels, then others that run on a GPU; those that are missing are left out.
+"""Limit of a test; most take seconds, the slowest compile for half a minute."""
 KERNEL_TESTS = (
     "operator/test_on_device.py",
     "operator/test_triton_kernels.py",
@@ -40,8 +40,8 @@ OTHER_TESTS = (
     "integrations/test_export.py",
 )
 REHEARSED_TESTS = ("operator/test_on_device.py",)
-#: A few of them, so that a rehearsal stays short.
 REHEARSED_CHOICE = "test_in_place_gives_the_same_bits and first"
+"""Selection of tests that keeps a rehearsal short."""
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -49,7 +49,7 @@ SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
 def architecture() -> str:
-    """As the tuning tables are named: `sm_90`, `gfx942`."""
+    """Name of the GPU's architecture in the tuning tables, such as `sm_90`, `gfx942`."""
     import torch
 
     if torch.version.hip:
@@ -58,18 +58,16 @@ def architecture() -> str:
     return f"sm_{major}{minor}"
 
 
-def run_tune(setting: Setting, seconds: float) -> dict[str, Any]:
-    """`negtome-fast tune`; later stages find its table by the environment."""
+def run_tune(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Run `negtome-fast tune`; later stages find its table by the environment."""
     if setting.rehearse:
         options = ["--dry-run", "--quick", "--shapes", "8x1024x1280/2"]
         table = setting.out / "none.json"
     else:
         table = setting.out / f"{architecture()}.json"
         options = ["--seconds", str(seconds * 0.85), "--out", str(table)]
-    program = (
-        "import sys, bench; from negtome_fast import tune; from negtome_fast.cli import main; "
-    )
-    # One candidate of each kernel is enough to go through it all.
+    program = "import sys, bench; from negtome_fast.cli import main, tune; "
+    # In a rehearsal one candidate of each kernel is enough.
     program += "tune.QUICK = 1; " if setting.rehearse else ""
     program += "sys.exit(main(sys.argv[1:]))"
     stage = run("tune", [sys.executable, "-c", program, "tune", *options], setting, seconds)
@@ -80,7 +78,7 @@ def run_tune(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def installed_rivals() -> tuple[list[str], dict[str, str]]:
-    """The rivals of other packages that are here, and why the others are not."""
+    """Rivals whose packages are installed, and the reason for each missing package."""
     found, missing = [], {}
     for package in rivals.ASSIGNMENTS:
         if importlib.util.find_spec(package.replace("-", "_")):
@@ -93,11 +91,11 @@ def installed_rivals() -> tuple[list[str], dict[str, str]]:
 def _bench(
     name: str,
     options: Sequence[str],
-    setting: Setting,
+    setting: SuiteRun,
     seconds: float,
     case_limit: float | None = 60.0,
 ) -> dict[str, Any]:
-    """`python -m bench run`, of a small shape in a rehearsal."""
+    """`smoke.benchmark`, with a small shape in a rehearsal."""
     if setting.rehearse:
         options = [*options, "--shape", "3x64x32", "--no-memory"]
         options += [] if "--against" in options else ["--against", "authors"]
@@ -105,8 +103,8 @@ def _bench(
     return benchmark(name, options, setting, seconds, case_limit)
 
 
-def run_tuned(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The shapes of models against what a user would take instead."""
+def run_tuned(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Time the shapes of models against the rivals that a user would take instead."""
     found, missing = installed_rivals()
     if not setting.rehearse:
         shapes = [str(entry.shape) for entry in plan.GPU if entry.series == "shapes"]
@@ -117,8 +115,8 @@ def run_tuned(setting: Setting, seconds: float) -> dict[str, Any]:
     return _bench("tuned", options, setting, seconds) | {"rivals_skipped": missing}
 
 
-def run_compiled(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The main shapes against `torch.compile` of the rivals, whose compiling takes minutes."""
+def run_compiled(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Time the main shapes against compiled rivals, whose compiling takes minutes."""
     spent = "0.05" if setting.rehearse else "1"
     options = ["--seconds", spent, "--no-memory", "--against"]
     compiled = ["authors-compiled", "split-compiled", "matmul-into"]
@@ -126,26 +124,26 @@ def run_compiled(setting: Setting, seconds: float) -> dict[str, Any]:
     if not setting.rehearse:
         for text in ("4x4096x3072", "8x1024x1280/2", "8x4096x640/2"):
             options += ["--shape", text]
-    # The compiler may take a minute for a shape, which is no kernel that hangs.
+    # The compiler may take a minute for a shape, so there is no limit for a hanging kernel.
     return _bench("compiled", options, setting, seconds, case_limit=None)
 
 
-def run_coarse(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Kind "coarse" against tiles at long sequences, and how many columns a row it leaves."""
+def run_coarse(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Time kind "coarse" against tiles, and count the columns that it leaves in question."""
     path = setting.work / "coarse.json"
-    command = module("coarse_columns", "--out", str(path))
+    command = module("__main__", "coarse-columns", "--out", str(path))
     command += ["--seconds", "0.05" if setting.rehearse else "2"]
     stage = run("coarse", command, setting, seconds, ON_TRITON)
     return stage | {"result": read_json(path) or {}}
 
 
-def run_growth(setting: Setting, seconds: float) -> dict[str, Any]:
+def run_growth(setting: SuiteRun, seconds: float) -> dict[str, Any]:
     spent = "0.05" if setting.rehearse else "0.5"
     options = ["--series", "tokens", "batch", "channels", "--seconds", spent]
     return _bench("growth", options, setting, seconds)
 
 
-def run_end_to_end(setting: Setting, seconds: float) -> dict[str, Any]:
+def run_end_to_end(setting: SuiteRun, seconds: float) -> dict[str, Any]:
     if not importlib.util.find_spec("diffusers"):
         return {"skipped": "diffusers is not installed"}
     path = setting.work / "end-to-end.json"
@@ -158,9 +156,9 @@ def run_end_to_end(setting: Setting, seconds: float) -> dict[str, Any]:
     return stage | {"result": read_json(path) or {}}
 
 
-def run_sanitizer(setting: Setting, seconds: float) -> dict[str, Any]:
-    """memcheck on a small run; in a rehearsal the small run alone."""
-    command = module("small_run", setting.device)
+def run_sanitizer(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Run memcheck on a small run; a rehearsal has the small run alone."""
+    command = module("gpu.small_run", setting.device)
     if not setting.rehearse:
         tool = find_tool(SANITIZERS)
         if tool is None:
@@ -174,10 +172,10 @@ def run_sanitizer(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def read_outcomes(path: Path) -> dict[str, Any]:
-    """Counts, and why each test failed, from what `bench.pytest_outcomes` wrote.
+    """Counts of outcomes, and the reason of each failed test, from `bench.gpu.pytest_outcomes`.
 
-    Also of a run that was cut short. A failed test stays one: a worker that ends after a device
-    fault is reported once more, without the reason.
+    A run that was cut short has outcomes too. The first failure of a test counts: after a device
+    fault xdist reports the test again, without the reason.
     """
     outcomes: dict[str, str] = {}
     failures: dict[str, str] = {}
@@ -186,7 +184,7 @@ def read_outcomes(path: Path) -> dict[str, Any]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            # The last line of a run that was cut short may be half of one.
+            # A run that was cut short may end in half a line.
             continue
         if entry["outcome"] == "failed":
             failures.setdefault(entry["test"], entry["why"])
@@ -200,10 +198,10 @@ def read_outcomes(path: Path) -> dict[str, Any]:
 
 
 def pytest_passes(files: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Name and arguments of the runs of pytest, those of the kernels first.
+    """Name -> arguments of each run of pytest, the tests of the kernels first.
 
-    In parallel where pytest-xdist is installed, which replaces a worker that dies; otherwise each
-    file has a process of its own.
+    With pytest-xdist the tests run in parallel, and a worker that dies is replaced. Without it each
+    file has its own process.
     """
     if importlib.util.find_spec("xdist"):
         workers = max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
@@ -213,8 +211,8 @@ def pytest_passes(files: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     return {Path(file).stem: [file] for some in files for file in some}
 
 
-def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The tests that exist, with the kernels' backend alone."""
+def run_tests(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Run the tests on the Triton backend alone."""
     chosen = (REHEARSED_TESTS, ()) if setting.rehearse else (KERNEL_TESTS, OTHER_TESTS)
     files = [
         [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()] for names in chosen
@@ -222,11 +220,11 @@ def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
     if not any(files):
         return {"failed": 1, "error": "there are no tests in this checkout"}
     outcomes = setting.work / "tests.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command += ["-k", REHEARSED_CHOICE] if setting.rehearse else []
     if importlib.util.find_spec("pytest_timeout"):
-        # A kernel that hangs cannot be interrupted; by this method the worker ends.
+        # A kernel that hangs cannot be interrupted; this method ends the worker.
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes), "OMP_NUM_THREADS": "1"}
     environment["NEGTOME_FAST_TEST_BACKENDS"] = "triton"
@@ -235,7 +233,7 @@ def run_tests(setting: Setting, seconds: float) -> dict[str, Any]:
     log: list[str] = []
     for name, options in pytest_passes(files).items():
         left = seconds - (time.monotonic() - started)
-        # Without time to start, a run counts as one that was ended.
+        # A run that had no time to start counts as cut short.
         codes[name] = None
         if left > 1.0:
             stage = run(f"tests {name}", [*command, *options], setting, left, environment)

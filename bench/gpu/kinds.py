@@ -1,7 +1,7 @@
 """`python -m bench.gpu.kinds DEVICE FOLDER KIND...`: checks kinds of kernels, in this process.
 
-`FOLDER/<kind>.json` is replaced before and after each check, so that it also tells what was
-running when the process died. Exit code: 0 all right, 1 a check failed, 3 the device was lost.
+`FOLDER/<kind>.json` is replaced before and after each check, so that it names the check in which
+the process died. Exit code: 0 all right, 1 a check failed, 3 the device was lost.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..results import save
 from .checks import checks, way
 from .launches import KINDS
 
-#: A check takes seconds, most of it the compiler's; a kernel that hangs would take for ever.
 CHECK_SECONDS = {"cuda": 45.0, "cpu": 900.0}
+"""Device -> seconds after which a check ends the process: its kernel hangs."""
 
 
 def lost(device: str) -> str | None:
-    """Why this process cannot use the device any more; None where it can."""
+    """Reason why this process cannot use the device any more, or None."""
     if device != "cuda":
         return None
     try:
@@ -36,7 +36,7 @@ def lost(device: str) -> str | None:
 
 
 def checked(name: str, check: Callable[[], None], seconds: float) -> dict[str, Any]:
-    """Runs one check, at most so many seconds; the traceback of what it raises is kept whole."""
+    """Run one check for at most `seconds`, and keep the whole traceback of an error."""
     started = time.perf_counter()
     found: dict[str, Any] = {"check": name, "passed": True}
     faulthandler.dump_traceback_later(seconds, exit=True)
@@ -53,7 +53,7 @@ def checked(name: str, check: Callable[[], None], seconds: float) -> dict[str, A
 
 
 def check_kind(kind: str, device: str, path: Path) -> int:
-    """Writes the results of all checks of a kind; the exit code."""
+    """Write the results of all checks of a kind, and return the exit code."""
     result: dict[str, Any] = {"kind": kind, "complete": False, "checks": [], "running": "start"}
     save(path, result)
     with way(kind):
@@ -77,7 +77,7 @@ def file_of(kind: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """See the module's docstring; the worst exit code of the kinds."""
+    """Check kinds and return the worst of their exit codes."""
     device, folder, *names = argv
     unknown = [name for name in names if name not in KINDS]
     if unknown:

@@ -1,6 +1,6 @@
-"""Kinds of launches by name, and how to launch without those that failed.
+"""Kinds of launches by name, and launches that avoid the kinds that failed.
 
-A kind is a kernel, and for the tile kernel a way to read tokens, to loop, or to push beside it.
+A kind is a kernel; the tile kernel has a kind for each way to read tokens, to loop, and to push.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..shapes import Shape
+from ..compared.shapes import Shape
 
 KINDS = (
     "scale",
@@ -26,20 +26,20 @@ KINDS = (
     "coarse",
     "nudge",
 )
-#: What each way of the tile kernel asks of its configuration.
 POINTERS = {"DESCRIPTORS": 0, "FLATTEN": 0, "OVERLAP": 0}
 WAYS: dict[str, dict[str, int]] = {
     "by descriptors": {**POINTERS, "DESCRIPTORS": 1},
     "flattened": {**POINTERS, "DESCRIPTORS": 1, "FLATTEN": 1},
     "overlapped": {**POINTERS, "OVERLAP": 1},
 }
+"""Way of the tile kernel -> fields of its configuration."""
 
 
 @contextmanager
 def launching(kind: str | None, fields: Mapping[str, int] | None = None) -> Iterator[None]:
-    """Inside, paper matching is launched as `kind`, tiles with other `fields` of their Config.
+    """Launch paper matching as `kind`, and tiles with other `fields` of their Config.
 
-    kind: "fused", "tiles" or "coarse"; None leaves the choice to the tuning table.
+    `kind` is a kind of `tuning.Plan`; None leaves the choice to the tuning table.
     """
     from negtome_fast.kernels import tuning
 
@@ -59,9 +59,9 @@ def launching(kind: str | None, fields: Mapping[str, int] | None = None) -> Iter
 
 
 def choice(shape: Shape, broken: Collection[str]) -> tuple[str | None, dict[str, int]] | str:
-    """Arguments of `launching` for a shape that avoid the `broken` kinds, or why there are none.
+    """Arguments of `launching` that avoid the `broken` kinds, or the reason why there are none.
 
-    (None, {}), the tuning table's own choice, where nothing that it may need is broken.
+    They are (None, {}), the choice of the tuning table, if nothing that it may need is broken.
     """
     if "scale" in broken:
         return "scale failed, which everything needs"

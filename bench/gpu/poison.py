@@ -1,4 +1,4 @@
-"""Memory that starts as NaN, so that a value that a kernel never writes shows."""
+"""New memory that starts as NaN, so that a value that no kernel writes is seen."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-#: Where freshly allocated, uninitialised tensors come from.
 _SOURCES = ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like"))
+"""Functions that return uninitialised tensors."""
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, every new tensor that torch leaves uninitialised holds NaN, or 77 in integers."""
+    """Fill every tensor that torch leaves uninitialised with NaN, or 77 for integers."""
     originals = [getattr(owner, name) for owner, name in _SOURCES]
 
     def poisoning(original: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Processes of the suite: each with a limit and a process group of its own, one log for all.
+"""Processes of the suite: each has a time limit and a process group, and all share one log.
 
-A kernel that hangs or faults ends the process that launched it, and nothing else.
+A kernel that hangs or faults ends only the process that launched it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from .._path import ROOT
 
-#: The log stops growing here, so that it can be sent as one file of at most 16 MiB.
 MOST_LOG_BYTES = 12 * 2**20
-#: Lines of a log that are also printed.
+"""Size at which the log stops growing, so that it can be sent as one file of at most 16 MiB."""
 PRINTED_LINES = 15
+"""Last lines of a log that are also printed."""
 
 
 class Log:
-    """Whole outputs of all processes, one after another, in one file."""
+    """The whole outputs of all processes in one file, one after another."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Log:
         path.unlink(missing_ok=True)
 
     def add(self, heading: str, text: str) -> None:
-        """Appends; of what does not fit, the beginning and the end are kept."""
+        """Append a text; if it does not fit, keep its beginning and its end."""
         with self._lock:
             used = self.path.stat().st_size if self.path.exists() else 0
             room = max(MOST_LOG_BYTES - used, 4096)
@@ -47,10 +47,16 @@ class Log:
 
 
 @dataclass
-class Setting:
-    """One run of the suite: results and logs go to `out`, what is not kept to `work`.
+class SuiteRun:
+    """One run of the suite.
 
-    `warmed` names what was compiled already, and `broken` the kinds of kernels that failed.
+    Attributes:
+        out: folder for results and logs.
+        work: folder for temporary files.
+        rehearse: run on a CPU with tiny sizes.
+        log: the common log.
+        warmed: shapes that are compiled already.
+        broken: kinds of kernels that failed.
     """
 
     out: Path
@@ -80,9 +86,9 @@ class Setting:
 def run_limited(
     command: Sequence[str], output: Path, seconds: float, environment: dict[str, str]
 ) -> int | None:
-    """Exit code of `command`, whose output goes to `output`; None where it ran past `seconds`.
+    """Run a command and return its exit code; None if it ran longer than `seconds`.
 
-    It runs in a process group of its own, so that its children end with it.
+    Its output goes to the file `output`. Its children are in its process group and end with it.
     """
     with output.open("w") as file:
         process = subprocess.Popen(
@@ -99,7 +105,7 @@ def run_limited(
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # Also what a process that ended by itself has left running.
+            # A process that ended by itself may have left children.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -108,14 +114,14 @@ def run_limited(
 def run(
     name: str,
     command: Sequence[str],
-    setting: Setting,
+    setting: SuiteRun,
     seconds: float,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A stage, or a part of one, that is one process.
+    """Run a stage, or a part of one, as one process.
 
     Returns:
-        exit_code, None where it was ended; cut_short; took_seconds; and `log`, the last lines.
+        exit_code, None if it was ended; cut_short; took_seconds; and log, the last lines.
     """
     output = setting.work / f"{name.replace(' ', '-').replace('/', '-')}.log"
     started = time.monotonic()
@@ -129,13 +135,13 @@ def run(
 
 
 def together(calls: Sequence[Any], at_once: int) -> list[Any]:
-    """Results of calls without arguments, at most `at_once` of them at the same time."""
+    """Results of calls without arguments; at most `at_once` run at the same time."""
     with ThreadPoolExecutor(max_workers=max(1, min(at_once, len(calls) or 1))) as pool:
         return list(pool.map(lambda call: call(), calls))
 
 
 def read_json(path: Path) -> Any:
-    """Read what a process had written, also one that was ended; None where there is nothing."""
+    """Content of a file that a process wrote, or None if there is none or half of one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The stages of `smoke`: does every kernel run, is it right, and how fast are the main shapes?"""
+"""The stages of `smoke`: every kernel runs and is right, and the main shapes are timed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import predictions
+from ..compared import predictions
 from .kinds import file_of
 from .launches import KINDS
-from .processes import Setting, read_json, run, together
+from .processes import SuiteRun, read_json, run, together
 from .suite import Stage
 
-#: Main shapes, most important first.
 SHAPES = tuple(one["shape"] for one in predictions.load())
+"""Main shapes, most important first."""
 REHEARSED_SHAPES = ("3x40x32", "3x40x32,others")
 PROFILERS = ("ncu", "/usr/local/cuda/bin/ncu")
-#: Tokens that the counters of a GPU are not for everyone.
 NO_COUNTERS = "ERR_NVGPUCTRPERM"
+"""Message of ncu if users may not read the counters of the GPU."""
 NCU_CALLS = 3
 MOST_CALLS = 4
-#: No other backend may serve in silence where the kernels are to be seen.
 ON_TRITON = {"NEGTOME_FAST_BACKEND": "triton"}
+"""Environment in which no other backend can take the place of the kernels."""
 
 
-def shapes_of(setting: Setting) -> tuple[str, ...]:
+def shapes_of(setting: SuiteRun) -> tuple[str, ...]:
     return REHEARSED_SHAPES if setting.rehearse else SHAPES
 
 
@@ -37,22 +37,22 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def processors() -> int:
-    """How many processes may compile at the same time; the rest is kept for this one."""
+    """Number of processes that may compile at the same time; one processor is kept free."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 # --- kernels
 
 
-def _kinds_process(setting: Setting, kinds: Sequence[str], seconds: float) -> dict[str, Any]:
+def _kinds_process(setting: SuiteRun, kinds: Sequence[str], seconds: float) -> dict[str, Any]:
     command = module("gpu.kinds", setting.device, str(setting.work), *kinds)
     return run(f"kernels {' '.join(kinds)}", command, setting, seconds, ON_TRITON)
 
 
-def warm_up(setting: Setting, shapes: Sequence[str]) -> list[Callable[[], dict[str, Any]]]:
-    """Calls that each compile, in a process of its own, what a shape launches.
+def warm_up(setting: SuiteRun, shapes: Sequence[str]) -> list[Callable[[], dict[str, Any]]]:
+    """Calls that each compile the kernels of a shape in a new process.
 
-    Only what this run has not compiled yet. A rehearsal interprets; it tries one shape.
+    Shapes that this run has compiled are left out. A rehearsal interprets, and tries one shape.
     """
     missing = [text for text in shapes if text not in setting.warmed]
     missing = missing[:1] if setting.rehearse and not setting.warmed else missing
@@ -67,19 +67,19 @@ def warm_up(setting: Setting, shapes: Sequence[str]) -> list[Callable[[], dict[s
     return [call(text) for text in missing]
 
 
-def compiled_first(setting: Setting, shapes: Sequence[str]) -> float:
-    """Compiles what shapes launch on all processors, before anything is timed; seconds taken."""
+def compiled_first(setting: SuiteRun, shapes: Sequence[str]) -> float:
+    """Compile the kernels of shapes on all processors, and return the seconds that it took."""
     started = time.monotonic()
     together(warm_up(setting, shapes), processors())
     return time.monotonic() - started
 
 
-def run_kernels(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Checks every kind in a process of its own; what fails is noted in `setting.broken`.
+def run_kernels(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Check every kind in its own process, and note the kinds that fail in `setting.broken`.
 
-    Beside them the kernels of the main shapes are compiled, so that all processors have work.
+    The kernels of the main shapes are compiled meanwhile, so that all processors have work.
     """
-    # A rehearsal has two processors and a short time.
+    # A rehearsal has few processors and a short time.
     groups = [KINDS[:4], KINDS[4:]] if setting.rehearse else [(kind,) for kind in KINDS]
     kinds = [lambda g=group: _kinds_process(setting, g, seconds * 0.95) for group in groups]
     done = together([*kinds, *warm_up(setting, shapes_of(setting))], processors())
@@ -93,7 +93,9 @@ def run_kernels(setting: Setting, seconds: float) -> dict[str, Any]:
     return stage
 
 
-def _read_kind(setting: Setting, stage: dict[str, Any], kind: str, process: dict[str, Any]) -> None:
+def _read_kind(
+    setting: SuiteRun, stage: dict[str, Any], kind: str, process: dict[str, Any]
+) -> None:
     found = read_json(setting.work / file_of(kind)) or {"kind": kind, "checks": [], "running": "-"}
     stage["kinds"][kind] = found
     good = sum(check["passed"] for check in found["checks"])
@@ -104,7 +106,7 @@ def _read_kind(setting: Setting, stage: dict[str, Any], kind: str, process: dict
         ended = "ran out of time" if process["cut_short"] else f"died ({process['exit_code']})"
         why = f"the process {ended} in: {found.get('running')}"
         stage["lost"][kind] = {"error": why, "log": process["log"]}
-        # Without time it is not known to be broken.
+        # A kind that ran out of time is not known to be broken.
         bad += not process["cut_short"]
         stage["failed"] += not process["cut_short"]
     if bad:
@@ -115,13 +117,12 @@ def _read_kind(setting: Setting, stage: dict[str, Any], kind: str, process: dict
 
 
 def benchmark(
-    name: str, options: Sequence[str], setting: Setting, seconds: float, case_limit: float | None
+    name: str, options: Sequence[str], setting: SuiteRun, seconds: float, case_limit: float | None
 ) -> dict[str, Any]:
-    """`python -m bench run`, begun again where a shape takes the process along.
+    """`python -m bench run`, started again if a shape ends its process.
 
-    A shape that takes more than `case_limit` seconds, if that is not None, is a kernel that hangs.
-
-    Each case has its traceback, and beside the measured ratio the predicted one.
+    A shape that takes more than `case_limit` seconds has a kernel that hangs; None is no limit. A
+    case holds the predicted ratio beside the measured one, and the traceback of an error.
     """
     path = setting.work / f"{name}.json"
     command = module("__main__", "run", "--device", setting.device, "--out", str(path))
@@ -149,8 +150,8 @@ def benchmark(
     return stage
 
 
-def run_times(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The main shapes against the bare matmul of the same multiply-adds."""
+def run_times(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Time the main shapes against the bare matmul with the same multiply-adds."""
     shapes = shapes_of(setting)
     seconds -= compiled_first(setting, shapes)
     options = ["--no-memory", "--against", "matmul", "--seconds"]
@@ -161,8 +162,8 @@ def run_times(setting: Setting, seconds: float) -> dict[str, Any]:
     return benchmark("times", options, setting, seconds, case_limit)
 
 
-def run_each(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Every kernel by itself."""
+def run_each(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Time every kernel by itself."""
     path = setting.work / "each.json"
     marks = f"={','.join(sorted(setting.broken))}" if setting.broken else ""
     shapes = [text + marks for text in shapes_of(setting)]
@@ -178,15 +179,15 @@ def find_tool(names: Sequence[str]) -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def run_ncu(setting: Setting, seconds: float) -> dict[str, Any]:
-    """One report of the tile kernel at the first shape: DIR/ncu.txt, and all counters as .csv.
+def run_ncu(setting: SuiteRun, seconds: float) -> dict[str, Any]:
+    """Report of ncu on the tile kernel at the first shape: ncu.txt, and all counters in ncu.csv.
 
-    Clocks stay as they are: others may use the machine.
+    Clocks stay as they are, because others may use the machine.
     """
     text = shapes_of(setting)[0]
     program = module("gpu.warm", setting.device, text, str(NCU_CALLS), *sorted(setting.broken))
     if setting.rehearse:
-        # The program that would be watched, without the tool.
+        # The program runs without the tool that would watch it.
         return run("ncu", program, setting, seconds, ON_TRITON)
     tool = find_tool(PROFILERS)
     if tool is None:
@@ -203,7 +204,7 @@ def run_ncu(setting: Setting, seconds: float) -> dict[str, Any]:
     return stage
 
 
-def _exported(tool: str, report: Path, setting: Setting, seconds: float) -> list[str]:
+def _exported(tool: str, report: Path, setting: SuiteRun, seconds: float) -> list[str]:
     kept = []
     for name, options in (
         ("ncu.txt", ["--page", "details"]),

@@ -1,4 +1,4 @@
-"""Runs stages one after another within a limit, saves after each, and prints a table at the end."""
+"""Runs stages within a time limit, saves results after each, and prints a table at the end."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import predictions, tables
+from ..compared import predictions
+from ..drawn import tables
 from ..results import save
-from .processes import Setting
+from .processes import SuiteRun
 
-#: Kept back for ending cleanly.
 MARGIN_SECONDS = 8.0
-#: A stage that could only have less than this is not begun.
+"""Time kept back for a clean end."""
 LEAST_SECONDS = 5.0
+"""A stage with less time than this does not begin."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` of the limit is its own; `run(setting, seconds)` gives what is written down."""
+    """A stage: its share of the limit, and `run(setting, seconds)`, which returns its results."""
 
     share: float
-    run: Callable[[Setting, float], dict[str, Any]]
+    run: Callable[[SuiteRun, float], dict[str, Any]]
 
 
 def tests_failed(tests: dict[str, Any]) -> bool:
-    """Whether a test failed, or none passed; being cut short is not a failure."""
-    # 5: a selection of tests that is empty.
+    """Return True if a test failed or none passed; a run that was cut short is no failure."""
+    # 5: no test was selected.
     ended_badly = any(code not in (0, 5, None) for code in tests.get("exit_codes", {}).values())
     return ended_badly or bool(tests.get("failed")) or not tests.get("passed")
 
 
 def stage_failed(name: str, stage: dict[str, Any]) -> bool:
-    """Whether a stage failed or measured a wrong result; skipped or cut short is not a failure."""
+    """Return True if a stage failed or a result was wrong, not if it was skipped or cut short."""
     if name == "tests" and "exit_codes" in stage:
         return tests_failed(stage)
     cases = (stage.get("result") or {}).get("cases", ())
@@ -46,14 +47,15 @@ def stage_failed(name: str, stage: dict[str, Any]) -> bool:
 def run_stages(
     stages: Mapping[str, Stage],
     names: Sequence[str],
-    setting: Setting,
+    setting: SuiteRun,
     limit: float,
     results: dict[str, Any],
     path: Path,
 ) -> None:
-    """Fills `results["stages"]` and saves after each stage, whatever happens in it.
+    """Fill `results["stages"]`, and save to `path` after each stage, even if it raises.
 
-    A stage has until the end of its share, counted from the start: what others left it has too.
+    A stage ends at the end of its share, counted from the start, so it also has the time that
+    earlier stages left.
     """
     started = time.monotonic()
     total = sum(stages[name].share for name in names)
@@ -71,7 +73,7 @@ def run_stages(
             try:
                 stage = stages[name].run(setting, seconds)
             except Exception as error:
-                # Whatever is wrong with one stage must not cost the results of the others.
+                # One stage must not cost the results of the others.
                 text = traceback.format_exc()
                 setting.log.add(f"{name}: the suite itself failed", text)
                 stage = {"failed": 1, "error": f"{type(error).__name__}: {error}"}
@@ -89,7 +91,7 @@ def run_stages(
 
 
 def summary(stage: dict[str, Any]) -> str:
-    """A line about a stage."""
+    """Verdict, time and counts of a stage as one line."""
     if isinstance(stage.get("skipped"), str):
         return f"skipped: {stage['skipped']}"
     said = "FAILED" if stage["failed_here"] else "passed"
@@ -101,7 +103,7 @@ def summary(stage: dict[str, Any]) -> str:
 
 
 def case_lines(results: dict[str, Any]) -> list[str]:
-    """Measurements, a line a shape: time, ratio to the bare matmul, and what was predicted."""
+    """A line for each measured shape: time, ratio to the bare matmul, and the prediction."""
     rows = []
     for stage in results["stages"].values():
         for case in (stage.get("result") or {}).get("cases", ()):
@@ -127,7 +129,7 @@ def case_lines(results: dict[str, Any]) -> list[str]:
 
 
 def final_lines(results: dict[str, Any]) -> list[str]:
-    """The table that is printed last: each stage, each failure by name, each measured shape."""
+    """The last lines of the output: all stages, all failures, all measured shapes."""
     rows = [(name, summary(stage)) for name, stage in results["stages"].items()]
     lines = tables.aligned([("stage", ""), *rows])
     for name, stage in results["stages"].items():
@@ -136,7 +138,7 @@ def final_lines(results: dict[str, Any]) -> list[str]:
 
 
 def failures(stage: dict[str, Any]) -> list[tuple[str, str]]:
-    """Failures of a stage with the last line of why; the whole text is in the results."""
+    """Failures of a stage with the last line of the reason; the results have the whole text."""
     found = [
         (f"{kind['kind']}, {check['check']}", check["error"])
         for kind in stage.get("kinds", {}).values()

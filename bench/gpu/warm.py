@@ -1,8 +1,8 @@
-"""`python -m bench.gpu.warm DEVICE SHAPE [TIMES] [KIND...]`: compiles what a shape launches.
+"""`python -m bench.gpu.warm DEVICE SHAPE [TIMES] [KIND...]`: compiles the kernels of a shape.
 
-Calls the operator `TIMES` times, default once, at the shape, as it is timed and as it is checked,
-without the kinds that failed. Run for several shapes at the same time, it fills Triton's cache on
-disk with many processors; it is also what the profiler watches.
+Calls the operator TIMES times, default once, as it is timed and as it is checked, without the kinds
+that failed. Processes for several shapes fill Triton's cache on disk together. The profiler watches
+this program too.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..candidates import CANDIDATES, OURS
-from ..correctness import check
-from ..shapes import parse_shape, random_tokens
+from ..compared.candidates import CANDIDATES, OURS
+from ..compared.shapes import parse_shape, random_tokens
+from ..timing.correctness import check
 from .launches import choice, launching
 
 
 def main(argv: Sequence[str]) -> int:
-    """0; 1 where no way to launch is left."""
+    """Return 0, or 1 if no way to launch is left."""
     device, text = argv[:2]
     times = int(argv[2]) if len(argv) > 2 else 1
     shape = parse_shape(text)

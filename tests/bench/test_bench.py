@@ -11,23 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import (
-    baselines,
-    candidates,
-    ceilings,
-    compare,
-    correctness,
-    measure,
-    memory,
-    plan,
-    readme,
-    results,
-    small_run,
-    tables,
-    timing,
-)
+from bench import results
 from bench.__main__ import main as bench_main
-from bench.shapes import Shape, parse_shape, random_tokens
+from bench.compared import baselines, candidates
+from bench.compared.shapes import Shape, parse_shape, random_tokens
+from bench.drawn import compare, tables
+from bench.gpu import small_run
+from bench.suites import plan
+from bench.timing import ceilings, clock, correctness, measure, memory
+from docs.render import benchmarks
 from negtome_fast.functional import negtome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,31 +218,31 @@ def test_a_wrong_case_is_reported_without_times() -> None:
 
 
 def test_summary_of_known_samples() -> None:
-    summary = timing.summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    summary = clock.summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert (summary.median, summary.p20, summary.p80, summary.samples) == (3.5, 2.0, 5.0, 6)
 
 
 def test_summary_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no samples"):
-        timing.summarize([])
+        clock.summarize([])
 
 
 def test_ratio_is_paired_so_that_drift_cancels() -> None:
     drift = [1.0, 2.0, 5.0, 3.0]
-    ratio = timing.pairwise_ratio([3 * t for t in drift], drift)
+    ratio = clock.pairwise_ratio([3 * t for t in drift], drift)
     assert ratio.median == ratio.p20 == ratio.p80 == 3.0
 
 
 def test_ratio_of_unequal_counts_is_an_error() -> None:
     with pytest.raises(ValueError, match="paired"):
-        timing.pairwise_ratio([1.0], [1.0, 2.0])
+        clock.pairwise_ratio([1.0], [1.0, 2.0])
 
 
 def test_interleave_takes_turns_until_the_time_is_over() -> None:
     now = 0.0
     order: list[str] = []
 
-    def sampler(name: str) -> timing.Sampler:
+    def sampler(name: str) -> clock.Sampler:
         def sample() -> float:
             nonlocal now
             now += 1.0
@@ -259,7 +251,7 @@ def test_interleave_takes_turns_until_the_time_is_over() -> None:
 
         return sample
 
-    samples = timing.interleave(
+    samples = clock.interleave(
         {"a": sampler("a"), "b": sampler("b")}, seconds=6, min_rounds=1, clock=lambda: now
     )
     assert order == ["a", "b", "b", "a", "a", "b"]
@@ -268,7 +260,7 @@ def test_interleave_takes_turns_until_the_time_is_over() -> None:
 
 def test_interleave_keeps_to_the_least_and_most_rounds() -> None:
     for seconds, rounds in ((0.0, 5), (1e9, 7)):
-        samples = timing.interleave({"a": lambda: 0.0}, seconds, min_rounds=5, max_rounds=7)
+        samples = clock.interleave({"a": lambda: 0.0}, seconds, min_rounds=5, max_rounds=7)
         assert len(samples["a"]) == rounds
 
 
@@ -443,14 +435,14 @@ def test_the_project_is_importable_where_it_is_not_installed() -> None:
     # -S leaves site-packages out, and with them an editable install; torch is not needed.
     code = (
         "import sys; import bench._path, importlib.util; "
-        "spec = importlib.util.find_spec('negtome_fast.pairing'); print(spec.origin)"
+        "spec = importlib.util.find_spec('negtome_fast.kernels.tuning'); print(spec.origin)"
     )
     stub = "import types; package = types.ModuleType('negtome_fast'); package.__path__ = []; "
     stub += "import sys; sys.modules['negtome_fast'] = package; "
     stub += "sys.modules['torch'] = types.ModuleType('torch'); "
     done = run("-S", "-c", stub + code)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == ROOT / "kernels" / "pairing.py"
+    assert Path(done.stdout.strip()) == ROOT / "kernels" / "tuning.py"
 
 
 def test_small_run_of_every_kernel() -> None:
@@ -461,6 +453,6 @@ def test_tables_of_the_readme_read_the_file_of_the_suite() -> None:
     case = outcome(1.0, series="shapes", name="n", multiply_adds=1)
     suite = {key: value for key, value in case.items() if key != "cases"}
     suite |= {"stages": {"tests": {}, "shapes": {"result": case}}}
-    assert "2x3x4 float32" in readme.speed_table(suite)
-    assert readme.end_to_end_table(suite) == "not measured"
-    assert "not measured" in readme.speed_table({**suite, "stages": {}})
+    assert "2x3x4 float32" in benchmarks.speed(suite)
+    assert benchmarks.end_to_end(suite) == "not measured"
+    assert "not measured" in benchmarks.speed({**suite, "stages": {}})

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baselines, candidates, correctness, measure, rivals
-from bench.shapes import parse_shape, random_tokens
+from bench.compared import baselines, candidates, rivals
+from bench.compared.shapes import parse_shape, random_tokens
+from bench.timing import correctness, measure
 from negtome_fast.functional import negtome
 
 OTHERS = parse_shape("6x30x24/2,others")

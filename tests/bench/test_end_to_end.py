@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import baselines, denoisers, end_to_end, timing
+from bench.compared import baselines, denoisers
+from bench.suites import end_to_end
+from bench.timing import clock
 from negtome_fast import NegToMeConfig
 
 CPU = torch.device("cpu")
@@ -93,7 +95,7 @@ def test_a_run_is_added_up_from_its_steps() -> None:
 
 @pytest.mark.parametrize(("n", "rank"), [(1, 1), (5, 1), (6, 1), (9, 2), (20, 6), (100, 40)])
 def test_interval_of_a_median_has_the_ranks_of_the_sign_test(n: int, rank: int) -> None:
-    found = timing.median_interval([float(i) for i in range(n, 0, -1)])
+    found = clock.median_interval([float(i) for i in range(n, 0, -1)])
     assert (found["low"], found["high"]) == (rank, n + 1 - rank)
     assert (found["confidence"] >= 0.95) == (n >= 6)
     assert found["median"] == (n + 1) / 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fixed_cost
+from bench.suites import fixed_cost
 
 
 @pytest.mark.parametrize("mode", fixed_cost.MODES)

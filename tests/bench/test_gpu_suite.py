@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_suite, predictions, results
-from bench import run as bench_run
+from bench import gpu_suite, results
 from bench.__main__ import main as bench_main
+from bench.compared.shapes import parse_shape
 from bench.gpu import checks, full, kinds, launches, processes, smoke, suite
-from bench.gpu.processes import Log, Setting
-from bench.shapes import parse_shape
+from bench.gpu.processes import Log, SuiteRun
+from bench.suites import operator as bench_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def setting(folder: Path, rehearse: bool = True) -> Setting:
+def setting(folder: Path, rehearse: bool = True) -> SuiteRun:
     (folder / "work").mkdir(exist_ok=True)
-    return Setting(folder, folder / "work", rehearse, Log(folder / "suite.log"))
+    return SuiteRun(folder, folder / "work", rehearse, Log(folder / "suite.log"))
 
 
 # --- the command
@@ -86,11 +86,11 @@ def test_it_writes_after_each_stage_and_survives_a_broken_one(
     written: list[list[str]] = []
     path = tmp_path / "suite.json"
 
-    def works(setting: Setting, seconds: float) -> dict[str, Any]:
+    def works(setting: SuiteRun, seconds: float) -> dict[str, Any]:
         written.append(list(json.loads(path.read_text())["stages"]) if path.exists() else [])
         return {"exit_code": 0, "cut_short": False, "log": ["the end of a log"]}
 
-    def breaks(setting: Setting, seconds: float) -> dict[str, Any]:
+    def breaks(setting: SuiteRun, seconds: float) -> dict[str, Any]:
         works(setting, seconds)
         raise KeyError("gone")
 
@@ -116,7 +116,7 @@ def test_it_keeps_to_its_limit_and_hands_on_what_is_left(
     now, given = 0.0, {}
 
     def takes(name: str, share: float) -> suite.Stage:
-        def run(setting: Setting, seconds: float) -> dict[str, Any]:
+        def run(setting: SuiteRun, seconds: float) -> dict[str, Any]:
             nonlocal now
             given[name] = seconds
             now += {"quick": 1.0, "slow": seconds, "late": seconds}[name]
@@ -245,7 +245,7 @@ def test_a_kind_whose_process_dies_is_named_and_the_others_keep_their_results(
     good = {"complete": True, "checks": [{"check": "c", "passed": True}], "running": None}
 
     def child(
-        name: str, command: Any, place: Setting, seconds: float, *rest: Any
+        name: str, command: Any, place: SuiteRun, seconds: float, *rest: Any
     ) -> dict[str, Any]:
         kind = name.removeprefix("kernels ")
         died = kind == "tiles"
@@ -372,7 +372,7 @@ def test_the_benchmark_is_begun_again_where_a_shape_takes_it_along(
     calls: list[list[str]] = []
 
     def child(
-        name: str, command: list[str], place: Setting, seconds: float, *rest: Any
+        name: str, command: list[str], place: SuiteRun, seconds: float, *rest: Any
     ) -> dict[str, Any]:
         calls.append(command)
         done = len(calls) == 2
@@ -395,136 +395,3 @@ def test_rivals_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch
     found, missing = full.installed_rivals()
     assert found == ["flashlib", "flashlib-match"]
     assert missing == {"flash-kmeans": "flash-kmeans is not installed"}
-
-
-# --- predictions
-
-
-def test_notes_show_the_predictions_that_the_suite_reads() -> None:
-    notes = (ROOT / "bench" / "NOTES.md").read_text(encoding="utf-8")
-    assert predictions.table() in notes
-    assert [one["shape"] for one in predictions.load()] == list(smoke.SHAPES)
-
-
-@pytest.mark.parametrize(
-    ("place", "verdict"),
-    [
-        (0.5, "as predicted"),
-        (1.1, "slower than predicted"),
-        (-0.1, "faster than predicted"),
-        (None, "not measured"),
-    ],
-)
-def test_what_is_measured_stands_beside_what_was_predicted(
-    place: float | None, verdict: str
-) -> None:
-    """`place` is where the measured ratio lies between the predicted ends, 0 and 1."""
-    one = predictions.load()[0]
-    ratio = None if place is None else one["low"] + place * (one["high"] - one["low"])
-    case: dict[str, Any] = {"shape": one["shape"], "dtype": one["dtype"], "times": {}}
-    if ratio:
-        case["times"] = {"matmul": {"times_ours": {"median": 1 / ratio}}}
-    beside = predictions.beside(case)
-    assert beside is not None and beside["verdict"] == verdict
-    assert beside["measured"] == (pytest.approx(ratio) if ratio else None)
-    assert predictions.beside({"shape": "2x3x4", "dtype": "bfloat16"}) is None
-
-
-def test_the_last_lines_hold_the_measured_and_the_predicted_ratio() -> None:
-    one = predictions.load()[0]
-    seconds = {"median": one["high"] * 1e-3}
-    paired = {"seconds": {"median": 1e-3}, "times_ours": {"median": 1 / one["high"]}}
-    case: dict[str, Any] = {"shape": one["shape"], "dtype": one["dtype"]}
-    case["times"] = {"ours": {"seconds": seconds}, "matmul": paired}
-    case["prediction"] = predictions.beside(case)
-    (_, line) = suite.case_lines({"stages": {"times": {"result": {"cases": [case]}}}})
-    low, high = one["low"], one["high"]
-    cells = f"{one['shape']} bfloat16 {high:g} ms {high:.2f} {low:g} - {high:g} as predicted"
-    assert line.split() == cells.split()
-
-
-# --- tests
-
-
-def test_a_test_run_cut_short_leaves_its_outcomes(tmp_path: Path) -> None:
-    lines = [
-        {"test": "a", "outcome": "passed", "why": ""},
-        {"test": "b", "outcome": "failed", "why": "AssertionError"},
-    ]
-    path = tmp_path / "outcomes.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"test": "c", "outc')
-    counted = full.read_outcomes(path)
-    assert (counted["passed"], counted["failed"], counted["skipped"]) == (1, 1, 0)
-    assert counted["failures"] == {"b": "AssertionError"}
-    assert full.read_outcomes(tmp_path / "none")["passed"] == 0
-
-
-def test_a_test_that_failed_keeps_its_reason(tmp_path: Path) -> None:
-    # A worker that dies after a device fault is reported once more by pytest-xdist.
-    path = tmp_path / "outcomes.jsonl"
-    lines = [{"test": "a", "outcome": "failed", "why": why} for why in ("fault", "worker crashed")]
-    lines.append({"test": "a", "outcome": "passed", "why": ""})
-    path.write_text("\n".join(map(json.dumps, lines)))
-    counted = full.read_outcomes(path)
-    assert (counted["passed"], counted["failed"]) == (0, 1)
-    assert counted["failures"] == {"a": "fault"}
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_every_test_runs_once_and_of_the_kernels_alone(
-    parallel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    program = "import os, pytest\nBACKENDS = os.environ['NEGTOME_FAST_TEST_BACKENDS'].split(',')\n"
-    program += "@pytest.mark.parametrize('b', BACKENDS)\ndef test_a(b): assert b == 'triton'\n"
-    for name in ("test_operator.py", "test_compat.py"):
-        (tests / name).write_text(program)
-    if parallel:
-        pytest.importorskip("xdist")
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for module in (full, processes):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(full, "MOST_WORKERS", 1)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    found = full.run_tests(setting(tmp_path, rehearse=False), 250.0)
-    assert (found["passed"], found["failed"], found["cut_short"]) == (2, 0, False)
-    names = {"kernels", "others"} if parallel else {"test_operator", "test_compat"}
-    assert found["exit_codes"] == dict.fromkeys(names, 0)
-    assert not suite.tests_failed(found)
-
-
-def test_a_worker_that_loses_the_device_ends_and_another_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("xdist")
-    program = """
-import pytest
-from bench import pytest_outcomes
-@pytest.mark.parametrize("n", range(4))
-def test_a(n, monkeypatch):
-    if n == 0:
-        pytest_outcomes.device_lost = lambda: True  # as after an illegal memory access
-        raise RuntimeError("CUDA error")
-"""
-    (tmp_path / "test_some.py").write_text(program)
-    outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes", "-n", "1"]
-    command += ["--max-worker-restart", "3", "-p", "no:cacheprovider"]
-    command += ["--rootdir", str(tmp_path), str(tmp_path)]
-    environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes)}
-    assert processes.run_limited(command, tmp_path / "log", 300.0, environment) == 1
-    counted = full.read_outcomes(outcomes)
-    assert (counted["passed"], counted["failed"]) == (3, 1), (tmp_path / "log").read_text()
-    (why,) = counted["failures"].values()
-    assert "raise RuntimeError" in why
-
-
-def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes"]
-    command += ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    environment = {"NEGTOME_FAST_OUTCOMES": str(outcomes)}
-    assert processes.run_limited(command, tmp_path / "log", 120.0, environment) == 1
-    counted = full.read_outcomes(outcomes)
-    assert (counted["passed"], counted["failed"]) == (1, 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import loaded
 from bench.__main__ import main
+from bench.suites import loaded
 
 
 def children() -> set[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import MIB, RESET, cpu_extra_bytes
-from bench.shapes import LONG, Shape
+from bench.compared.shapes import LONG, Shape
+from bench.timing.memory import MIB, RESET, cpu_extra_bytes
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 SLICE = """
 import bench, ctypes, gc, torch
 import negtome_fast as nf
-from bench.memory import RESET, _status_bytes
+from bench.timing.memory import RESET, _status_bytes
 torch.set_num_threads(1)
 whole = torch.randn(2, 512 + 8192, 1280)
 image = whole[:, 512:]

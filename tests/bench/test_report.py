@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench import end_to_end, plots, report, results
-from bench.candidates import CANDIDATES
+from bench import results
+from bench.compared.candidates import CANDIDATES
+from bench.drawn import plots, report
+from bench.suites import end_to_end
 
 pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
 

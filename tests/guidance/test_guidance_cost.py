@@ -1,6 +1,6 @@
 """What guidance adds to a forward, counted in operations: nothing that waits, nothing that copies.
 
-Times are measured by `python -m bench.outside_window`; they would be no test on a busy machine.
+Times are measured by `python -m bench outside-window`; they would be no test on a busy machine.
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 
-import pytest
-
+from docs import make_pictures
+from docs.render.pages import render
 from negtome_fast.cli import build_parser
 from negtome_fast.generation import APPLICATIONS
 
@@ -17,30 +16,21 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "applications.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["make_pictures"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_page_shows_the_commands_and_pictures_of_the_script(
-    pictures: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert pictures.main(["--check"]) == 0
-    assert set(pictures.EXAMPLES) == set(APPLICATIONS)
-    other = tmp_path / "applications.md"
-    other.write_text(PAGE.replace("--preset style --prompt", "--preset style -n 9 --prompt"))
-    monkeypatch.setattr(pictures, "PAGE", other)
-    assert pictures.main(["--check"]) == 1
+def test_page_shows_the_commands_and_pictures_of_the_script(tmp_path: Path) -> None:
+    record = json.loads(make_pictures.RECORD.read_text(encoding="utf-8"))
+    assert set(make_pictures.EXAMPLES) == set(APPLICATIONS) == set(record)
+    for name, example in make_pictures.EXAMPLES.items():
+        assert record[name]["commands"] == make_pictures.commands(name)
+        assert record[name]["measure"] == example.says
+        assert (make_pictures.PICTURES / f"{name}.png").is_file()
+    page = "docs/applications.md"
+    assert render(page, PAGE) == PAGE
+    record["style"]["commands"][-1] += " -n 9"
+    (tmp_path / "pictures.json").write_text(json.dumps(record))
+    assert render(page, PAGE, tmp_path) != PAGE
 
 
-def test_commands_of_the_page_are_understood(pictures: ModuleType) -> None:
+def test_commands_of_the_page_are_understood() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == len(APPLICATIONS)
     for line in filter(None, "\n".join(blocks).replace("\\\n", " ").splitlines()):

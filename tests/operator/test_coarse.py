@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import negtome_fast as nf
-from bench.shapes import Shape, random_tokens
+from bench.compared.shapes import Shape, random_tokens
 from helpers.cases import CASES, Case, tokens
 from helpers.oracle import Problem, bits
 from negtome_fast import ops

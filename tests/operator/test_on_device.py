@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import correctness, memory
-from bench.shapes import Shape, parse_shape, random_tokens
+from bench.compared.shapes import Shape, parse_shape, random_tokens
+from bench.timing import correctness, memory
 from helpers.device import DEVICE
 from negtome_fast.functional import match_tokens, negtome
 
@@ -131,7 +131,7 @@ def test_captured_in_a_cuda_graph(mode: str, inplace: bool) -> None:
 
 @gpu_only
 def test_memory_in_place_is_a_fiftieth_of_the_authors() -> None:
-    from bench import baselines
+    from bench.compared import baselines
 
     x = random_tokens(parse_shape("4x4096x3072"), torch.bfloat16, DEVICE)
     alpha, threshold = (torch.tensor(value, device=DEVICE) for value in (0.9, 0.65))

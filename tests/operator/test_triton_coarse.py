@@ -24,8 +24,8 @@ from helpers.oracle import Problem, bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import coarse_columns
-from bench.shapes import Shape, random_tokens
+from bench.compared.shapes import Shape, random_tokens
+from bench.suites import coarse_columns
 from negtome_fast.backends import coarse_statistics as statistics
 from negtome_fast.backends import triton_backend, triton_coarse, triton_geometry
 from negtome_fast.backends.triton_geometry import plan_of

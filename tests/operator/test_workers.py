@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import negtome_fast as nf
-from bench.shapes import Shape, random_tokens
+from bench.compared.shapes import Shape, random_tokens
 from negtome_fast.backends import coarse, small, torch_backend, workers
 from negtome_fast.functional import guide_tokens
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from bench import readme
+from docs.render import families
 from helpers.families import FAMILIES
 from helpers.families.core import TEXT, denoiser, embeddings, noise
 from negtome_fast.config import NegToMeConfig
@@ -271,7 +271,7 @@ def test_every_family_is_in_the_table() -> None:
 
 
 def test_the_table_of_the_readme_tells_what_is_tested() -> None:
-    rows = {line.split(" | ")[1]: line for line in readme.families_table().splitlines()[2:]}
+    rows = {line.split(" | ")[1]: line for line in families.table().splitlines()[2:]}
     assert set(rows) == {f"`{name}`" for name in known_layouts()}
     for family in FAMILIES.values():
         kind = "whole pipeline" if family.whole else "denoiser alone"

@@ -338,21 +338,24 @@ def test_bad_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_page_has_the_committed_results() -> None:
-    from bench.evaluation import PAGE, RESULTS, render
+    from bench.results import FOLDER
+    from docs.render.pages import render
 
-    text = PAGE.read_text(encoding="utf-8")
-    assert render(text) == text, "run python -m bench.evaluation"
+    page = FOLDER.parents[1] / "docs" / "evaluation.md"
+    text = page.read_text(encoding="utf-8")
+    assert render("docs/evaluation.md", text) == text, "run make pages"
     assert "not measured" not in text
     for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (PAGE.parent / link).exists(), link
-    sizes = [path.stat().st_size for path in RESULTS.glob("*.json")]
+        assert (page.parent / link).exists(), link
+    sizes = [path.stat().st_size for path in (FOLDER / "eval").glob("*.json")]
     assert sizes and max(sizes) < 1_000_000
 
 
 def test_page_without_results_says_so(tmp_path: Path) -> None:
-    from bench.evaluation import render
+    from docs.render.pages import render
 
-    mark = "<!-- begin: diversity -->\nold\n<!-- end: diversity -->"
-    assert "not measured" in render(mark, tmp_path) and "old" not in render(mark, tmp_path)
+    page, mark = "docs/evaluation.md", "<!-- begin: diversity -->\nold\n<!-- end: diversity -->"
+    assert "not measured" in render(page, mark, tmp_path)
+    assert "old" not in render(page, mark, tmp_path)
     with pytest.raises(ValueError, match="marks 'dogs'"):
-        render(mark.replace("diversity", "dogs"), tmp_path)
+        render(page, mark.replace("diversity", "dogs"), tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import math
 import re
 from dataclasses import replace
@@ -284,23 +284,20 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_page_shows_the_simulated_coverage_and_its_code_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("make_coverage", DOCS / "make_coverage.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    from docs.render import coverage as rendered
+    from docs.render.pages import render
+    from negtome_fast.studies.studies import coverage
+
     page = (DOCS / "measures.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "measures.md", "exec"), {})
     assert capsys.readouterr().out.count("\n") == 5
 
-    assert script.main(["--check"]) == 0
-    found, file = tmp_path / "measures.md", tmp_path / "coverage.json"
-    found.write_text(page, encoding="utf-8")
-    monkeypatch.setattr(script, "PAGE", found)
-    monkeypatch.setattr(script, "FILE", file)
-    assert script.main(["--runs", "2"]) == 0 == script.main(["--check"])
-    assert found.read_text(encoding="utf-8") != page
-    found.write_text(page, encoding="utf-8")
-    assert script.main(["--check"]) == 1
+    assert render("docs/measures.md", page) == page
+    out = tmp_path / "eval" / "coverage.json"
+    assert coverage.main(["--runs", "2", "--out", str(out)]) == 0
+    table = rendered.table(json.loads(out.read_text(encoding="utf-8")))
+    assert table in render("docs/measures.md", page, tmp_path)
+    assert table not in page

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +14,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("dicebear", reason="needs the extra 'eval'")
 
+from bench.results import FOLDER
+from docs.render.pages import render
 from negtome_fast.cli import build_parser
 from negtome_fast.models import avatars as world
 from negtome_fast.models.reader import load_reader
@@ -28,16 +27,7 @@ from negtome_fast.studies.studies.study import Sizes, StudyRun
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "nudging.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_nudging", DOCS / "make_nudging.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_nudging"] = module
-    spec.loader.exec_module(module)
-    return module
+RESULT = FOLDER / "eval" / "nudging.json"
 
 
 def result_of(memorised: float, frechet: list[float], agreement: float) -> dict[str, Any]:
@@ -133,32 +123,27 @@ def test_cost_is_measured_in_turns(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------
 # docs/nudging.md
 # --------------------------------------------------------------------------------------------
-def test_the_page_is_that_of_the_results(
-    page: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert page.main(["--check"]) == 0
-    other = tmp_path / "nudging.md"
-    other.write_text(PAGE.replace("| --- |", "| --- | --- |", 1))
-    monkeypatch.setattr(page, "PAGE", other)
-    assert page.main(["--check"]) == 1
-    with pytest.raises(ValueError, match="'speed'; known"):
-        page.render("<!-- begin: speed -->\n<!-- end: speed -->")
+def test_the_page_is_that_of_the_results() -> None:
+    assert render("docs/nudging.md", PAGE) == PAGE
+    stale = PAGE.replace("| --- |", "| --- | --- |", 1)
+    assert render("docs/nudging.md", stale) == PAGE != stale
 
 
-def test_figures_of_the_page_come_from_the_files(page: ModuleType, tmp_path: Path) -> None:
-    record = json.loads((page.RESULTS / "nudging.json").read_text(encoding="utf-8"))
+def test_figures_of_the_page_come_from_the_files(tmp_path: Path) -> None:
+    record = json.loads(RESULT.read_text(encoding="utf-8"))
     record["subjects"][0]["methods"][1]["measures"]["cosine"][0] = 0.1234
-    (tmp_path / "nudging.json").write_text(json.dumps(record))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "nudging.json").write_text(json.dumps(record))
     marked = "<!-- begin: study -->\n<!-- end: study -->"
-    assert " 0.12 " in page.render(marked, tmp_path)
-    assert "not measured" in page.render(marked, tmp_path / "nowhere")
+    assert " 0.12 " in render("docs/nudging.md", marked, tmp_path)
+    assert "not measured" in render("docs/nudging.md", marked, tmp_path / "nowhere")
 
 
-def test_pictures_exist_and_can_be_drawn_from_the_result(page: ModuleType) -> None:
+def test_pictures_exist_and_can_be_drawn_from_the_result() -> None:
     for target in re.findall(r"\]\((pictures/[^)]+)\)", PAGE):
         assert (DOCS / target).is_file(), target
-    result = json.loads((page.RESULTS / "nudging.json").read_text(encoding="utf-8"))
-    assert set(nudging.figures(result)) == {"distances", "arrows"}
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert set(nudging.draw_figures(result)) == {"distances", "arrows"}
 
 
 def test_commands_and_examples_of_the_page_are_understood() -> None:
