@@ -66,9 +66,8 @@ def run_tune(setting: Setting, seconds: float) -> dict[str, Any]:
     else:
         table = setting.out / f"{architecture()}.json"
         options = ["--seconds", str(seconds * 0.85), "--out", str(table)]
-    program = (
-        "import sys, bench; from negtome_fast import tune; from negtome_fast.cli import main; "
-    )
+    program = "import sys, bench; from negtome_fast.tuner import run as tune; "
+    program += "from negtome_fast.cli import main; "
     # One candidate of each kernel is enough to go through it all.
     program += "tune.QUICK = 1; " if setting.rehearse else ""
     program += "sys.exit(main(sys.argv[1:]))"
