@@ -1,10 +1,9 @@
-"""Compile a kernel for a target without a GPU, and read off what the compiler made of it.
+"""Compile a kernel for a target without a GPU, and measure the compiled code.
 
 `compile_row` gives registers, spills, shared memory against the target's limit, matrix instructions
-and how many programs fit a multiprocessor. IEEE fp32 has no tensor-core path on NVIDIA: there the
-matching kernels count 0 instructions, as they should. `run_compiling` starts a process of its own,
-because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled any more.
-compile_report.py makes tables of all shipped configurations.
+and the programs that fit a multiprocessor. On NVIDIA the matching kernels in fp32 have 0 matrix
+instructions, as they should: tensor cores would round to TF32. `run_compiling` starts a process of
+its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled any more.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ from . import tuning
 
 
 class Target(NamedTuple):
-    """A compilation target, and what limits how many programs run together on a multiprocessor.
+    """A compilation target, and the limits of a multiprocessor.
 
-    Bytes of shared memory for one program and for a multiprocessor, of which every program costs
-    `shared_reserved` more than it asks for; warps and programs of a multiprocessor. (On gfx942 a
-    multiprocessor is a compute unit, and a warp a wavefront.)
+    On gfx942 a multiprocessor is a compute unit, and a warp is a wavefront.
+
+    Attributes:
+        backend, arch, warp_size: as Triton names the target.
+        shared_limit: bytes of shared memory that one program may use.
+        shared_total: bytes of a multiprocessor; a program takes `shared_reserved` beside its own.
+        warps, programs: most warps and programs that run together.
     """
 
     backend: str
@@ -104,25 +107,25 @@ _FIXED = {
     "tasks_ptr": "*i32",
     "along_error": "fp32",
 }
-# Arguments that are numbers, not pointers, with NUMBERS.
+# Arguments that are numbers with NUMBERS, and pointers without.
 _NUMBERS = ("alpha_ptr", "threshold_ptr")
-# What a launch specialises on: contiguous channels, everything else a multiple of 16.
+# A launch specialises on contiguous channels: these strides are compiled in as 1.
 _UNIT_STRIDES = ("stride_td", "stride_xd", "stride_rd", "stride_cd", "stride_od")
-# The block of a descriptor holds these two sides.
+# Descriptors, and the rows of their blocks.
 _DESCRIPTORS = {"row_descriptor": "BLOCK_M", "column_descriptor": "BLOCK_N"}
 _DESCRIPTORS |= {"row_values_descriptor": "BLOCK_M", "column_values_descriptor": "BLOCK_N"}
-# A pointer to tokens that is moved by an offset of 32 bits, in Triton's own language.
+# An offset of 32 bits into tokens, in Triton's IR.
 _NARROW = r"tt\.addptr [^\n]*!tt\.ptr<%s>[^\n]*, (?:tensor<[\dx]*i32|i32\b)"
-# A maximum that gives NaN where one operand is NaN: best_of needs those that pass over it.
+# A maximum that returns NaN if one operand is NaN. best_of needs maxima that pass over NaN.
 _NAN_MAXIMUM = re.compile(r"\bmax\.(?:ftz\.)?NaN\b")
 
 
 def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
-    """The variants to compile `kernel` in, by name: compile-time constants.
+    """Compile-time constants of the variants of `kernel` to compile, by name.
 
-    For bf16 what the pipelines launch (mode "first", in place, without masks) and the hardest
-    cases; for the other dtypes one variant. The mode only changes which item is read, so it is not
-    compiled in every combination.
+    bf16 has the variant that pipelines launch (mode "first", in place, without masks) and the
+    hardest cases; other dtypes have one variant. Not every mode is compiled: the mode only changes
+    which item is read.
     """
     rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M, "BLOCK_K": config.BLOCK_K}
     tile = {**rows, "BLOCK_N": config.BLOCK_N, "INTERPRETED": False}
@@ -142,7 +145,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
         official = {**union, "OFFICIAL": True, "UNION": False}
         variants = {"paper": union, "official": official}
         if config.DESCRIPTORS:
-            # What is left out here is an argument: a descriptor instead of None.
+            # Without the constant None a descriptor is an argument.
             described = {k: v for k, v in union.items() if k not in _DESCRIPTORS}
             variants = {"paper, descriptors": described, **variants}
     elif kernel == "nudge":
@@ -165,7 +168,7 @@ def variants_of(kernel: str, dtype: str, config: tuning.Config) -> dict[str, dic
 
 
 def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str, Any]]:
-    """`variants_of` for the kernels of kind "coarse"."""
+    """Variants of the kernels of kind "coarse", as `variants_of`."""
     rows: dict[str, Any] = {"BLOCK_M": config.BLOCK_M}
     if kernel == "centre":
         return {"sample": {**rows, "BLOCK_K": config.BLOCK_K}}
@@ -187,10 +190,11 @@ def _coarse_constants(kernel: str, config: tuning.Config) -> dict[str, dict[str,
 
 
 def _function(kernel: str) -> Any:
-    from . import coarse, fused, match, nudge, push
+    from . import coarse, coarse_scores, fused, match, nudge, push
 
     if kernel in tuning.COARSE:
-        return getattr(coarse, f"{kernel}_kernel")
+        module = coarse_scores if kernel in ("select", "score") else coarse
+        return getattr(module, f"{kernel}_kernel")
     return {
         "scale": match.scale_kernel,
         "fused": fused.fused_kernel,
@@ -203,7 +207,7 @@ def _function(kernel: str) -> Any:
     }[kernel]
 
 
-def _require_triton() -> None:
+def require_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed; the kernels cannot be compiled without it")
 
@@ -216,9 +220,12 @@ def compile_kernel(
     target: Target,
     divisible: bool = True,
 ) -> Any:
-    """Compile one kernel for `target`; the result's `asm` holds its code in every stage.
+    """Compile one kernel for `target`; `asm` of the result holds the code of every stage.
 
-    `divisible`: channels and strides are multiples of 16, as those of models are.
+    divisible: channels and strides are multiples of 16, as in models.
+
+    Raises:
+        RuntimeError: the kernels were imported under TRITON_INTERPRET.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -261,7 +268,7 @@ def compile_kernel(
 
 
 def _cuda_resources(compiled: Any) -> tuple[int | None, int | None]:
-    """Registers per thread and bytes of stack and local memory, by cuobjdump; None without it."""
+    """Registers a thread, and bytes of stack and local memory, by cuobjdump; None without it."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -280,7 +287,7 @@ def _cuda_resources(compiled: Any) -> tuple[int | None, int | None]:
 def _hip_resources(compiled: Any) -> tuple[int | None, int | None]:
     """Vector registers, and spilled vector registers plus scratch bytes, from the metadata.
 
-    Spilled scalar registers do not count: they go to lanes of vector registers, not to memory.
+    Spilled scalar registers do not count: they move to lanes of vector registers, not to memory.
     """
     found = dict(re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", compiled.asm["amdgcn"], re.MULTILINE))
     spills = ("vgpr_spill_count", "private_segment_fixed_size")
@@ -290,10 +297,10 @@ def _hip_resources(compiled: Any) -> tuple[int | None, int | None]:
 def resident_programs(
     target: Target, registers: int, shared: int, num_warps: int, tensor_memory: int = 0
 ) -> int:
-    """How many programs of a kernel run together on one multiprocessor of `target`, at most.
+    """Most programs of a kernel that run together on one multiprocessor of `target`.
 
-    registers of a thread, shared memory in bytes and, on sm_100, columns of tensor memory, each of
-    one program. Registers are given out in groups of 8 a thread; a thread has at least one group.
+    registers: of a thread, which gets them in groups of 8, at least one group. shared: bytes of a
+    program. tensor_memory: columns of a program, on sm_100.
     """
     rounded = max(-(-registers // 8) * 8, 8)
     if target.backend == "hip":
@@ -317,7 +324,7 @@ def compile_row(
     variant: str,
     constants: dict[str, Any],
 ) -> dict[str, Any]:
-    """Compile one variant for the target `name`; the row of the report that `row_of` gives."""
+    """Compile one variant for the target `name`; returns a row of the report, see `row_of`."""
     return row_of(
         name,
         kernel,
@@ -336,7 +343,7 @@ def row_of(
     variant: str,
     compiled: Callable[[], Any],
 ) -> dict[str, Any]:
-    """One row of the report, about what `compiled` returns for the target `name`, or its failure.
+    """One row of the report, on the code that `compiled` returns or on its failure to compile.
 
     A row: triton (the compiler's version), target, kernel, variant, dtype, config (list of the
     fields of Config), registers, spills, shared, shared_limit, matrix_instructions, narrow_offsets
@@ -375,7 +382,7 @@ def row_of(
 
 
 def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int) -> None:
-    """Write into `row` what the compiler made of a kernel."""
+    """Write the figures of compiled code into `row`."""
     cuda = target.backend == "cuda"
     row["registers"], row["spills"] = (_cuda_resources if cuda else _hip_resources)(compiled)
     row["shared"] = compiled.metadata.shared
@@ -383,8 +390,8 @@ def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int)
     pattern = _MATRIX_INSTRUCTION[target.backend]
     row["matrix_instructions"] = len(pattern.findall(assembly))
     narrow = _NARROW % re.escape(_POINTER[row["dtype"]][1:].replace("fp", "f"))
-    # fp32 tokens share their type with scales and similarities, whose offsets may be short;
-    # nudge moves its pointers to the item by 64 bits once.
+    # Not counted for fp32, whose tokens share their type with scales, which may have short offsets;
+    # nor for nudge, which first moves its pointers to the item by 64 bits.
     wide = row["dtype"] == "float32" or row["kernel"] == "nudge"
     row["narrow_offsets"] = 0 if wide else len(re.findall(narrow, compiled.asm["ttir"]))
     row["nan_maxima"] = len(_NAN_MAXIMUM.findall(assembly)) if cuda else 0
@@ -397,8 +404,8 @@ def _examine(row: dict[str, Any], compiled: Any, target: Target, num_warps: int)
         row["occupancy"] = round(programs * num_warps / target.warps, 2)
 
 
-# As `python -m`, but this package comes from where this process found it: in a checkout that is not
-# installed `kernels/` lies beside the package that it belongs to, where no import looks.
+# `python -m`, with this package from the place where this process found it. In a checkout that is
+# not installed, `kernels/` lies beside the package that it belongs to, where no import finds it.
 _RUN_MODULE = """
 import importlib.util, runpy, sys
 package, folder, module = sys.argv[1:4]
@@ -418,13 +425,15 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 def run_compiling(
     module: str, arguments: Sequence[str], given: str | None = None, triton: Path | None = None
 ) -> str:
-    """What `python -m module` prints, in a process whose kernels are not interpreted.
+    """Run `python -m module` in a process whose kernels are not interpreted; returns its output.
 
-    triton: a folder that holds the Triton to compile with; default: the installed one.
+    given: text of its standard input. triton: a folder with the Triton to compile with; default:
+    the installed one.
 
-    Raises RuntimeError with the last line of its errors where it fails, and without Triton.
+    Raises:
+        RuntimeError: Triton is not installed, or the process failed; holds its last line.
     """
-    _require_triton()
+    require_triton()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     folders = [str(triton.resolve())] if triton else []
     environment["PYTHONPATH"] = os.pathsep.join([*folders, *(path for path in sys.path if path)])

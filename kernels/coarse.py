@@ -1,33 +1,31 @@
-"""Matching by an int8 product with proven bounds, then exact scores of the few tiles they leave.
+"""Find which blocks of columns can hold a row's best match, by int8 products with proven bounds.
 
 Around a centre c, scaled tokens are a = c + s p + e and b = c + t q + f, where p and q are integers
 of at most 127, and e and f are what rounding to them leaves. For the columns b of a row a,
 
     a . b = a . c + s t (p . q) + c . (b - c) + R,    |R| <= |e| |t q| + |a - c| |f|
 
-where a . c is the same for all columns. `bound_kernel` keeps, of every row and block of columns,
-the largest upper bound of a . b - a . c, and of every row the largest lower bound. `select_kernel`
-lists the rows of each block whose upper bound reaches the row's lower bound: no other block holds
-the best column. `score_kernel` multiplies the listed rows and blocks as `tiled_match_kernel` does
-and raises the same keys. Where the bounds tell nothing apart, it gets all blocks: slow, and as
-exact.
+where a . c is the same for all columns. For every row `bound_kernel` keeps the largest upper bound
+of a . b - a . c in each block of columns, and the largest lower bound over all blocks. No block
+whose upper bound is below the row's lower bound holds the best column. coarse_scores.py scores the
+other blocks exactly. If the bounds tell nothing apart, it scores all blocks: slow, and as exact.
 
-Why the bounds hold on a GPU, u = 2^-24 being half a unit in the last place of fp32, and D < 2^15:
+The bounds hold on a GPU, for D < 2^15. With u = 2^-24, half a unit in the last place of fp32:
 
-- a = s_i x and b = s_j r with the fp32 scales exactly as stored. No error of a norm matters, as the
-  exact kernel compares s_j <x, r>, whose order over j is that of a . b. A norm, an approximate root
-  and a division are right to D u / 2 + 8 u, so that |a|, |b| and |c| are less than 1 + 2^-9.
+- a = s_i x and b = s_j r, with the fp32 scales exactly as stored. Errors of norms do not matter:
+  the exact kernel compares s_j <x, r>, whose order over j is that of a . b. A norm, an approximate
+  root and a division are right to D u / 2 + 8 u, so |a|, |b| and |c| are less than 1 + 2^-9.
 - Rounding x s - c element by element, to v, moves the vector by less than 4 u (fused or not, and
-  with denormal numbers flushed to zero). What v leaves is measured as the norm of fl(v - s p),
-  which moves by less than 16 u again, and a sum of D squares and its root are right to 2^-9,
-  relatively: `error` is the measured norm times (1 + NORM_ERROR) plus UNIT_ERROR. `length` is the
-  norm of v times (1 + NORM_ERROR) plus `error`: it bounds |a - c| and |s p|. |v| is below 2.01 and,
-  for D < 2^15, the norm of what rounding to 1 / 127 of the largest element leaves is below 0.75 of
-  it: `error` is below 1.6 and `length` below 3.7.
+  with denormal numbers flushed to zero). The rest v - s p is measured as the norm of fl(v - s p),
+  which moves by less than 16 u again. A sum of D squares and its root have a relative error below
+  2^-9. So `error`, the measured norm times (1 + NORM_ERROR) plus UNIT_ERROR, bounds |e| and |f|.
+  `length`, the norm of v times (1 + NORM_ERROR) plus `error`, bounds |a - c| and |s p|.
+- |v| is below 2.01. For D < 2^15 the rest, after rounding to 1 / 127 of the largest element, has a
+  norm below 0.75 |v|: `error` is below 1.6 and `length` below 3.7.
 - p . q is a sum of D products of at most 127^2, below 2^31 for D <= 133,152: exact in int32.
 - c . (b - c) is a sum of D terms, in any order: right to D u |b - c| |c| (`along_error * length`).
-- All else in `bound_kernel` are less than 20 fp32 operations on numbers below 64, of 64 u each:
-  less than SCORE_ERROR together.
+- All other steps of `bound_kernel` are less than 20 fp32 operations on numbers below 64. Each errs
+  by 64 u at most: less than SCORE_ERROR together.
 """
 
 from __future__ import annotations
@@ -35,33 +33,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .match import offer
 from .shared import (
     MASKED,
     RUNTIME_SIZES,
-    best_of,
     inverse_norm,
-    load_scales,
-    multiply,
     reference_item,
     scale_line,
     source_item,
 )
 
+# Errors of norms and of bounds, as derived above
 NORM_ERROR = tl.constexpr(2.0**-9)
 UNIT_ERROR = tl.constexpr(2.0**-20)
 SCORE_ERROR = tl.constexpr(2.0**-13)
-# The least size of the largest element before rounding: a token equal to the centre is rounded too.
+# Least divisor in rounding: the largest element of a token that equals the centre is zero.
 LEAST = tl.constexpr(1e-12)
 
-_RUNTIME = [*RUNTIME_SIZES, "counts", "lists", "lists_each", "first_row", "row_count", "rows"]
-_RUNTIME += ["tiles", "column_blocks", "item_step", "items_each", "centre_step", "reference_every"]
-_RUNTIME += ["sources", "references"]
+# Sizes that change from call to call, as RUNTIME_SIZES
+COARSE_SIZES = [
+    *RUNTIME_SIZES,
+    *("counts", "lists", "lists_each", "first_row", "row_count", "rows", "tiles", "column_blocks"),
+    *("item_step", "items_each", "centre_step", "reference_every", "sources", "references"),
+]
 
 
 @triton.jit
 def ordered(value):
-    """fp32, never NaN, as int32 of the same order; on its bits it is its own inverse."""
+    """int32 of the same order as fp32 values that are not NaN; its own inverse on the bits."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -69,7 +67,7 @@ def ordered(value):
 # ---------------------------------------------------------------------------------------------
 # Rounding
 # ---------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=COARSE_SIZES)
 def centre_kernel(
     tokens_ptr,
     scale_ptr,
@@ -84,17 +82,23 @@ def centre_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean of a sample of unit reference tokens: tokens (P, M, D) -> centre (C, D) fp32.
+    """Compute the centres: means of samples of unit reference tokens.
 
-    Program (k, c) takes BLOCK_K channels of centre c, from BLOCK_M tokens spread over the items
-    `c * item_step` to `c * item_step + items_each - 1`. scale (P, M) from scale_kernel leaves out
-    what is masked or not finite. Any centre is right; a good one leaves little in question.
+        centre_c = mean of r_j / |r_j| over BLOCK_M tokens j, evenly spread over the items of c
+
+    tokens (P, M, D), any strides; scale (P, M) from scale_kernel, which excludes tokens that are
+    masked or not finite; centre (C, D) fp32. Program (k, c) owns BLOCK_K channels of centre c,
+    whose items are `c * item_step` to `c * item_step + items_each - 1`. Results are right with any
+    centre; a good one leaves few blocks in question.
     """
+    # Sampled tokens
     number = tl.arange(0, BLOCK_M).to(tl.int64) * items_each * M // BLOCK_M
     item = tl.program_id(1).to(tl.int64) * item_step + number // M
     token = number % M
     scale = tl.load(scale_ptr + scale_line(item, M) + token)
     used = scale >= 0.0
+
+    # Mean
     channels = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = channels < D
     value = tl.load(
@@ -112,7 +116,7 @@ def centre_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=COARSE_SIZES)
 def round_kernel(
     tokens_ptr,
     scale_ptr,
@@ -137,18 +141,21 @@ def round_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tokens first_row to first_row + row_count - 1 of items, rounded to int8 less their centre.
+    """Round tokens `first_row` to `first_row + row_count - 1`, less their centre, to int8.
+
+        x / |x| - c = scale * values + rest,   error >= |rest|,   length >= |x / |x| - c|
 
     tokens (., M, D), any strides; centre (C, D) fp32, number `item // centre_step` for an item;
     values (Q, row_count, width) int8, zero beyond D; stats (3 or 4, Q, row_count) fp32: scale,
     length, error, and for columns the offset c . (b - c). Program (i, k) owns BLOCK_M tokens.
 
-    Columns (scale_ptr given): item k * item_step; tokens that are no candidate have offset -inf and
-    zero in all else. Rows: item `source_item(k)`, whose scale is computed here; tokens that are not
-    finite have a scale of 0. Rows also set lower (Q, row_count) int32 to -inf, as an order, and all
-    programs together zero `counts` int32 at counts_ptr, which saves a launch each.
+    Columns (scale_ptr is given): item k * item_step. A token that is no candidate has the offset
+    -inf, and zero in all else.
+    Rows (scale_ptr is None): item `source_item(k)`. Norms are computed here; a token that is not
+    finite has scale 0. Rows also set lower (Q, row_count) int32 to `ordered(-inf)`, and all
+    programs together zero `counts` int32 at counts_ptr, which saves two launches.
     """
-    # Which tokens
+    # Tokens and their norms
     line = tl.program_id(1)
     item = line * item_step
     if scale_ptr is None:
@@ -170,14 +177,14 @@ def round_kernel(
         scale = tl.load(scale_ptr + scale_line(item, M) + tokens, mask=inside, other=MASKED)
     used = inside & (scale >= 0.0)
 
-    # Round
+    # Round to 127 steps of the largest element
     centre = tl.load(
         centre_ptr + (item // centre_step).to(tl.int64) * D + channels, mask=channels < D, other=0.0
     )
     unit = tl.where(used[:, None], value * scale[:, None] - centre[None, :], 0.0)
     largest = tl.maximum(tl.max(tl.abs(unit), axis=1), LEAST)
     whole = tl.floor(unit * (127.0 / largest)[:, None] + 0.5)
-    # Its rounding leaves 127 at most; nothing would show if it did not.
+    # Rounding gives 127 at most. A larger number would wrap around unnoticed.
     whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
     step = largest / 127.0
     tl.store(
@@ -186,7 +193,7 @@ def round_kernel(
         mask=inside[:, None] & (channels < width)[None, :],
     )
 
-    # Bounds
+    # Bounds of the rest and of the length
     rest = unit - whole * step[:, None]
     error = tl.sqrt(tl.sum(rest * rest, axis=1)) * (1.0 + NORM_ERROR) + UNIT_ERROR
     length = tl.sqrt(tl.sum(unit * unit, axis=1)) * (1.0 + NORM_ERROR) + error
@@ -199,6 +206,7 @@ def round_kernel(
         offset = tl.sum(unit * centre[None, :], axis=1)
         tl.store(stats + 3 * field, tl.where(used, offset, float("-inf")), mask=inside)
     else:
+        # Lower bounds and counts start empty
         nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         tl.store(lower_ptr + line.to(tl.int64) * row_count + rows, ordered(nothing), mask=inside)
         program = line * tl.num_programs(0) + tl.program_id(0)
@@ -211,7 +219,7 @@ def round_kernel(
 # ---------------------------------------------------------------------------------------------
 # Bounds by int8 tiles
 # ---------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=COARSE_SIZES)
 def bias_kernel(
     row_stats_ptr,
     column_stats_ptr,
@@ -224,19 +232,23 @@ def bias_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The part of a column's bounds that all rows share: the offset and the largest |a - c| |f|.
+    """Compute the part of a column's bounds that all rows share.
 
-    bias (Q, M) fp32 is added to the scores of a column; blocks (2, Q, column blocks) fp32 are the
-    largest length of a block's columns, and the largest of what bias holds beyond their offset.
-    Program (k, q) owns BLOCK_N columns of item q. row_stats (3, rows) of all `rows` source tokens
-    and column_stats (4, Q, M) are round_kernel's.
+        bias = offset + spread,   spread = max over rows of |a - c| * error + along_error * length
+
+    bias (Q, M) fp32 is added to all scores of a column. blocks (2, Q, column blocks) fp32: the
+    largest length and the largest spread of a block's columns. row_stats (3, rows) of all `rows`
+    source tokens and column_stats (4, Q, M) come from round_kernel. Program (k, q) owns BLOCK_N
+    columns of item q.
     """
+    # Largest length of all rows
     longest = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, rows, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         length = tl.load(row_stats_ptr + rows.to(tl.int64) + row, mask=row < rows, other=0.0)
         longest = tl.maximum(longest, length)
 
+    # Bias of every column, and the largest of the block
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < M
     field = references.to(tl.int64) * M
@@ -253,14 +265,14 @@ def bias_kernel(
 
 @triton.jit
 def accumulate_int8(product, rows, columns, INTERPRETED: tl.constexpr):
-    """`product + rows @ columns`, exact; in fp64 where interpreted, since numpy is slow in int."""
+    """`product + rows @ columns`, exact; interpreted in fp64, as numpy is slow with integers."""
     if INTERPRETED:
         rows = rows.to(tl.float64)
         columns = columns.to(tl.float64)
     return tl.dot(rows, columns, product, out_dtype=product.dtype)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=COARSE_SIZES)
 def bound_kernel(
     row_values_ptr,
     column_values_ptr,
@@ -289,22 +301,25 @@ def bound_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Bounds of all tiles: upper (products, column blocks, rows) fp32, lower (sources, rows) int32.
+    """Compute the bounds of all rows by int8 tiles, which are walked as in tiled_match_kernel.
+
+        score = row_scale * column_scale * (p . q) + bias
+        upper = max over the block's columns of score, + row_error * length + SCORE_ERROR
+        lower = max over blocks of upper - 2 (row_error * length + SCORE_ERROR + spread)
 
     row_values (S, row_count, width) and column_values (Q, M, width) int8, contiguous, or 3-d tensor
     descriptors of them with blocks of one item; their stats from round_kernel; bias (Q, M) and
-    blocks (2, Q, column blocks) from bias_kernel. Product
-    number s * slots + slot is that of source s and the reference it meets in `slot`, which is row
-    `reference item // reference_every` of column_values. lower is over all slots, as `ordered`.
-
-    Tiles are walked as tiled_match_kernel walks them.
+    blocks (2, Q, column blocks), length and spread, from bias_kernel; upper (products, column
+    blocks, row_count) fp32; lower (S, row_count) int32 over all slots, as `ordered`. Product number
+    s * slots + slot belongs to source s and the reference that it meets in `slot`, which is row
+    `reference item // reference_every` of column_values.
     """
     row_blocks = tl.cdiv(row_count, BLOCK_M)
     column_blocks = tl.cdiv(M, BLOCK_N)
     tiles = row_blocks * column_blocks
     ACCUMULATOR: tl.constexpr = tl.float64 if INTERPRETED else tl.int32
     for task in range(tl.program_id(0), products * tiles, tl.num_programs(0)):
-        # Which tile
+        # Blocks of rows and columns of this tile
         product = task // tiles
         source = product // slots
         owner = source_item(source, group_size, MODE)
@@ -322,7 +337,7 @@ def bound_kernel(
         row_line = source.to(tl.int64) * row_count
         column_line = reference.to(tl.int64) * M
 
-        # Product
+        # Products of the tile
         sums = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
         if row_values_descriptor is not None:
             for start in range(0, width, BLOCK_K):
@@ -340,7 +355,7 @@ def bound_kernel(
                 column_side = tl.load(column_pointers[None, :] + channels[:, None])
                 sums = accumulate_int8(sums, row_block, column_side, INTERPRETED)
 
-        # Largest upper bound of every row, and what that column's score is at least
+        # Largest upper bound of every row, and the lower bound of that column's score
         row_inside = rows < row_count
         row_stats = row_stats_ptr + row_line + rows
         row_scale = tl.load(row_stats, mask=row_inside, other=0.0)
@@ -366,147 +381,4 @@ def bound_kernel(
             ordered(lower),
             mask=row_inside & (lower > float("-inf")),
             sem="relaxed",
-        )
-
-
-# ---------------------------------------------------------------------------------------------
-# Which blocks of columns are in question, and their exact scores
-# ---------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=_RUNTIME)
-def select_kernel(
-    upper_ptr,
-    lower_ptr,
-    counts_ptr,
-    listed_ptr,
-    tasks_ptr,
-    row_count,
-    lists,
-    lists_each,
-    tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Lists the rows whose upper bound in a block of columns reaches their lower bound.
-
-    upper (lists, row_count), lower (S, row_count) from bound_kernel; list number
-    s * lists_each + k is block k of all columns that source s meets. listed (lists, row_count)
-    int32 are the rows, counts (lists + 1) int32 their number, zero before. The last count is that
-    of tasks (lists * tiles) int32, one for each TILE rows of a list: list * tiles + number of the
-    tile. Program (i, s) owns BLOCK_M <= TILE rows of source s. The order of rows and of tasks
-    differs from run to run; what is listed does not.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < row_count
-    source = tl.program_id(1)
-    order = tl.load(lower_ptr + source.to(tl.int64) * row_count + rows, mask=inside, other=0)
-    lower = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-    for start in range(0, lists_each, BLOCK_N):
-        number = start + tl.arange(0, BLOCK_N)
-        mine = number < lists_each
-        number += source * lists_each
-        line = number.to(tl.int64) * row_count
-        upper = tl.load(
-            upper_ptr + line[:, None] + rows[None, :],
-            mask=mine[:, None] & inside[None, :],
-            other=float("-inf"),
-        )
-        chosen = (upper >= lower[None, :]) & (upper > float("-inf"))
-        place = tl.cumsum(chosen.to(tl.int32), axis=1)
-        count = tl.sum(chosen.to(tl.int32), axis=1)
-        some = mine & (count > 0)
-        before = tl.atomic_add(counts_ptr + number, count, mask=some, sem="relaxed")
-        before = tl.where(some, before, 0)
-        tl.store(
-            listed_ptr + (line + before - 1)[:, None] + place,
-            tl.zeros((BLOCK_N, BLOCK_M), tl.int32) + rows[None, :],
-            mask=chosen,
-        )
-        # These rows begin a tile where a multiple of TILE lies among their places.
-        tile = tl.cdiv(before, TILE)
-        begins = some & (tile * TILE < before + count)
-        task = tl.atomic_add(
-            counts_ptr + lists + tl.zeros((BLOCK_N,), tl.int32), 1, mask=begins, sem="relaxed"
-        )
-        tl.store(tasks_ptr + task, number * tiles + tile, mask=begins)
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def score_kernel(
-    x_ptr,
-    reference_ptr,
-    scale_ptr,
-    key_ptr,
-    counts_ptr,
-    listed_ptr,
-    tasks_ptr,
-    first_row,
-    row_count,
-    N,
-    M,
-    D,
-    slots,
-    lists,
-    tiles,
-    column_blocks,
-    group_size,
-    reference_step,
-    stride_xb,
-    stride_xn,
-    stride_xd,
-    stride_rb,
-    stride_rm,
-    stride_rd,
-    MODE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Raise the keys (B, 1, N) of listed rows to the best candidates of their blocks of columns.
-
-    A task is BLOCK_M rows of a list and the SPLIT * BLOCK_N columns of its block, in SPLIT parts;
-    program p takes the parts p, p + programs, ... The number of tasks is read from memory, so the
-    grid does not depend on it. Every key of a row comes from here, so that equal tokens tie.
-    """
-    parts = tl.load(counts_ptr + lists) * SPLIT
-    for part in range(tl.program_id(0), parts, tl.num_programs(0)):
-        # Which rows and columns
-        task = tl.load(tasks_ptr + part // SPLIT)
-        number = task // tiles
-        product = number // column_blocks
-        slot = product % slots
-        owner = source_item(product // slots, group_size, MODE)
-        other = reference_item(owner, slot, group_size, reference_step, MODE).to(tl.int64)
-        first_column = (number % column_blocks * SPLIT + part % SPLIT) * BLOCK_N
-        columns = first_column + tl.arange(0, BLOCK_N)
-        first = task % tiles * BLOCK_M
-        left = tl.load(counts_ptr + number) - first
-        lanes = tl.arange(0, BLOCK_M)
-        # Lanes past the end repeat the last row, whose key they cannot change.
-        places = number.to(tl.int64) * row_count + first + tl.minimum(lanes, left - 1)
-        rows = (first_row + tl.load(listed_ptr + places)).to(tl.int64)
-
-        # Product
-        similarities = multiply(
-            x_ptr + owner.to(tl.int64) * stride_xb + rows * stride_xn,
-            stride_xd,
-            reference_ptr + other * stride_rb + tl.minimum(columns, M - 1).to(tl.int64) * stride_rm,
-            stride_rd,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INTERPRETED,
-        )
-
-        # Best column of every row
-        scale = load_scales(scale_ptr, other, columns, M)
-        best, position = best_of(similarities * scale[None, :], 1, INTERPRETED)
-        offer(
-            key_ptr + owner.to(tl.int64) * N + rows,
-            best,
-            slot * M + first_column + position,
-            lanes < left,
         )

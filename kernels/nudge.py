@@ -2,8 +2,9 @@
 
     L <- project(L - step_size * grad f(L)),  f(L) = <g, L> + |L - L0|,  g = beta U - alpha D
 
-U and D are the means of the points. Every iterate is (1 + p) L0 + q g, so a step changes p and q
-alone: the kernel reads the latents once for three inner products and once to write the result.
+U and D are the means of the undesired and desired points. Every iterate is (1 + p) L0 + q g, so a
+step changes only the numbers p and q: the kernel reads the latents once for three inner products
+and once to write the result. negtome_fast/nudging/ says where the objectives come from.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ def nudge_kernel(
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program b owns item b: latents, out (B, width), unit stride inside an item.
+    """Take all descent steps of the items; program b owns item b.
 
-    desired, undesired: means (1 or B, width) fp32 or None, stride 0 where shared; alpha, beta,
-    radius (B,) fp32; distance (B,) fp32, taken and reason (B,) int64, trace (B, steps + 1) fp32 or
-    None. Reasons: 0 converged, 1 steps, 2 distance, 3 non-finite.
+    latents, out (B, width), unit stride inside an item; desired, undesired: means (1 or B, width)
+    fp32 or None, stride 0 where shared; alpha, beta, radius (B,) fp32; distance (B,) fp32; taken
+    and reason (B,) int64; trace (B, steps + 1) fp32 or None. Reasons: 0 converged, 1 steps,
+    2 distance, 3 non-finite.
     """
     item = tl.program_id(0).to(tl.int64)
     latents_ptr += item * stride_latents
@@ -103,7 +105,7 @@ def nudge_kernel(
     ss = tl.sum(block_ss, axis=0)
     sg = tl.sum(block_sg, axis=0)
     gg = tl.sum(block_gg, axis=0)
-    # A comparison with NaN is false, so NaN and infinity are both not finite.
+    # A comparison with NaN is false, so NaN is not finite, as infinity is not.
     finite = (ss < float("inf")) & (gg < float("inf")) & (tl.abs(sg) < float("inf"))
     norm = tl.sqrt(ss)
     slope = 1.0
@@ -138,7 +140,7 @@ def nudge_kernel(
                 on_start = -product * (1.0 + p) / cubed
                 on_g = 1.0 / size - product * q / cubed
             away = length(p, q, ss, sg, gg)
-            # At L0 the norm has a kink: there, the shortest of its subgradients.
+            # The norm has a kink at L0: take the shortest of its subgradients there.
             steepness = tl.maximum(length(on_start, on_g, ss, sg, gg), TINY)
             left = tl.maximum(1.0 - slope / steepness, 0.0)
             pull = slope / tl.maximum(away, TINY)

@@ -1,9 +1,8 @@
 """Launch configurations of all kernels, from one table per architecture: `tuned/<arch>.json`.
 
-`plan` answers with the entry nearest to the problem (`distance`), so that every shape is served and
-no shape is ever tuned while it runs. A file of the same name in the folder that the environment
-variable NEGTOME_FAST_TUNED names comes before the shipped one. No configuration changes a result
-beyond the order of additions.
+`plan` returns the entry nearest to the problem (`distance`), so every shape is served and none is
+tuned while it runs. The environment variable NEGTOME_FAST_TUNED names a folder; a file of the same
+name there replaces the shipped one. A configuration changes only the order of additions.
 """
 
 from __future__ import annotations
@@ -16,37 +15,44 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-#: scale: column scales. rows: match and push, a program owns its rows. tiles, pairs: match by
-#: tiles, pairs the symmetric form for "others". finish: push what tiles found. resolve: keys to
-#: similarity and index. push: push from similarity and index. nudge: embedding nudging (nudge.py).
-#: COARSE: match by int8 bounds, then exact scores (coarse.py), in the order of their launches.
+#: Kernels of the kind "coarse" in the order of their launches: int8 bounds (coarse.py), then exact
+#: scores (coarse_scores.py).
 COARSE = ("centre", "round", "bias", "bound", "select", "score")
+#: scale: scales of reference tokens. fused: match and push, a program owns its rows. tiles, pairs:
+#: match by tiles, pairs for the symmetric mode "others". push_from_keys: push from the keys of
+#: tiles. resolve: keys to similarity and index. push: push from similarity and index. nudge:
+#: embedding nudging (nudge.py).
 KERNELS = (
     *("scale", "fused", "tiles", "pairs", "push_from_keys", "resolve", "push", "nudge"),
     *COARSE,
 )
-#: The kernels that an entry of a table configures, and how paper matching may be launched.
+#: Kernels that an entry of a table configures.
 TUNED = ("fused", "tiles", "pairs", "push_from_keys")
-#: "coarse" is in no shipped table until it is measured faster somewhere.
+#: Ways to launch paper matching with combine="nearest". No shipped table has "coarse": it was
+#: measured nowhere yet.
 KINDS = ("fused", "tiles", "coarse")
 DTYPES = ("float32", "bfloat16", "float16")
 INTERPRETED = "interpreted"
 FOLDER = Path(__file__).parent / "tuned"
 FOLDER_VARIABLE = "NEGTOME_FAST_TUNED"
 SCHEMA = 3
-#: The scales of an item fill whole blocks of this many, so that a block of tokens needs no mask; no
-#: block of tokens is larger.
+#: Scales of an item fill whole blocks of this many, so that loads of scales need no mask. BLOCK_M
+#: and BLOCK_N are at most this.
 SCALE_BLOCK = 256
 
 
 class Config(NamedTuple):
-    """BLOCK_M rows by BLOCK_N columns, BLOCK_K channels a step; the rest is for tiles and pairs.
+    """Launch configuration of one kernel.
 
-    GROUP_M blocks of rows go through all columns before the next ones. CTAS_PER_SM programs are
-    launched for each multiprocessor. DESCRIPTORS asks for tensor descriptors where the tokens allow
-    them. FLATTEN makes one loop of the tiles and their channels, so that the loads of the next tile
-    start before the epilogue; it acts with descriptors only. OVERLAP (tiles) matches the last items
-    by themselves and pushes the others meanwhile.
+    Attributes:
+        BLOCK_M, BLOCK_N, BLOCK_K: rows and columns of a block, and channels of a step.
+        num_warps, num_stages: options of Triton.
+        GROUP_M: (tiles, pairs, bound) blocks of rows that meet all columns before the next ones.
+        CTAS_PER_SM: (tiles, pairs, bound, score) programs launched for each multiprocessor.
+        DESCRIPTORS: (tiles, pairs, bound) 1: tensor descriptors where the tokens allow them.
+        FLATTEN: (tiles, pairs) 1: one loop over tiles and channels, so that the loads of the next
+            tile start before the epilogue. It acts with descriptors only.
+        OVERLAP: (tiles) 1: match the last items by themselves, and push the others meanwhile.
     """
 
     BLOCK_M: int
@@ -61,7 +67,7 @@ class Config(NamedTuple):
     OVERLAP: int = 0
 
     def cap(self) -> dict[str, int]:
-        """Launch option on NVIDIA that lets CTAS_PER_SM programs share the 65,536 registers."""
+        """NVIDIA launch option by which CTAS_PER_SM programs share the 65,536 registers."""
         if self.CTAS_PER_SM == 1:
             return {}
         return {"maxnreg": 65536 // (self.CTAS_PER_SM * self.num_warps * 32) // 8 * 8}
@@ -72,13 +78,13 @@ class Config(NamedTuple):
         return {name: fields[name] for name in (*names, "num_warps", "num_stages")}
 
     def options(self, cap: bool = False) -> tuple[tuple[str, int], ...]:
-        """Launch options, with that of `cap` where asked for."""
+        """Launch options; with `cap` also the limit of registers."""
         limit = self.cap().items() if cap else ()
         return ("num_warps", self.num_warps), ("num_stages", self.num_stages), *limit
 
 
 class Problem(NamedTuple):
-    """What a table is asked for: `products` matrices of N source by M reference tokens."""
+    """Key of a table: `products` matrices of N source by M reference tokens of D channels."""
 
     dtype: str
     products: int
@@ -88,7 +94,7 @@ class Problem(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How to launch: the kind for paper matching with push, and a configuration for each kernel."""
+    """Launches of a problem: the kind for paper matching, and each kernel's configuration."""
 
     kind: str
     scale: Config
@@ -107,6 +113,7 @@ class Plan(NamedTuple):
     score: Config
 
     def configuration(self, kernel: str) -> Config:
+        """Configuration of a kernel of `KERNELS`. Raises ValueError for any other name."""
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
         config: Config = getattr(self, kernel)
@@ -116,8 +123,8 @@ class Plan(NamedTuple):
 #: One item a program, BLOCK_K values a step; a narrower item takes a block of its own width.
 NUDGE = Config(1, 0, 4096, 8, 1)
 
-# One row of a token is read and reduced, or written: bound by memory, and not on the path that
-# counts, so they are the same everywhere.
+# These kernels read and write every token once. They are bound by memory and take little of the
+# time, so their configurations are the same everywhere.
 _STREAMING = {
     "scale": Config(16, 0, 128, 4, 1),
     "resolve": Config(8, 0, 256, 4, 1),
@@ -125,8 +132,8 @@ _STREAMING = {
     "nudge": NUDGE,
 }
 
-# Large enough that numpy, not the interpreter, does the work; small enough that tests meet several
-# tiles and several steps.
+# Blocks for Triton's interpreter: large enough that numpy does the work, small enough that tests
+# meet several tiles and several steps.
 _INTERPRETED = Plan(
     "fused",
     scale=Config(64, 0, 128, 1, 1),
@@ -145,15 +152,15 @@ _INTERPRETED = Plan(
     score=Config(64, 64, 128, 1, 1),
 )
 
-# The kind "coarse", by the architecture of a table: bound, and score for 2-byte dtypes and fp32.
-# The other three are bound by memory. round holds whole tokens in registers, whatever its BLOCK_K
-# says: that is the width which the compile report checks.
+# The other kernels of the kind "coarse" are bound by memory. round holds whole tokens in registers;
+# its BLOCK_K is the number of channels that the compile report checks.
 _COARSE_STREAMING = {
     "centre": Config(64, 0, 64, 4, 1),
     "round": Config(1, 0, 8192, 8, 1),
     "bias": Config(1, 256, 1024, 4, 1),
     "select": Config(64, 16, 0, 4, 1),
 }
+# By architecture: bound, score for 2-byte dtypes, score for fp32.
 _COARSE = {
     "sm_80": (
         Config(128, 128, 128, 8, 3),
@@ -182,8 +189,8 @@ _COARSE = {
     ),
 }
 
-# Whose table serves an architecture without one of its own. sm_86, sm_120 and sm_121 have 99 KiB of
-# shared memory, as sm_89 has.
+# Architectures without a table, and the one whose table serves them. sm_86, sm_120 and sm_121 have
+# 99 KiB of shared memory, as sm_89 has.
 _FAMILIES = {"sm_86": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89", "sm_103": "sm_100"}
 
 
@@ -197,7 +204,7 @@ def family(arch: str) -> str:
 
 
 def table_path(arch: str) -> Path:
-    """The file that serves `arch`: the user's own, else the shipped one of its family."""
+    """Table that serves `arch`: the user's own, else the shipped one of its family."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder and (Path(folder) / f"{arch}.json").is_file():
         return Path(folder) / f"{arch}.json"
@@ -230,10 +237,10 @@ def _config(value: Any, where: str) -> Config:
 
 
 def check(table: Any, source: str) -> list[dict[str, Any]]:
-    """The entries of a table, once all of it is known to be right.
+    """Check a table, and return its entries.
 
     Raises:
-        ValueError: names `source`, the entry and what is wrong with it.
+        ValueError: names `source`, the entry and its fault.
     """
     if not isinstance(table, Mapping) or table.get("schema") != SCHEMA:
         raise ValueError(f'{source}: not a tuning table of schema {SCHEMA} ("schema": {SCHEMA})')
@@ -300,11 +307,11 @@ def _entries(path: Path) -> tuple[tuple[Problem, Plan], ...]:
 # Asking a table
 # ---------------------------------------------------------------------------------------------
 def distance(a: Problem, b: Problem) -> float:
-    """How far two problems are from each other; infinite where their elements differ in size.
+    """Distance of two problems; infinite if their elements differ in size.
 
-    Sums |log2| of three ratios: of the tokens of all products, which say how many programs there
-    are; of N * M, how much each of them has to do; and of D, how long its loop is. A factor of two
-    in any of them is 1, and the other 2-byte dtype costs 0.01.
+    The sum of |log2| of three ratios: of products * N, which sets the number of programs; of N * M,
+    which sets the work of a matrix; and of D, which sets the length of the loop. A factor of two in
+    any of them is 1. The other 2-byte dtype adds 0.01.
     """
     if element_size(a.dtype) != element_size(b.dtype):
         return math.inf
@@ -320,7 +327,7 @@ def distance(a: Problem, b: Problem) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def plan(arch: str, dtype: str, products: int, N: int, M: int, D: int) -> Plan:
-    """The plan of the nearest entry; of equally near ones, the first in the file.
+    """Plan of the nearest entry; of equally near entries the first in the file.
 
     Args:
         arch: `"sm_90"`, `"gfx942"`, ..., or `INTERPRETED`; unknown ones get a conservative table.
@@ -329,7 +336,7 @@ def plan(arch: str, dtype: str, products: int, N: int, M: int, D: int) -> Plan:
         N, M, D: source tokens, reference tokens, channels.
 
     Raises:
-        ValueError: an unknown dtype, or a table that is not right.
+        ValueError: the dtype is unknown, or the table has a fault.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
@@ -340,7 +347,7 @@ def plan(arch: str, dtype: str, products: int, N: int, M: int, D: int) -> Plan:
 
 
 def forget() -> None:
-    """Read tables again at the next question: a file has changed."""
+    """Clear the caches, because a file has changed: the next call of `plan` reads it again."""
     _entries.cache_clear()
     plan.cache_clear()
 

@@ -66,8 +66,9 @@ def run_tune(setting: SuiteRun, seconds: float) -> dict[str, Any]:
     else:
         table = setting.out / f"{architecture()}.json"
         options = ["--seconds", str(seconds * 0.85), "--out", str(table)]
-    program = "import sys, bench; from negtome_fast.cli import main, tune; "
-    # In a rehearsal one candidate of each kernel is enough.
+    program = "import sys, bench; from negtome_fast.tuner import run as tune; "
+    program += "from negtome_fast.cli import main; "
+    # One candidate of each kernel is enough to go through it all.
     program += "tune.QUICK = 1; " if setting.rehearse else ""
     program += "sys.exit(main(sys.argv[1:]))"
     stage = run("tune", [sys.executable, "-c", program, "tune", *options], setting, seconds)

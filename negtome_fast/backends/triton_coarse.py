@@ -315,7 +315,7 @@ def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -
 
 def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
     """List the rows of every block of columns that may hold their best one."""
-    from ..kernels.coarse import select_kernel
+    from ..kernels.coarse_scores import select_kernel
 
     config, count = plan.select, part.lower.shape[1]
     block = min(config.BLOCK_M, layout.score.BLOCK_M)
@@ -337,7 +337,7 @@ def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
 
 def _score(call: Call, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout) -> None:
     """Raise `keys` to the best candidates of the listed rows and blocks of columns."""
-    from ..kernels.coarse import score_kernel
+    from ..kernels.coarse_scores import score_kernel
 
     x, reference = call.x, call.reference
     config, pairing, count = layout.score, layout.pairing, part.lower.shape[1]

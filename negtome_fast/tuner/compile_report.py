@@ -33,7 +33,7 @@ def compile_all(
 
     Needs kernels that are not interpreted. Raises RuntimeError without Triton.
     """
-    aot._require_triton()
+    aot.require_triton()
     kernels = set(kernels)
     return [
         aot.compile_row(name, kernel, dtype, config, variant, constants)
@@ -76,7 +76,7 @@ def report(
     Raises ValueError for an unknown target or kernel, RuntimeError without Triton or if a process
     fails.
     """
-    aot._require_triton()
+    aot.require_triton()
     targets = list(TARGETS) if targets is None else list(targets)
     kernels = list(tuning.KERNELS) if kernels is None else list(kernels)
     for names, known in ((targets, tuple(TARGETS)), (kernels, tuning.KERNELS)):
@@ -100,7 +100,7 @@ def report_configurations(
 
     Compiled in as many processes as there are processors. Raises as `report`.
     """
-    aot._require_triton()
+    aot.require_triton()
     if target not in TARGETS:
         raise ValueError(f"unknown {target}; known: {', '.join(TARGETS)}")
     workers = max(1, min(os.cpu_count() or 1, len(configurations)))

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..kernels import tuning
 from ..kernels.tuning import Config, Problem
-from .space import Shape
+from .space import TokenShape
 
 Mode = Literal["first", "others"]
 #: Of every set of rotating inputs together, so that no input stays in a cache between two uses.
 ROTATION_BYTES = 256 * 2**20
 
 
-def random_tokens(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+def random_tokens(shape: TokenShape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     """Tokens of which about half resemble a token of their group's first item."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.items, shape.tokens, shape.channels)
@@ -110,7 +110,9 @@ def seconds_of(calls: Sequence[Callable[[], object]], budget: float = 0.2) -> fl
 class Bench:
     """Random inputs of one shape, what is right for them, and how long a call takes."""
 
-    def __init__(self, shape: Shape, dtype: str, device: torch.device, reference: Mode) -> None:
+    def __init__(
+        self, shape: TokenShape, dtype: str, device: torch.device, reference: Mode
+    ) -> None:
         from ..functional import guide_tokens
 
         self.shape, self.reference = shape, reference
@@ -170,11 +172,11 @@ def fastest(
 
 
 def tune_shape(
-    shape: Shape,
+    shape: TokenShape,
     dtype: str,
     candidates: Callable[[str, Problem], list[Config]],
     base: tuning.Plan,
-    bench: Callable[[Shape, Mode], Any],
+    bench: Callable[[TokenShape, Mode], Any],
     say: Callable[[str], None],
     left: Callable[[], float],
 ) -> dict[str, Any] | None:

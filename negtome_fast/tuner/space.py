@@ -15,7 +15,7 @@ MOST_FOR_OTHERS = 16384
 
 
 @dataclass(frozen=True)
-class Shape:
+class TokenShape:
     """Image tokens (items, tokens, channels) in equal groups."""
 
     items: int
@@ -41,17 +41,17 @@ class Shape:
 
 #: FLUX 1024 px, SDXL 1024 px at both grids, FLUX 768 px, SD3, Wan 720p; most important first.
 SHAPES = (
-    Shape(4, 4096, 3072),
-    Shape(8, 4096, 640, 2),
-    Shape(8, 1024, 1280, 2),
-    Shape(4, 2304, 3072),
-    Shape(4, 4096, 1536),
-    Shape(4, 256, 640),
-    Shape(2, 75600, 5120),
+    TokenShape(4, 4096, 3072),
+    TokenShape(8, 4096, 640, 2),
+    TokenShape(8, 1024, 1280, 2),
+    TokenShape(4, 2304, 3072),
+    TokenShape(4, 4096, 1536),
+    TokenShape(4, 256, 640),
+    TokenShape(2, 75600, 5120),
 )
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str) -> TokenShape:
     """`"4x4096x640"`, or `"8x4096x640/2"` with two groups. Raises ValueError otherwise."""
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
     if not found:
@@ -59,7 +59,7 @@ def parse_shape(text: str) -> Shape:
     items, tokens, channels, groups = (int(part or 1) for part in found.groups())
     if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
         raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
-    return Shape(items, tokens, channels, groups)
+    return TokenShape(items, tokens, channels, groups)
 
 
 def space(kernel: str) -> Iterator[Config]:

@@ -52,6 +52,14 @@ def merge(table: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     return {**table, "entries": entries}
 
 
+def with_measured(
+    table: dict[str, Any], entry: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """`table` with a measured entry, and with the machine that measured it in both."""
+    measured = {**table, "machine": facts, "note": "measured"}
+    return merge(measured, {**entry, "machine": facts})
+
+
 def text_of(table: dict[str, Any]) -> str:
     """A table as JSON with a line for each entry."""
     head = json.dumps({k: v for k, v in table.items() if k != "entries"}, indent=1)

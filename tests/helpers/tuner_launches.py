@@ -19,13 +19,13 @@ from triton.runtime import driver
 
 import bench  # noqa: F401, finds the kernels in a checkout that is not installed
 from negtome_fast.backends import triton_runtime as runtime
-from negtome_fast.cli import tune
 from negtome_fast.functional import guide_tokens, negtome
 from negtome_fast.kernels.tuning import Config
 from negtome_fast.tuner import launches
-from negtome_fast.tuner.space import Shape
+from negtome_fast.tuner.run import launch
+from negtome_fast.tuner.space import TokenShape
 
-SHAPE = Shape(4, 64, 128)
+SHAPE = TokenShape(4, 64, 128)
 
 
 class Device:
@@ -51,12 +51,12 @@ def pretend() -> None:
     runtime.multiprocessors = lambda index: 132
 
 
-def operator(shape: Shape, reference: Any) -> object:
+def operator(shape: TokenShape, reference: Any) -> object:
     x = torch.zeros(shape.items, shape.tokens, shape.channels, dtype=torch.bfloat16)
     return negtome(x, reference, groups=shape.groups, backend="triton")
 
 
-def checked(shape: Shape, reference: Any) -> object:
+def checked(shape: TokenShape, reference: Any) -> object:
     """The call that is compared with the oracle before `operator` is timed."""
     x = torch.zeros(shape.items, shape.tokens, shape.channels, dtype=torch.bfloat16)
     chosen = {"alpha": 0.9, "threshold": 0.65, "backend": "triton"}
@@ -68,7 +68,7 @@ def noted(keys: Any, call: Any) -> list[str]:
     notes: list[str] = []
     for key in keys:
         with launches.noting(notes):
-            tune.Candidates._launch(key, SHAPE, call)
+            launch(key, SHAPE, call)
     return notes
 
 
@@ -84,7 +84,7 @@ def found_in_cache(job: Any) -> list[bool]:
 def main() -> None:
     pretend()
     keys = [(kernel, "bfloat16", Config(*fields)) for kernel, fields in json.load(sys.stdin)]
-    jobs = [(key, partial(tune.Candidates._launch, key, SHAPE, operator)) for key in keys]
+    jobs = [(key, partial(launch, key, SHAPE, operator)) for key in keys]
     notes = noted(keys, operator)
     same = set(notes) == set(noted(keys, checked))
     rows = launches.compile_all("sm_90", jobs)

@@ -624,7 +624,7 @@ def test_folder_that_cannot_be_written_is_one_clear_line(
 
 
 def test_compiling_that_fails_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "_require_triton", _no_triton)
+    monkeypatch.setattr(aot, "require_triton", _no_triton)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         aot.run_compiling("negtome_fast.integrations.export.compile", [])
     monkeypatch.undo()

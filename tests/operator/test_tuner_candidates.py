@@ -16,10 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from negtome_fast.backends import triton_runtime as runtime
-from negtome_fast.cli import tune
 from negtome_fast.kernels import tuning
 from negtome_fast.kernels.tuning import Config, Problem
-from negtome_fast.tuner import candidates, compile_report, launches, space, tables
+from negtome_fast.tuner import candidates, compile_report, launches, run, space, tables
 
 FLUX = Problem("bfloat16", 3, 4096, 4096, 3072)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -156,16 +155,16 @@ class Compiler:
         return [row_of(key, "0", spills=8 * self.spilling(key[2])) for key in keys]
 
 
-SHAPES = (space.Shape(4, 4096, 3072), space.Shape(8, 1024, 1280, 2))
+SHAPES = (space.TokenShape(4, 4096, 3072), space.TokenShape(8, 1024, 1280, 2))
 
 
 def grouped_by_16(config: Config) -> bool:
     return config.GROUP_M == 16
 
 
-def prepared(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> tune.Candidates:
+def prepared(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> run.Candidates:
     monkeypatch.setattr(launches, "compile_all", compiler)
-    found = tune.Candidates("sm_90", "sm_90", 132, 6)
+    found = run.Candidates("sm_90", "sm_90", 132, 6)
     found.prepare(SHAPES, "bfloat16", lambda shape, reference: None)
     return found
 
@@ -176,7 +175,7 @@ def test_without_a_list_what_spills_makes_room(
     compiler = Compiler(grouped_by_16)
     found = prepared(compiler, monkeypatch)
     asked = [key for keys in compiler.rounds for key in keys]
-    assert 1 < len(compiler.rounds) <= tune.ROUNDS
+    assert 1 < len(compiler.rounds) <= run.ROUNDS
     assert len(asked) == len(set(asked))  # each of them once
     for shape in SHAPES:
         measured = found("tiles", shape.problem("bfloat16"))
@@ -227,7 +226,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(runtime, "interpreting", lambda: False)
     monkeypatch.setattr(runtime, "architecture", lambda index: "sm_90")
     monkeypatch.setattr(runtime, "multiprocessors", lambda index: 132)
-    monkeypatch.setattr(tune, "Bench", Bench)
+    monkeypatch.setattr(run, "Bench", Bench)
     monkeypatch.setattr(tables, "machine", lambda device: {"device": "pretended"})
     yield
     tuning.forget()
@@ -245,7 +244,7 @@ def test_a_run_compiles_first_and_then_measures(
     monkeypatch.setattr(launches, "compile_all", refuse if fails else compiler)
     told: list[str] = []
     out = tmp_path / "own" / "sm_90.json"
-    assert tune.run(SHAPES[:1], "bfloat16", True, out, None, told.append) == out
+    assert run.run(SHAPES[:1], "bfloat16", True, out, None, told.append) == out
     entry = tuning.load(out)["entries"][0]
     assert entry["measured"] and Problem(*(entry[n] for n in Problem._fields)) == FLUX
     tiles = Config(*entry["tiles"])

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import negtome_fast as nf
 from negtome_fast import functional
-from negtome_fast.cli import main, tune
+from negtome_fast.cli import main
 from negtome_fast.kernels import aot, tuning
 from negtome_fast.kernels.tuning import Config, Problem
-from negtome_fast.tuner import candidates, compile_report, measure, predict, space, tables
+from negtome_fast.tuner import candidates, compile_report, measure, predict, run, space, tables
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 FLUX = Problem("bfloat16", 3, 4096, 4096, 3072)
@@ -203,7 +203,7 @@ def test_only_what_the_compile_report_accepts_is_measured() -> None:
 @pytest.mark.parametrize("shape", [s for s in space.SHAPES if s.tokens >= 1024], ids=str)
 @pytest.mark.parametrize("kernel", ["tiles", "pairs"])
 def test_the_first_candidates_for_sm_90_are_what_the_analysis_says(
-    shape: space.Shape, kernel: str
+    shape: space.TokenShape, kernel: str
 ) -> None:
     """docs/kernels.md, "What the tuner tries first"."""
     problem = shape.problem("bfloat16", others=kernel == "pairs")
@@ -320,7 +320,7 @@ class SteadyBench:
 
 
 def test_a_measured_shape_is_merged_written_and_served(own_tables: Path) -> None:
-    shape = space.Shape(4, 4096, 3072)
+    shape = space.TokenShape(4, 4096, 3072)
     candidates = {
         "fused": [Config(64, 64, 32, 4, 2)],
         "tiles": [Config(64, 64, 64, 4, 2)],
@@ -367,7 +367,7 @@ def test_a_bad_table_is_never_written(tmp_path: Path) -> None:
 
 def test_without_time_nothing_is_measured() -> None:
     plan = tuning.plan("sm_90", *FLUX)
-    shape = space.Shape(4, 4096, 3072)
+    shape = space.TokenShape(4, 4096, 3072)
     arguments = (shape, "bfloat16", lambda *_: [], plan, lambda *_: SteadyBench(), print)
     assert measure.tune_shape(*arguments, lambda: 0.0) is None
 
@@ -390,7 +390,7 @@ def test_little_time_is_shared_by_all_kernels() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", Clock)
         entry = measure.tune_shape(
-            space.Shape(4, 4096, 3072),
+            space.TokenShape(4, 4096, 3072),
             "bfloat16",
             lambda *_: many,
             tuning.plan("sm_90", *FLUX),
@@ -409,7 +409,7 @@ def test_little_time_is_shared_by_all_kernels() -> None:
 def test_right_results_pass_and_wrong_ones_are_named(
     reference: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = space.Shape(4, 40, 24, groups=2)
+    shape = space.TokenShape(4, 40, 24, groups=2)
     x = measure.random_tokens(shape, torch.bfloat16, torch.device(DEVICE), 0)
     y, expected, pushed = functional.guide_tokens(x, reference, groups=2, backend="torch")
     assert 0 < int((pushed >= 0).sum()) < pushed.numel()
@@ -452,7 +452,9 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune", "--out", str(tmp_path / "table.json")]) == 2
     error = capsys.readouterr().err.strip()
-    assert "PyTorch finds none" in error and "--dry-run" in error and "\n" not in error
+    assert (
+        "PyTorch finds none" in error and "dry_run" in error.replace("-", "_") and "\n" not in error
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -461,7 +463,7 @@ def test_dry_run_lists_the_pruned_space(
 ) -> None:
     some = Config(64, 64, 32, 4, 2)
     monkeypatch.setattr(tuning, "TUNED", ("tiles",))
-    for module in (tune, predict):
+    for module in (run, predict):
         monkeypatch.setattr(module, "space", lambda kernel: [some, Config(256, 256, 128, 4, 5)])
     predict.ordered.cache_clear()
     try:
@@ -494,7 +496,9 @@ def test_warmup_runs_what_will_be_launched(monkeypatch: pytest.MonkeyPatch) -> N
 def test_after_warmup_nothing_is_compiled_while_a_graph_is_captured() -> None:
     for reference in ("first", "others"):
         nf.warmup([(4, 300, 320)], reference=reference)
-        x = measure.random_tokens(space.Shape(4, 300, 320), torch.bfloat16, torch.device("cuda"), 0)
+        x = measure.random_tokens(
+            space.TokenShape(4, 300, 320), torch.bfloat16, torch.device("cuda"), 0
+        )
         expected = nf.negtome(x, reference)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -25,9 +25,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ...kernels import aot
-    from .. import tune
+    from ...tuner import run as tune
+    from ...tuner.space import SHAPES, parse_shape
 
-    shapes = [tune.parse_shape(text) for text in options.shapes or ()] or list(tune.SHAPES)
+    shapes = [parse_shape(text) for text in options.shapes or ()] or list(SHAPES)
     if options.dry_run:
         arch = options.arch or "sm_90"
         if arch not in aot.TARGETS:

@@ -30,7 +30,15 @@ MODULES = ("arguments.py", "call.py", "functional.py", "module.py", "naive.py", 
 BACKEND_MODULES = tuple(sorted(path.name for path in (PACKAGE / "backends").glob("*.py")))
 KERNEL_MODULES = (
     *("__init__.py", "tuning.py"),
-    *("division.py", "shared.py", "match.py", "push.py", "fused.py", "coarse.py"),
+    *(
+        "division.py",
+        "shared.py",
+        "match.py",
+        "push.py",
+        "fused.py",
+        "coarse.py",
+        "coarse_scores.py",
+    ),
 )
 _OPERATOR = re.compile(r'"negtome_fast::(\w+)"')
 _OPERATORS = 3
