@@ -406,7 +406,7 @@ def error_of(action: Callable[[], Any]) -> str:
 
 
 def family(name: str, parallel: dict[str, Any] | None) -> dict[str, Any]:
-    """Does what `guided_flux` does, for an entry of the tables of families."""
+    """As `guided_flux`, for an entry of the tables of families."""
     from helpers.pipeline_families import FAMILIES
     from helpers.pipeline_families_video import FAMILIES as VIDEO_FAMILIES
 
