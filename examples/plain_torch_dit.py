@@ -1,10 +1,10 @@
-"""Guidance in a sampling loop written by hand, around a small diffusion transformer in torch alone.
+"""Guidance in a hand-written sampling loop, around a small diffusion transformer.
 
     python examples/plain_torch_dit.py
 
-Needs torch and negtome_fast alone. `begin_step` and `end_step` stand in the loop and `apply`
-in the block; `record` is for references from outside of the batch. The weights are random, so the
-results are no pictures: what is printed is what the guidance did, and that it moved them.
+It needs torch and negtome_fast only. `begin_step` and `end_step` are in the loop, `apply` is in the
+block; `record` is for references from outside of the batch. The weights are random, so the results
+are no pictures. The script prints the summaries of the guidance and how far it moved the results.
 """
 
 from __future__ import annotations
@@ -81,70 +81,70 @@ def sample(
 
     Args:
         noise: (B, C, H, W).
-        condition: (1, D), of all images.
-        references: clean latents (R, C, H, W) from outside of the batch, as many as the guidance
-            has settings for.
+        condition: (1, D), the same for all images.
+        references: clean latents (R, C, H, W) from outside of the batch, one for each of the
+            guidance's `ReferenceSettings`.
     """
     unconditional = torch.zeros_like(condition)
     latents = noise
     reference_noise = torch.randn(
         noise.shape[1:], generator=torch.Generator().manual_seed(0)
-    )  # drawn once a run
+    )  # drawn once per run
     sigmas = torch.linspace(1, 0, steps + 1).tolist()
     for sigma, following in pairwise(sigmas):
         inside = False
         if guidance is not None:
-            # The halves are two groups: neither is pushed away from the other's images.
+            # Each half is a group: its images are not pushed away from the other half's.
             inside = guidance.begin_step(1000 * sigma, groups=2, grid=GRID)
         if guidance is not None and inside and references is not None:
             noisy = (1 - sigma) * references + sigma * reference_noise
-            with guidance.record():  # keeps what the blocks hand over, changes nothing
+            with guidance.record():  # keeps the tokens that `apply` is given, changes nothing
                 model(*doubled(noisy, sigma, unconditional, condition), guidance)
         velocity = model(*doubled(latents, sigma, unconditional, condition), guidance)
         if guidance is not None:
             guidance.end_step()
-        without, towards = velocity.chunk(2)
-        latents = latents + (following - sigma) * (without + scale * (towards - without))
+        uncond, cond = velocity.chunk(2)
+        latents = latents + (following - sigma) * (uncond + scale * (cond - uncond))
     return latents
 
 
 def doubled(
     latents: Tensor, sigma: float, unconditional: Tensor, condition: Tensor
 ) -> tuple[Tensor, float, Tensor]:
-    """The latents in both conditions, one half after the other."""
+    """Returns the batch of both conditions: latents, sigma and conditions, one half each."""
     count = len(latents)
     both = torch.cat([unconditional.expand(count, -1), condition.expand(count, -1)])
     return torch.cat([latents, latents]), sigma, both
 
 
 def likeness(images: Tensor) -> float:
-    """Mean cosine of all pairs of different images."""
+    """Returns the mean cosine similarity over all pairs of different images."""
     rows = nn.functional.normalize(images.flatten(1), dim=1)
     pairs = rows @ rows.T
     return float((pairs.sum() - pairs.trace()) / (len(rows) * (len(rows) - 1)))
 
 
 def main() -> dict[str, Tensor]:
-    """Prints what the guidance did; returns the results without and with it."""
+    """Prints the summaries of the guidance; returns the results without and with it."""
     torch.manual_seed(0)
     model, condition = DiT().eval(), torch.randn(1, WIDTH)
     noise = torch.randn(4, CHANNELS, *GRID)
     plain = sample(model, noise, condition)
 
-    # Diversity of a batch: every image away from all others, in the first steps.
+    # Diversity of a batch: push every image away from all others, in the first steps.
     config = nf.NegToMeConfig(alpha=0.9, threshold=0.3, t_end=700, reference="others")
     guidance = nf.Guidance(config)
     diverse = sample(model, noise, condition, guidance)
     print(guidance.summary())
     print(f"likeness of the batch: {likeness(plain):.3f} -> {likeness(diverse):.3f}")
 
-    # Away from an image of one's own, and there from the upper half only. A batch of one will do.
+    # Push away from a given image, from its upper half only. A batch of one is enough.
     upper = torch.zeros(GRID, dtype=torch.bool)
     upper[: GRID[0] // 2] = True
     avoiding = nf.Guidance(config, references=[ReferenceSettings(alpha=1.5, mask=upper)])
     avoided = sample(model, noise[:1], condition, avoiding, references=plain[1:2])
     print(avoiding.summary())
-    print(f"moved by {float((avoided - plain[:1]).abs().mean()):.3f} in the mean")
+    print(f"mean absolute change: {float((avoided - plain[:1]).abs().mean()):.3f}")
     return {"plain": plain, "diverse": diverse, "avoided": avoided}
 
 

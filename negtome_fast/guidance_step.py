@@ -63,7 +63,7 @@ class GuidanceStep:
     shards: ShardedTokens | None = None
 
     def keep_reference(self, image_tokens: Tensor, block: str, references: int) -> None:
-        """Keeps what a call of a block handed over in the references' forward.
+        """Keeps the tokens of one call of a block in the references' forward.
 
         Args:
             image_tokens: (groups * count, M, D), where `recording` spans count references.

@@ -118,7 +118,7 @@ def apply_negtome(
     The model is guided in every pipeline that calls it, and may be compiled before or after. The
     pipeline given here is asked for the number of steps and the kind of guidance. While another
     pipeline that shares the model runs, they are taken from this pipeline's scheduler and the
-    latents; if the other has a scheduler of its own, apply to the other.
+    latents; if the other has another scheduler, apply to the other.
 
     Args:
         pipe: a pipeline with a `transformer`, a `transformer_2` or a `unet`, all of which are

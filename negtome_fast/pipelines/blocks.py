@@ -48,7 +48,7 @@ def guided_blocks(model: nn.Module, layout: Layout, config: NegToMeConfig) -> di
 
 
 def output_projection(block: nn.Module) -> nn.Module | None:
-    """Returns the output projection of an attention module; None if it has none of its own."""
+    """Returns the output projection of an attention module; None if it has none."""
     if getattr(block, "pre_only", False):
         return None
     projection = getattr(block, "to_out", None)

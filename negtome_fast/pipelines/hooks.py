@@ -58,7 +58,7 @@ class ModelHooks:
         references: the references from outside of the batch, if any.
     """
 
-    # State of the run, found again when another one begins or the latents change their shape.
+    # State of the run, found again when a run begins or the latents change their shape.
     _run = PerThread(0)
     _shape = PerThread[tuple[int, ...] | None](None)
     _groups = PerThread[int | None](None)
@@ -167,7 +167,7 @@ class ModelHooks:
     def _set_blocks(self, blocks: dict[nn.Module, str]) -> None:
         self.blocks = blocks
         with torch.inference_mode(False):
-            # On the CPU, whatever the default device is: elsewhere reading it would wait.
+            # On the CPU, also if the default device is another: reading it must not wait.
             self._numbers = {b: torch.tensor(i, device="cpu") for i, b in enumerate(blocks)}
         self._blocks_by_number = tuple(blocks.items())
 

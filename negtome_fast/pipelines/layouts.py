@@ -60,7 +60,7 @@ def no_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a class of denoisers is guided.
+    """Description of a class of denoisers, which is all that guiding it needs.
 
     Attributes:
         family: name that users know the models by, for the table of supported models.

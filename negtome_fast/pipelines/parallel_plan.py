@@ -1,4 +1,4 @@
-"""How a model is distributed over ranks, and the kinds of parallelism that are refused."""
+"""Parallelism of a model: the share of a rank, and the kinds that are refused."""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ def test_no_file_of_the_guidance_imports_diffusers() -> None:
 
 @torch.no_grad()
 def sample_with_references(guidance: Guidance, references: Tensor, images: int = 3) -> Tensor:
-    """As `sample`, with a forward of the references before each guided one."""
+    """Does what `sample` does, with a forward of the references before each guided forward."""
     model = TinyDiT()
     x = torch.randn(images, 24, 16, generator=torch.Generator().manual_seed(1))
     for i in range(5):

@@ -1,4 +1,4 @@
-"""What guidance adds to a forward, counted in operations: nothing that waits, nothing that copies.
+"""Operations that guidance adds to a forward: none that waits, none that copies.
 
 Times are measured by `python -m bench outside-window`; they would be no test on a busy machine.
 """
@@ -117,7 +117,7 @@ def test_what_may_not_be_written_into_is_copied_once(block: str) -> None:
 @pytest.mark.parametrize("reference", ["first", "others"])
 @pytest.mark.parametrize("matching", ["paper", "official"])
 def test_the_torch_backend_waits_for_no_accelerator(reference: Any, matching: str) -> None:
-    """Tensors of the meta device have no values, so whatever asked for one would raise."""
+    """Tensors of the meta device have no values, so reading one would raise."""
     x = torch.empty(4, 96, 32, device="meta")
     scalar = torch.empty((), device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -30,7 +30,7 @@ def of_package(package: str, name: str, base: type) -> type:
 
 
 class NunchakuBaseAttention(nn.Module):
-    """Stands for nunchaku's: a module of its own around what diffusers' attention computes."""
+    """Double of nunchaku's class: another module that computes diffusers' attention."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ def test_code_of_the_page_runs() -> None:
 
 @pytest.mark.filterwarnings("ignore:no block handed its tokens over")  # the stand-in keeps no count
 def test_pipelines_are_guided_by_the_same_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What changes a pipeline's tokens is `Guidance.apply`, in steps of `begin_step`."""
+    """`Guidance.apply` changes a pipeline's tokens, in steps of `begin_step`."""
     pipe = flux_pipeline()
     plain = generate(pipe, 2)
     with nf.negtome_guidance(pipe, t_end=0, threshold=0.0) as handle:

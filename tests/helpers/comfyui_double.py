@@ -98,7 +98,7 @@ class Executor:
 
 
 class BaseModel:
-    """What `ModelPatcher.model` is; counts its forwards."""
+    """Double of `ModelPatcher.model` that counts its forwards."""
 
     def __init__(self, diffusion_model: nn.Module, temporal: bool = False) -> None:
         self.diffusion_model = diffusion_model
@@ -173,7 +173,7 @@ class ModelPatcher:
 
 
 class Guider:
-    """What `CFGGuider` is: 4 Euler steps with a scale of 2, from sigma 1 to 0."""
+    """Double of `CFGGuider`: 4 Euler steps with a scale of 2, from sigma 1 to 0."""
 
     def __init__(self, patcher: ModelPatcher, joined: bool, seed: int) -> None:
         self.model_patcher, self.joined = patcher, joined

@@ -1,6 +1,6 @@
 """The real ComfyUI for tests: small random checkpoints in its formats, its server, its HTTP API.
 
-Needs a checkout of ComfyUI in `COMFYUI_PATH`, whose requirements this Python has.
+It needs a checkout of ComfyUI in `COMFYUI_PATH`, and ComfyUI's requirements in this Python.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def import_comfy() -> None:
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> torch.nn.Module:
-    """Weights of a size that keeps activations alive, from a seed of their own."""
+    """Draws weights from a seed, of a size that neither blows activations up nor kills them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
@@ -175,22 +175,33 @@ def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> tor
 
 
 def write_checkpoints(folder: Path) -> None:
-    """`models/checkpoints` and `models/loras` with SD 1.5 and FLUX.1 as ComfyUI detects them.
+    """Writes `models/checkpoints` and `models/loras`: SD 1.5 and FLUX.1 as ComfyUI detects them.
 
-    The widths are those that detection fixes (320 and 3072); depths and VAEs are as small as can
-    be. FLUX's text encoders are left out.
+    Detection fixes the widths (320 and 3072); depths and VAEs are as small as possible. FLUX has no
+    text encoders.
     """
     import_comfy()
-    import comfy.ops
-    import comfy.sd1_clip
-    from comfy.ldm.flux.model import Flux
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from comfy.taesd.taesd import TAESD
-
-    operations = comfy.ops.disable_weight_init
     checkpoints, loras = (folder / "models" / name for name in ("checkpoints", "loras"))
     for needed in (checkpoints, loras):
         needed.mkdir(parents=True, exist_ok=True)
+    _write_sd15(checkpoints / SD15)
+    _write_flux(checkpoints / FLUX)
+    generator = torch.Generator().manual_seed(3)
+    attention = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_v"
+    matrices = {
+        f"{attention}.lora_down.weight": torch.randn(4, 320, generator=generator) / 18,
+        f"{attention}.lora_up.weight": torch.randn(320, 4, generator=generator),
+        f"{attention}.alpha": torch.tensor(4.0),
+    }
+    save_file(matrices, loras / LORA)
+
+
+def _write_sd15(path: Path) -> None:
+    import comfy.ops
+    import comfy.sd1_clip
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.taesd.taesd import TAESD
+
     unet = UNetModel(
         image_size=32,
         in_channels=4,
@@ -205,7 +216,7 @@ def write_checkpoints(folder: Path) -> None:
         transformer_depth_middle=1,
         context_dim=768,
         legacy=False,
-        operations=operations,
+        operations=comfy.ops.disable_weight_init,
     )
     clip = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float32)
     parts = {
@@ -213,7 +224,14 @@ def write_checkpoints(folder: Path) -> None:
         "first_stage_model.": randomise(TAESD(latent_channels=4), 1),
         "cond_stage_model.transformer.": randomise(clip.transformer, 2, 0.5).half(),
     }
-    save_file(_state(parts), checkpoints / SD15)
+    save_file(_state(parts), path)
+
+
+def _write_flux(path: Path) -> None:
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+    from comfy.taesd.taesd import TAESD
+
     flux = Flux(
         in_channels=16,
         out_channels=16,
@@ -230,21 +248,13 @@ def write_checkpoints(folder: Path) -> None:
         qkv_bias=True,
         guidance_embed=True,
         dtype=torch.bfloat16,
-        operations=operations,
+        operations=comfy.ops.disable_weight_init,
     )
     parts = {
         "model.diffusion_model.": randomise(flux),
         "vae.": randomise(TAESD(latent_channels=16), 1),
     }
-    save_file(_state(parts), checkpoints / FLUX)
-    generator = torch.Generator().manual_seed(3)
-    attention = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_v"
-    matrices = {
-        f"{attention}.lora_down.weight": torch.randn(4, 320, generator=generator) / 18,
-        f"{attention}.lora_up.weight": torch.randn(320, 4, generator=generator),
-        f"{attention}.alpha": torch.tensor(4.0),
-    }
-    save_file(matrices, loras / LORA)
+    save_file(_state(parts), path)
 
 
 def _state(parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -256,7 +266,7 @@ def _state(parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def write_pictures(folder: Path) -> None:
-    """`input/reference.png`, 128 x 128, and `input/mask.png`, whose left half is drawn upon."""
+    """Writes `input/reference.png`, 128 x 128, and `input/mask.png`, whose left half is white."""
     from PIL import Image
 
     given = folder / "input"
@@ -285,7 +295,7 @@ class Program:
         """Executes a workflow in API format; returns its entry of the history.
 
         Raises:
-            RuntimeError: with what ComfyUI reported, if it refused or failed.
+            RuntimeError: ComfyUI refused or failed; the message is its report.
         """
         request = urllib.request.Request(
             f"{self.address}/prompt",
@@ -308,13 +318,13 @@ class Program:
         raise RuntimeError(f"not done after {seconds} seconds")
 
     def latents(self, done: dict[str, Any], node: str) -> torch.Tensor:
-        """What a SaveLatent node wrote, (B, C, h, w)."""
+        """Returns the latents (B, C, h, w) that a SaveLatent node wrote."""
         (saved,) = done["outputs"][node]["latents"]
         path = self.folder / "output" / saved["subfolder"] / saved["filename"]
         return load_file(path)["latent_tensor"]
 
     def images(self, done: dict[str, Any], node: str) -> list[np.ndarray[Any, Any]]:
-        """What a SaveImage node wrote, each (H, W, 3) uint8."""
+        """Returns the images that a SaveImage node wrote, each (H, W, 3) uint8."""
         from PIL import Image
 
         saved = done["outputs"][node]["images"]
@@ -324,10 +334,10 @@ class Program:
 
 @contextmanager
 def running(folder: Path, custom_nodes: dict[str, str | Path]) -> Iterator[Program]:
-    """ComfyUI on a free port with `folder` as its base, until the block is left.
+    """Runs ComfyUI on a free port, with `folder` as its base, until the block is left.
 
     Args:
-        custom_nodes: what it finds there by name: a text to write, or a folder to link.
+        custom_nodes: name -> text of a file to write there, or a folder to link.
     """
     nodes = folder / "custom_nodes"
     nodes.mkdir(parents=True, exist_ok=True)

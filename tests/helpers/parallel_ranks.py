@@ -1,4 +1,4 @@
-"""Runs functions on several gloo processes, and the functions that the tests of those run."""
+"""Runs functions on several gloo processes; and the functions that tests run there."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _SLOW = [
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each rank of a gloo group of `ranks` processes.
+    """Returns `function(*arguments)` of each rank of a gloo group of `ranks` processes.
 
     Raises:
-        RuntimeError: with the traceback of the first rank that raised, or that ran out of time.
+        RuntimeError: a rank raised (the message has its traceback) or the time ran out.
     """
     context = multiprocessing.get_context("forkserver")
-    # What takes seconds to import is imported once, in the process that the ranks are forked from.
+    # Slow imports are made once, in the process that the ranks are forked from.
     context.set_forkserver_preload(["torch.distributed.fsdp", "negtome_fast.pipelines", *_SLOW])
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
@@ -128,7 +128,7 @@ def _run(
 
 
 def every(cases: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """What each case gives, in one start of the processes: that takes longer than the cases."""
+    """Runs all cases in one start of the processes, because that takes longer than the cases."""
     return {name: _outcome(case) for name, case in cases.items()}
 
 
@@ -280,7 +280,7 @@ def guided_flux(
 
 
 def edited_flux(parallel: dict[str, Any] | None) -> Tensor:
-    """What a FLUX predicts for 24 tokens that are generated and 24 of an input image."""
+    """Returns the prediction of a FLUX for 24 generated tokens and 24 of an input image."""
     model = flux()[0].transformer
     if parallel:
         enable_context_parallel(model, **parallel)
@@ -327,7 +327,7 @@ class Gathering(nn.Module):
 
 
 def gathering(parallel: bool, placement: str) -> Tensor:
-    """What it gives for three items of 10 tokens."""
+    """Returns the output of `Gathering` for three items of 10 tokens."""
     count = ImageTokens(10, 10)
     layout = Layout(image_tokens=lambda model, arguments: count)
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ EDITING = ("Flux", "QwenImageTransformer2DModel")  # FLUX Kontext, Qwen-Image-Ed
     ("name", "editing"), [*((name, False) for name in PLACES), *((name, True) for name in EDITING)]
 )
 def test_the_tokens_of_each_class_are_those_of_its_image(name: str, editing: bool) -> None:
-    """What is added to one token behind the last attention is seen in its patch only."""
+    """A change to one token after the last attention appears in its patch only."""
     model, latents = build(name), draw_latents(name, 1)
     given = {"ref_latents": [draw_latents(name, 1)[..., :6, :8]]} if editing else {}
     plain = call(model, latents, **given)
@@ -192,16 +192,11 @@ def test_each_class_is_guided_in_all_of_its_blocks(name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_flux_is_guided_as_in_diffusers() -> None:
-    """The same weights, latents and settings in both programs give the same output."""
-    diffusers = pytest.importorskip("diffusers")
-    comfyui_program.import_comfy()
-    import comfy.ops
+def diffusers_twin(ours: torch.nn.Module) -> torch.nn.Module:
+    """diffusers' FLUX with the weights of ComfyUI's."""
     import comfy.utils
-    from comfy.ldm.flux.model import Flux
+    import diffusers
 
-    ours = Flux(**FLUX, dtype=torch.float32, operations=comfy.ops.manual_cast)
-    comfyui_program.randomise(ours).eval()
     theirs = diffusers.FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
@@ -217,40 +212,54 @@ def test_flux_is_guided_as_in_diffusers() -> None:
     for name, place in comfy.utils.flux_to_diffusers(FLUX).items():
         if name in theirs.state_dict():
             theirs.state_dict()[name].copy_(taken(weights, place))
-    draw = torch.Generator().manual_seed(2)
-    latents = torch.randn(2, 16, 8, 12, generator=draw)
-    context, pooled = (torch.randn(2, *s, generator=draw) for s in ((5, 32), (24,)))
+    return theirs
+
+
+def run_twin(
+    theirs: torch.nn.Module, latents: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor
+) -> torch.Tensor:
+    """The output of diffusers' FLUX at 0.9, from latents (2, 16, 8, 12) in ComfyUI's order."""
     packed = latents.unflatten(2, (4, 2)).unflatten(4, (6, 2))  # (B, C, h, 2, w, 2)
     packed = packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     image_ids = torch.zeros(4, 6, 3)
     image_ids[..., 1] += torch.arange(4)[:, None]
     image_ids[..., 2] += torch.arange(6)
-    config = nf.NegToMeConfig(threshold=0.2, t_end=0)
+    with torch.inference_mode():
+        output: torch.Tensor = theirs(
+            hidden_states=packed,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            timestep=torch.full((2,), 0.9),
+            img_ids=image_ids.flatten(0, 1),
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+    patches = output.unflatten(1, (4, 6)).unflatten(3, (16, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 8, 12)
 
-    def in_diffusers() -> torch.Tensor:
-        with torch.inference_mode():
-            output: torch.Tensor = theirs(
-                hidden_states=packed,
-                encoder_hidden_states=context,
-                pooled_projections=pooled,
-                timestep=torch.full((2,), 0.9),
-                img_ids=image_ids.flatten(0, 1),
-                txt_ids=torch.zeros(5, 3),
-                return_dict=False,
-            )[0]
-        return (
-            output.unflatten(1, (4, 6))
-            .unflatten(3, (16, 2, 2))
-            .permute(0, 3, 1, 4, 2, 5)
-            .reshape(2, 16, 8, 12)
-        )
+
+def test_flux_is_guided_as_in_diffusers() -> None:
+    """The same weights, latents and settings in both programs give the same output."""
+    pytest.importorskip("diffusers")
+    comfyui_program.import_comfy()
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    ours = Flux(**FLUX, dtype=torch.float32, operations=comfy.ops.manual_cast)
+    comfyui_program.randomise(ours).eval()
+    theirs = diffusers_twin(ours)
+    draw = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 16, 8, 12, generator=draw)
+    context, pooled = (torch.randn(2, *s, generator=draw) for s in ((5, 32), (24,)))
+    config = nf.NegToMeConfig(threshold=0.2, t_end=0)
 
     def in_comfyui() -> torch.Tensor:
         with torch.inference_mode():
             output: torch.Tensor = ours(latents, torch.full((2,), 0.9), context, pooled)
         return output
 
-    torch.testing.assert_close(in_comfyui(), in_diffusers(), rtol=1e-4, atol=1e-4)
+    plain = run_twin(theirs, latents, context, pooled)
+    torch.testing.assert_close(in_comfyui(), plain, rtol=1e-4, atol=1e-4)
     guidance = Guidance(config)
     guidance.begin_step(900.0)
     with hooked(
@@ -259,7 +268,7 @@ def test_flux_is_guided_as_in_diffusers() -> None:
         guided = in_comfyui()
     guidance.end_step()
     with nf.negtome_guidance(theirs, config) as handle:
-        expected = in_diffusers()
+        expected = run_twin(theirs, latents, context, pooled)
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
     assert (guided[1] - in_comfyui()[1]).abs().max() > 0.1
     mine, others = guidance.summary().total, handle.summary().total

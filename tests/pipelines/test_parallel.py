@@ -137,7 +137,7 @@ OTHERS: dict[int, dict[str, Any]] = {
 
 @functools.cache
 def outcomes(ranks: int) -> list[dict[str, Any]]:
-    """Of all cases, on each rank."""
+    """Outcomes of all cases, on each rank."""
     cases = {name: functools.partial(parallel_ranks.guide_part, **CASES[name]) for name in CASES}
     for name, (wanted, case) in FLUX_CASES.items():
         if wanted == ranks:
@@ -213,7 +213,7 @@ def test_a_context_parallel_flux_is_guided_as_in_one_process(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_context_parallel_families_are_guided_as_in_one_process(name: str) -> None:
-    """Those that diffusers has a plan for and the tests a pipeline."""
+    """Families that have a plan in diffusers and a pipeline in the tests."""
     expected = parallel_ranks.family(name, None)
     assert not any(unchanged(expected)[1:])
     for result in on_each_rank(2, name):
@@ -233,7 +233,7 @@ def unchanged(result: dict[str, Any]) -> list[bool]:
 
 
 def assert_equal_summaries(result: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of every block: the same tokens were compared, as many matched and pushed."""
+    """In every block the same number of tokens were compared, matched and pushed."""
     for row, other in zip(result["rows"], expected["rows"], strict=True):
         assert row.pop("similarity") == pytest.approx(other["similarity"], rel=1e-4)
         assert row == {key: other[key] for key in row}
@@ -319,7 +319,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Any]:
-    """Those of the example, by its function, in this process."""
+    """Pictures that the example's function makes in this process."""
     spec = importlib.util.spec_from_file_location("data_parallel", EXAMPLE)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What may be a reference: pictures, masks and latents; and the arguments of its forward."""
+"""Inputs of a reference: pictures, masks and latents; and the arguments of its forward."""
 
 from __future__ import annotations
 

@@ -36,15 +36,15 @@ from negtome_fast.pipelines import apply_negtome, negtome_guidance
 from negtome_fast.pipelines.references import draw_noise
 
 
-class Watch:
-    """What the denoiser is given and answers, by forward, of the run's items."""
+class DenoiserRecord:
+    """Records the denoiser's latents and outputs in each forward of the run's items."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
         self.latents: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> DenoiserRecord:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.latents.append(args[0] if args else kwargs["hidden_states"])
 
@@ -65,17 +65,17 @@ class Watch:
 
 def predictions(pipe: Any, images: int = 4, **arguments: Any) -> list[Tensor]:
     """The denoiser's outputs in the first step."""
-    with Watch(pipe) as seen:
+    with DenoiserRecord(pipe) as record:
         generate(pipe, images, steps=1, **arguments)
-    return seen.outputs
+    return record.outputs
 
 
 def first_latents(pipe: Any, **arguments: Any) -> Tensor:
     """The first item's latents in the first step, before the scheduler scales them."""
-    with Watch(pipe) as seen:
+    with DenoiserRecord(pipe) as record:
         generate(pipe, steps=1, **arguments)
     sigma = pipe.scheduler.sigmas[0] if type(pipe.scheduler).__name__.startswith("Euler") else 0.0
-    return seen.latents[0][:1] * (sigma**2 + 1) ** 0.5
+    return record.latents[0][:1] * (sigma**2 + 1) ** 0.5
 
 
 @pytest.fixture

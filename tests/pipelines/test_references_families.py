@@ -27,7 +27,7 @@ from negtome_fast.pipelines.references import at_timestep
 IMAGES = 3
 EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, alpha=0.5)
 SINGLE_PRECISION = ("kandinsky 5",)
-"""Families whose models compute parts in fp32, whatever they are given."""
+"""Families whose models always compute parts in fp32."""
 
 
 CACHED = ("flux2-klein-kv", "qwen-2.1")

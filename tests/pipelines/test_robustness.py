@@ -1,4 +1,4 @@
-"""What people do to a pipeline before, while and after it is guided; tiny FLUX and SDXL."""
+"""Changes to a pipeline before, during and after guidance; tiny FLUX and SDXL."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def guided(placement: Any = "output") -> Tensor:
 
 
 def traces(model: nn.Module) -> list[str]:
-    """What an applied guidance leaves on a model: hooks, and a forward of a module's own."""
+    """Traces of an applied guidance: hooks, and modules with an instance attribute `forward`."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
     return [
         f"{name}: {kind}"
@@ -350,7 +350,7 @@ def test_a_guided_pipeline_is_saved_as_an_unguided_one(tmp_path: Path, placement
 
 
 def sharing_pipeline(pipe: Any) -> Any:
-    """Another pipeline with the same transformer, and a scheduler of its own."""
+    """Another pipeline with the same transformer and another scheduler."""
     other = flux_pipeline()
     other.transformer = pipe.transformer
     other.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)

@@ -133,7 +133,7 @@ def test_a_deep_copy_shares_a_state_of_its_own(pipe: Pipeline) -> None:
     first, second = (find_hooks(model) for model in (copied.transformer, copied.transformer_2))
     assert first is not None and second is not None
     assert first.guidance is second.guidance is not handle.guidance
-    # Those of the run before the copy was made, and its own.
+    # The copy counts on from the run before it was made.
     assert (handle.summary().forwards, first.guidance.summary().forwards) == (4, 8)
     remove_negtome(copied)
     assert hooks_on(copied) == 0 and handle.applied

@@ -1,4 +1,4 @@
-"""What is peculiar to videos: two denoisers, frames as items, frames that are given."""
+"""Peculiarities of videos: two denoisers, frames as items, given frames."""
 
 from __future__ import annotations
 
