@@ -13,8 +13,8 @@ ALIASES = {"references": ("image",), "folder": ("output", "out")}
 """Fields that are set under another name: `references` by the option that begins a reference."""
 
 
-# A path or a file name is no field, even if a part of it has the name of one.
-_LONG = r"(?<![\w/.'-])([a-z]+(?:_[a-z]+)+)(?![\w/'-]|\.\w)"
+# Parts of paths are no fields, and NAME=VALUE stays as the library writes it.
+_LONG = r"(?<![\w/.'-])([a-z]+(?:_[a-z]+)+)(?![\w/'=-]|\.\w)"
 _FIELD = re.compile(rf"`([a-z_]+)`|{_LONG}|^([a-z]+)(?=:? )")
 
 

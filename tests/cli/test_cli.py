@@ -68,7 +68,7 @@ def test_verdict_also_says_where_guidance_does_not_help(guided: Measures, words:
         (["demo", "--steps", "0"], "--steps must be at least 1"),
         (["demo", "--alpha", "nan"], "alpha"),
         (["demo", "--threshold", "1.5"], "threshold"),
-        (["demo", "--t-start", "100", "--t-end", "500"], "--t-end"),
+        (["demo", "--t-start", "100", "--t-end", "500"], "t_"),
         (["demo", "--output", "demo.gif"], "must end in .png"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_field_is_quoted_or_long_or_first(message: str, shown: str) -> None:
         "`colour` is unknown",
         "the images differ",
         "there is no model at x",
-        "steps=(start, end) are fractions",
+        "steps=(start, end) are fractions, t_start=800 is a timestep",
         "no max_attempts here",
         "no model at /data/negative_prompt/x or in vae_tiling.json, true_cfg_scale/y",
         "pip install 'negtome-fast[web]'",
