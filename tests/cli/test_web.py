@@ -34,7 +34,7 @@ needs_browser = pytest.mark.skipif(
     reason="Chromium and PyPI's playwright, which drives it, are not both installed",
 )
 PROMPT = "a pixel art person"
-# What the guidance did, without the words that gradio puts beside it while it waits.
+# Sentence about the guidance, without the words that gradio puts beside it while it waits.
 SENTENCE = """() => (document.querySelector('#told').innerText
     .match(/Guided .*similarity [0-9.]*[0-9]/) || [''])[0]"""
 QUICK = {"prompt": PROMPT, "count": 2, "steps": 2}

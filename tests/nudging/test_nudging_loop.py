@@ -348,7 +348,7 @@ def test_retries_move_latents_in_more_steps(
     monkeypatch.setattr(steering, "nudge", counted)
     schedule = NudgeSchedule(window=(0.5, 0.5001), extend=0.25, alpha=1.0, beta=3.0, escalation=2)
     run(pipe, filters=[ALWAYS], undesired=bank, max_attempts=4, schedule=schedule)
-    # Of four steps: the second; the second and third; those and the last.
+    # The retries move latents after step 2; after steps 2 and 3; after steps 2, 3 and 4 of four.
     assert weights == [(1, 3)] + [(2, 6)] * 2 + [(4, 12)] * 3
 
 

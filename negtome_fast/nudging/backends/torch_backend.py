@@ -1,7 +1,7 @@
 """Embedding nudging in the plane of L0 and g: one pass over the points, one over the latents.
 
 Every iterate is L = (1 + p) L0 + q g, so its norm, its distance from L0 and <g, L> follow from the
-three inner products of L0 and g, and a descent step changes two numbers an item.
+three inner products of L0 and g, and a descent step changes two numbers per item.
 """
 
 from __future__ import annotations
