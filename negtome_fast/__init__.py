@@ -1,6 +1,6 @@
 """NegToMe (negative token merging) for diffusion models: steer away from images, exactly.
 
-Importing this package needs torch only; whatever needs more is imported when it is first used.
+Importing this package needs torch alone. Names that need more are imported when first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checks of the operator's arguments, and the form in which its backends take them.
+"""Checks of the operator's arguments, and the form in which backends take them.
 
-Every check raises `TypeError` or `ValueError` with what was wrong. Answers that cannot change are
-remembered: with few tokens, checking again would take longer than matching.
+A failed check raises `TypeError` or `ValueError`. Answers that cannot change are cached: with few
+tokens, checking again would take longer than matching.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def check_problem(
     if reference == "others" and size < 2:
         raise ValueError(
             f'reference="others" needs at least 2 items in a group; {items} items in {groups} '
-            "groups have one each. Generate more images, or hand over a reference tensor"
+            "groups have one each. Generate more images, or pass a reference tensor"
         )
     mask = _mask("reference_mask", mask, x, [(tokens,), (1, tokens), (items, tokens)])
     return MatchProblem(None, mask, pairing_of(reference, items, int(groups)))
@@ -100,8 +100,8 @@ def find_problem(
     groups: int,
     skips_dispatcher: bool,
 ) -> MatchProblem:
-    """Return what `check_problem` returns, from memory where shapes alone decide it."""
-    # Exact types only: True is equal to 1, and no number of groups.
+    """Return what `check_problem` returns, from a cache if shapes alone decide it."""
+    # Exact types only: True equals 1, but is no number of groups.
     plain = type(reference) is str and type(matching) is str and type(groups) is int
     if plain and skips_dispatcher and mask is None:
         return _known_problem(x.shape, x.dtype, reference, matching, groups)
@@ -112,7 +112,7 @@ def find_problem(
 def _known_problem(
     shape: torch.Size, dtype: torch.dtype, reference: Any, matching: str, groups: int
 ) -> MatchProblem:
-    """`check_problem` of an in-batch reference without a mask; errors are not remembered."""
+    """`check_problem` of an in-batch reference without a mask; errors are not cached."""
     with torch.inference_mode(False):
         x = torch.empty(shape, dtype=dtype, device="meta")
     problem = check_problem(x, reference, None, matching, groups)
@@ -146,7 +146,7 @@ def _external(
             f"got {tuple(reference.shape)}"
         )
     if per_item and reference.stride(0) == 0 and (mask is None or mask.dim() < 3):
-        # One set expanded to the batch: shared, and not worth B copies.
+        # One set, expanded to the batch: it is shared, and B copies would be a waste.
         reference, per_item = reference[0], False
     number, length = (1, *reference.shape)[-3], reference.shape[-2]
     if number == 0:
@@ -176,12 +176,12 @@ def _mask(
     shapes: list[tuple[int, ...]],
     rows: int | None = None,
 ) -> Tensor | None:
-    """Check a mask and bring it to `(rows, tokens)`; rows default to the batch."""
+    """Check a mask and expand it to `(rows, tokens)`; `rows` defaults to the batch size."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, got {kind}; write {name} > 0.5, say")
+        raise TypeError(f"{name} must be a bool tensor, got {kind}; pass {name} > 0.5, say")
     if mask.device != x.device:
         raise TypeError(f"{name} is on {mask.device}, x is on {x.device}")
     if tuple(mask.shape) not in shapes:
@@ -192,7 +192,7 @@ def _mask(
 
 
 def mark_checked(value: Tensor) -> Tensor:
-    """Mark a tensor that its owner never changes as a finite `alpha` or `threshold`."""
+    """Mark a finite `alpha` or `threshold` that its owner never changes: checked once for all."""
     value._negtome_checked = True  # type: ignore[attr-defined]
     return value
 
@@ -214,16 +214,19 @@ def find_parameter(
 
 @lru_cache(maxsize=64)
 def _known_number(name: str, value: float, dtype: torch.dtype) -> Tensor:
-    """In host memory, whatever the device of x: backends take it as a number, without a fill.
+    """Cached tensor of a number, in host memory whatever the device of x.
 
-    Nobody else sees it, and they only read it.
+    Backends take a number of the host without a fill on the device. They only read it.
     """
     with torch.inference_mode(False):
         return parameter_tensor(name, value, torch.empty((), dtype=dtype, device="cpu"), 1)
 
 
 def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) -> Tensor:
-    """`alpha` or `threshold` as an fp32 tensor on x's device, `()` or `(slots,)`."""
+    """Check `alpha` or `threshold`; return an fp32 tensor `()` or `(slots,)` on x's device.
+
+    It is fp64 for fp64 tokens.
+    """
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
@@ -246,18 +249,18 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
             f"got the shape {tuple(value.shape)}"
         )
     given, value = value, value.detach().to(compute_dtype(x.dtype))
-    # On an accelerator the values are not looked at: that would wait for the device.
+    # Values on an accelerator are not read: that would wait for the device.
     if value.device.type == "cpu" and _is_real(value):
         if not all(math.isfinite(number) for number in value.reshape(-1).tolist()):
             raise ValueError(f"{name} must be finite in fp32, got {given.tolist()}")
         if x.device.type != "cpu" and value.dim() == 0:
-            # Known on the host: the argument of a fill, where a copy would wait for the device.
+            # The host knows the number: a fill takes it; a copy would wait for the device.
             return torch.full((), float(value), dtype=value.dtype, device=x.device)
     return value.to(x.device)
 
 
 def _is_real(value: Tensor) -> bool:
-    """Whether the tensor's values can be looked at now: not while compiling or tracing."""
+    """Return True if the tensor's values can be read now: not while compiling or tracing."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
@@ -266,6 +269,7 @@ def _is_real(value: Tensor) -> bool:
 def draw_source_mask(
     x: Tensor, source_mask: Tensor | None, dropout: float, generator: torch.Generator | None
 ) -> Tensor | None:
+    """Return the mask `(B, N)` of tokens that may move: the caller's, less what dropout spares."""
     items, tokens = x.shape[:2]
     source_mask = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
     if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:
@@ -273,9 +277,9 @@ def draw_source_mask(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if dropout > 0.0:
-        # As diffusers does: a generator on the CPU draws there, whatever the device of x.
+        # As in diffusers: a generator on the CPU draws there, whatever the device of x.
         device = x.device if generator is None else generator.device
-        # Not generator=None: that overload takes no symbolic sizes.
+        # generator=None is left out: that overload takes no symbolic sizes.
         given = {} if generator is None else {"generator": generator}
         drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
         kept = (drawn > dropout).to(x.device)

@@ -1,4 +1,4 @@
-"""Files that are replaced at once: a run that is killed leaves the last whole one."""
+"""Files that are replaced in one step: a run that is killed leaves the last complete one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file is whole or as it was before, whatever happens meanwhile.
+    """Write a file in one step: it is complete or as it was before, whatever happens meanwhile.
 
-    Several processes may write the same file: each has a partial one of its own.
+    Several processes may write the same file, since each writes to a partial file of its own first.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

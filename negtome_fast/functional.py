@@ -1,4 +1,4 @@
-"""The operator as functions: checks its arguments, chooses the backend, calls `torch.library`.
+"""The operator as functions: `negtome`, `guide_tokens` (with what it did) and `match_tokens`.
 
     y_i = x_i + alpha * (x_i - r_j)  where  j = argmax_j cos(x_i, r_j)  and  cos > threshold
 
@@ -50,40 +50,42 @@ def negtome(
         x: image tokens `(B, N, D)`, fp32, bf16, fp16 (or fp64, torch backends only); any strides,
             so a slice `hidden_states[:, text:]` is not copied.
         reference: `"first"` (default, as the authors do): item 0 of every group is the reference
-            of the others and is returned bit-identical. `"others"`: the best match among all other
-            items of the group. A tensor `(M, D)` or `(R, M, D)`, shared by the batch, or
-            `(B, R, M, D)`, a set for each item.
-        alpha: push strength, a number or a tensor, 0-dim or one for each reference `(R,)`.
-            Positive pushes away, negative pulls toward, 0 is the identity. 0.9 as the authors.
-            A tensor never recompiles a `torch.compile`d caller; a number may, once. No gradient
-            flows to it. Values on an accelerator are not checked: that would wait for the device.
-        threshold: cosine similarity a match must exceed, strictly; like `alpha`. 0.65 as the
-            authors use for FLUX.
-        reference_mask: bool, True where a reference token may be matched: `(M,)` or `(R, M)`, for
-            references per item also `(B, R, M)`, for in-batch references `(N,)` or `(B, N)`.
-            With `matching="official"` it gates output positions instead, as the authors' does.
+            of the others and is returned bit-identical. `"others"`: all other items of the group
+            are references. A tensor `(M, D)` or `(R, M, D)` is shared by the batch; a tensor
+            `(B, R, M, D)` holds a set for each item.
+        alpha: push strength: a number, a 0-dim tensor, or a tensor `(R,)` with a value for each
+            reference. Positive pushes away, negative pulls toward, 0 is the identity. 0.9 is the
+            authors' default. A tensor never recompiles a `torch.compile`d caller; a number may,
+            once. No gradient flows to it. Values on an accelerator are not checked, since that
+            would wait for the device.
+        threshold: cosine similarity that a match must exceed, strictly; given like `alpha`. 0.65 is
+            what the authors use for FLUX.
+        reference_mask: bool, True where a reference token may be matched: `(M,)` or `(R, M)`; for
+            references per item also `(B, R, M)`; for in-batch references `(N,)` or `(B, N)`.
+            With `matching="official"` it gates output positions instead, as in the authors' code.
         matching: `"paper"`, the formula above; or `"official"`, what the authors' code computes:
             for each reference token j the source token i with the largest cosine, then token j is
             pushed away from `r_i`. Needs `N == M`.
-        groups: equal contiguous groups of the batch that never see each other, 2 where
+        groups: number of equal, contiguous groups of the batch that never see each other; 2 if
             classifier-free guidance concatenates its halves.
-        combine: with several references, `"nearest"` (default) takes the best match over all of
-            them and that reference's alpha and threshold; `"sum"` adds the pushes of each.
+        combine: rule for several references. `"nearest"` (default) takes the best match over all
+            of them, with that reference's alpha and threshold; `"sum"` adds the pushes of all.
         source_mask: bool `(N,)` or `(B, N)`, True where a token may move.
         dropout: probability in [0, 1] that a token is spared.
-        generator: draws the dropout, on its own device; None uses torch's global one.
+        generator: source of randomness of the dropout, which draws on its own device; None is
+            torch's global generator.
         inplace: write into `x` (not differentiable); `x` is also returned.
-        backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"`, `"reference"`;
-            the environment variable NEGTOME_FAST_BACKEND decides what "auto" means.
+        backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
+            The environment variable NEGTOME_FAST_BACKEND decides what "auto" means.
 
     Returns:
-        `(B, N, D)`, dtype of `x`. Tokens with a non-finite norm come back as they came and are
-        never chosen; ties go to the lowest reference, then the lowest token. The gradient treats
+        `(B, N, D)`, dtype of `x`. Tokens with a non-finite norm are returned unchanged and are
+        never matched. Ties go to the lowest reference, then the lowest token. The gradient treats
         the choice of match as constant. Arithmetic is fp32 (fp64 for fp64), rounded once.
 
     Raises:
-        ValueError, TypeError: arguments that cannot be right, with shapes in the message.
-        RuntimeError: `backend="triton"` where Triton cannot run.
+        ValueError, TypeError: an argument cannot be right; the message has shapes and values.
+        RuntimeError: `backend="triton"`, but Triton cannot run here.
     """
     return guide_tokens(
         x,
@@ -118,15 +120,15 @@ def guide_tokens(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`negtome`, and what it did: `(y, similarity, pushed)`; arguments as there.
+    """Do what `negtome` does, and also return the matches; the arguments are the same.
 
     Returns:
-        y: as `negtome`.
-        similarity: `(B, S, N)` fp32, cosine of the match, -inf where there is none; `S` is 1 for
-            `combine="nearest"`, else the number of references an item sees.
+        y: `(B, N, D)`, as `negtome` returns it.
+        similarity: `(B, S, N)` fp32 (fp64 for fp64), cosine of the match, -inf without one. S is 1
+            for `combine="nearest"`, else the number of references that an item meets.
         pushed: `(B, S, N)` int64, `slot * M + token` of the reference token that a token was pushed
-            away from, -1 where it was left alone. The slot numbers the references an item sees:
-            the external ones in order, for `"others"` the other items of the group in order.
+            away from, -1 where it was left alone. Slots number the references that an item meets:
+            external ones in order, for `"others"` the other items of the group in order.
     """
     external = None if isinstance(reference, str) else reference
     skips = ops.can_skip_dispatcher(x, external, reference_mask, source_mask)
@@ -169,7 +171,7 @@ def _check_writable(x: Tensor, reference: ReferenceTokens) -> None:
         step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
     ):
         raise ValueError(
-            f"inplace=True needs tokens of their own memory; x {tuple(x.shape)} is expanded "
+            f"inplace=True needs memory for every token; x {tuple(x.shape)} is expanded "
             f"(strides {x.stride()}); use inplace=False or x.clone()"
         )
     if torch.is_grad_enabled() and (
@@ -187,13 +189,13 @@ def match_tokens(
     groups: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The most similar reference token of every source token; arguments as `negtome`.
+    """Find the most similar reference token of every source token; arguments as for `negtome`.
 
     Returns:
-        similarity: `(B, N)` fp32 (fp64 for fp64), the cosine; -inf where nothing is allowed.
-        index: `(B, N)` int64; -1 where nothing is allowed, which includes the reference items of
-            `"first"`. For `"first"` and a single reference the token's number in `[0, M)`; for
-            several references `reference * M + token`; for `"others"` `item * N + token`.
+        similarity: `(B, N)` fp32 (fp64 for fp64), the cosine; -inf where nothing may be matched.
+        index: `(B, N)` int64; -1 where nothing may be matched, which includes the reference items
+            of `"first"`. For `"first"` and a single reference it is the token's number in `[0, M)`;
+            for several references `reference * M + token`; for `"others"` `item * N + token`.
     """
     problem = check_problem(x, reference, reference_mask, "paper", groups)
     ops.check_backend_name(backend)
@@ -231,7 +233,7 @@ def _warn_nothing_to_push(shape: torch.Size, groups: int) -> None:
     _warned.add("nothing")
     warnings.warn(
         f'reference="first" with {shape[0]} items in {groups} groups leaves nothing to push: every '
-        "item is the reference of its group. Generate several images at once, or hand over a "
+        "item is the reference of its group. Generate several images at once, or pass a "
         "reference.",
         stacklevel=4,
     )

@@ -21,7 +21,7 @@ class NegToMe(nn.Module):
 
     Args:
         alpha, threshold, reference, matching, groups, combine, dropout, inplace, backend:
-            as in `negtome`. `reference` is the default for calls that hand over none.
+            as in `negtome`. `reference` is the default of calls without one.
     """
 
     alpha: Tensor
@@ -62,7 +62,7 @@ class NegToMe(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NegToMe:
-        # `module.half()` would round alpha; follow the device only.
+        # `module.half()` would round alpha: the buffers follow the device only.
         values = {name: self._buffers[name] for name in ("alpha", "threshold")}
         super()._apply(fn, recurse)
         for name, value in values.items():
@@ -79,7 +79,7 @@ class NegToMe(nn.Module):
         source_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`(B, N, D)` -> `(B, N, D)`."""
+        """Push tokens `(B, N, D)`; returns `(B, N, D)`. Arguments are those of `negtome`."""
         return negtome(
             x,
             self.reference if reference is None else reference,  # type: ignore[arg-type]

@@ -22,9 +22,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_slot(value: Tensor, x: Tensor, slots: int) -> Tensor:
-    """`alpha` or `threshold` `(slots,)` on the device of `x`, in its `compute_dtype`.
+    """Expand `alpha` or `threshold` to `(slots,)` on the device of `x`, in its `compute_dtype`.
 
-    A number that the host knows is the argument of a fill: a copy would wait for the device.
+    If the host knows the number, it is filled in: a copy would wait for the device.
     """
     dtype = compute_dtype(x.dtype)
     if value.device.type == "cpu" and x.device.type != "cpu" and value.numel() == 1:
@@ -33,14 +33,19 @@ def per_slot(value: Tensor, x: Tensor, slots: int) -> Tensor:
 
 
 def is_finite(tokens: Tensor) -> Tensor:
-    """Tokens `(..., D)` that take part, `(...)` bool: those of finite norm."""
+    """Return True for each token `(..., D)` of finite norm; others are never matched."""
     return torch.linalg.vector_norm(tokens, dim=-1).isfinite()
 
 
 def match_pair(
     source: Tensor, reference: Tensor, allowed: Tensor, matching: str
 ) -> tuple[Tensor, Tensor]:
-    """Best match of one source item `(N, D)` in one reference item `(M, D)`: similarity, index."""
+    """Find the best matches of a source item `(N, D)` in a reference item `(M, D)`.
+
+    Returns:
+        Similarity and index `(N,)`: of each source token's best reference token for `"paper"`, of
+        each reference token's best source token for `"official"`; -inf and -1 without a match.
+    """
     similarity = F.normalize(source, dim=-1) @ F.normalize(reference, dim=-1).T
     source_ok, reference_ok = is_finite(source), is_finite(reference)
     similarity = similarity.where(source_ok[:, None] & reference_ok, NOTHING)

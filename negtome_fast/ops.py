@@ -26,17 +26,17 @@ BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
 
 
 def check_backend_name(name: str) -> None:
-    """Raise `ValueError` where `name` is no backend."""
+    """Raise `ValueError` unless `name` is a backend."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves `device` and `dtype`: "triton", "torch" or "reference".
+    """Return the backend that serves `device` and `dtype`: "triton", "torch" or "reference".
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: Triton was asked for by name and cannot run here; says why.
+        ValueError: an unknown name; or "triton" for fp64.
+        RuntimeError: Triton was asked for by name, but cannot run here; the message says why.
     """
     from .backends import triton_runtime
 
@@ -56,14 +56,14 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def runs_torch(name: str) -> bool:
-    """Whether the torch backend serves a CPU by this name, in full precision."""
+    """Return True if this name means the torch backend on a CPU, and autocast is off."""
     if name == "auto" and not os.environ.get(BACKEND_VARIABLE):
         name = "torch"
     return name == "torch" and not torch.is_autocast_enabled("cpu")
 
 
 def _backend(name: str, x: Tensor) -> ModuleType:
-    """The module that serves `x`; chosen as the operator runs, so that no compiler traces it."""
+    """The module that serves `x`. It is chosen while the operator runs: no compiler traces it."""
     if name == "auto" and x.is_cpu and not os.environ.get(BACKEND_VARIABLE):
         return torch_backend
     name = resolve_backend(name, x.device, x.dtype)
@@ -105,13 +105,13 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _empty_pair(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Similarity and index as a backend would return them, uninitialised."""
+    """Uninitialised similarity and index, of the shapes and dtypes that a backend returns."""
     shape = (x.shape[0], slots, x.shape[1])
     dtype = naive.compute_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int64)
 
 
-# Looked up once: where the caches are cold, every step of the way to a function costs.
+# Looked up once: with cold caches, every attribute on the way to a function costs.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _modes_before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch
 _tracing = torch._C._get_tracing_state
@@ -119,10 +119,11 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def can_skip_dispatcher(*tensors: Any) -> bool:
-    """Whether an operator may run without torch's dispatcher, which costs more than a small match.
+    """Return True if an operator may run without torch's dispatcher.
 
-    Nobody would see it: nothing is compiled, traced, differentiated or transformed, no mode is on,
-    and the arguments, where they are not None, are plain tensors with values.
+    The dispatcher costs more than a small match. Nobody misses it if nothing is compiled, traced,
+    differentiated or transformed, no mode is on, and all arguments that are not None are plain
+    tensors with values.
     """
     if (
         torch.compiler.is_compiling()
@@ -222,7 +223,7 @@ def match(
     matching: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Similarity and token index `(B, slots, N)` of the best reference token in every slot."""
+    """Find the best reference token in every slot: similarity and token index `(B, slots, N)`."""
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     call = Call(x, x if reference is None else reference, pairing, reference_mask, matching)
     with _without_autocast(x):
@@ -241,7 +242,7 @@ def _(x: Tensor, reference: Tensor | None, _mask: Tensor | None, *rest: Any) -> 
     schema=f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 def guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Pushed tokens `(B, N, D)`, similarity and what was pushed, as `guide_tokens` returns."""
+    """Match and push; returns what `functional.guide_tokens` returns."""
     call = _call(*arguments)
     out = call.x.new_empty(call.x.shape)
     with _without_autocast(call.x):
@@ -261,7 +262,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor, Tensor)",
 )
 def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`guide` in place; returns similarity and what was pushed."""
+    """Do what `guide` does in place; returns similarity and pushed."""
     call = _call(*arguments)
     with _without_autocast(call.x):
         result: tuple[Tensor, Tensor] = _backend(arguments[-1], call.x).guide(call, call.x)
@@ -298,7 +299,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         row = pairing.reference_item(item, slot) * tokens + token
         grad_reference = wide.new_zeros(items * tokens, channels)
         for number in range(pushed.shape[1]):
-            # Not a product with zero: the gradient of a token left alone may be infinite.
+            # A product with zero would not do: the gradient of a token left alone may be inf.
             moved = (pushed[:, number] >= 0)[..., None]
             pull = torch.where(moved, -alpha[:, number, :, None] * wide, 0.0)
             grad_reference = grad_reference.index_add(

@@ -18,16 +18,16 @@ Mode = Literal["first", "others", "external"]
 
 @dataclass(frozen=True)
 class Pairing:
-    """`items` source items in `groups` equal contiguous groups, and where their references are.
+    """Source items in equal contiguous groups, and the reference items that each of them meets.
 
     Attributes:
-        mode: `"first"` and `"others"` take references from the batch itself, so the tensor of
-            references is the tensor of sources; `"external"` from a tensor `(P, M, D)`.
-        items: number of source items `B`.
+        mode: `"first"` and `"others"` take references from the batch itself, so that the tensor of
+            references is the tensor of sources; `"external"` takes a tensor `(P, M, D)`.
+        items: number of source items B.
         groups: number of groups that never see each other; divides `items`.
-        references: number of external references `R` an item sees; 1 in the other modes.
-        per_item: external references are `(B * R, M, D)`, a set for each item, instead of
-            `(R, M, D)` shared by all.
+        references: number of external references R that an item meets; 1 in the other modes.
+        per_item: True if external references are `(B * R, M, D)`, a set for each item; False if
+            they are `(R, M, D)`, shared by all.
     """
 
     mode: Mode
@@ -42,14 +42,14 @@ class Pairing:
 
     @property
     def slots(self) -> int:
-        """How many reference items a source item is compared with."""
+        """Number of reference items that a source item is compared with."""
         if self.mode == "first":
             return 1
         return self.group_size - 1 if self.mode == "others" else self.references
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """The items that may move: all, or all but the first of each group."""
+        """The items that may move: for `"first"` all but the first of each group, else all."""
         if self.mode == "first":
             return tuple(b for b in range(self.items) if b % self.group_size)
         return tuple(range(self.items))
@@ -70,9 +70,9 @@ _known_pairing = lru_cache(maxsize=256)(Pairing)
 def pairing_of(
     mode: Mode, items: int, groups: int, references: int = 1, per_item: bool = False
 ) -> Pairing:
-    """Return the `Pairing` of these arguments: the same object every time, which is quick to hash.
+    """Return the `Pairing` of these arguments, the same object for equal ones.
 
-    Symbolic sizes, as compilers use them, are not remembered.
+    Symbolic sizes, which compilers use, are not cached.
     """
     symbolic = type(items) is not int or torch.compiler.is_compiling()
     make = Pairing if symbolic else _known_pairing

@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, commit."""
+"""Provenance of a result: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed package; None where it is not installed."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,8 +44,8 @@ def cpu_model() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout, and how many files differ from it; None where there is none."""
-    if not (ROOT / ".git").exists():  # another repository may hold the environment
+    """The commit of the checkout and the number of files that differ; None without a checkout."""
+    if not (ROOT / ".git").exists():  # The environment may lie inside another repository.
         return {"commit": None, "changed_files": None}
     changed = _output("git", "status", "--porcelain")
     return {
@@ -55,7 +55,7 @@ def commit() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any] | None:
-    """Name, capability, memory and driver of the current CUDA device, if there is one."""
+    """Name, capability, memory and driver of the current CUDA device; None without one."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -1,7 +1,7 @@
 """Matching on a CPU with int8 instructions: a coarse product, then fp32 cosines of what it leaves.
 
 Around a common centre c, unit tokens are a = c + s p + e and b = c + t q + f, where p and q are
-integers of at most 127 and e and f is what rounding to them leaves. For the columns b of a row a,
+integers of at most 127, and e and f are their rounding errors. For the columns b of a row a,
 
     a . b = a . c + s t (p . q) + c . (b - c) + R,    |R| <= |e| |t q| + |a - c| |f|
 
@@ -20,33 +20,28 @@ import torch
 from torch import Tensor
 
 from ..naive import NOTHING, compute_dtype
+from .pieces import EPSILON, RUN, Search, improve, padded, piece_rows, slices
 from .workers import Team
 
-#: Where everything lies, and what is not a whole number; the caller's defaults may be others.
+#: The explicit device and float dtype of new tensors: the caller may have set other defaults.
 CPU = "cpu"
 FP32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
-EPSILON = 1e-12
-#: Columns come in whole runs: the maximum is found run by run, and a matrix library rounds the
-#: columns at the ragged end of a product otherwise, which would decide between equal tokens.
-RUN = 64
-#: Elements of a piece of tokens that stays in a core's cache from one step to the next.
-PIECE_ELEMENTS = 2**19
 #: Size of a block of rounded columns: 16 MB.
 BLOCK_ELEMENTS = 2**24
 BLOCK_COLUMNS = 4096
-#: Rows of a product, and of the first one, which shows whether coarse scores tell columns apart.
+#: Rows of a product, and of the first one, which shows if coarse scores tell columns apart.
 ROWS, FIRST_ROWS = 512, 64
-#: Share of a product's rows that it may leave undecided before it is given up.
+#: Largest share of its rows that a product may leave undecided; else it is given up.
 UNDECIDED = 0.25
-#: A row is decided by fp32 scores of single pairs if no more columns are in question than one for
-#: this many, or than a few: a product in fp32 makes some 32 scores in the time of one such pair.
+#: A row is decided by fp32 scores of single pairs if at most one in so many columns, or at most a
+#: few columns, are in question: a product in fp32 makes some 32 scores in the time of one pair.
 COLUMNS_PER_PAIR, FEW = 128, 4
-#: Fewest channels, rows and columns, and multiply-adds of all searches, for which the products are
-#: what takes the time, and for which a first one in vain takes little of it.
+#: Fewest channels, tokens (rows and columns) and multiply-adds of all searches for which coarse
+#: products are used: then products take most of the time, and a first one in vain takes little.
 LEAST_CHANNELS, LEAST_TOKENS, LEAST_WORK = 256, 512, 3 * 2**30
-#: 127^2 times as many channels fit into int32, and the fp32 norm of as many is right to 2^-10.
+#: 127^2 times this number fits into int32, and the fp32 norm of so many channels is right to 2^-10.
 MOST_CHANNELS = 2**15 - 1
-#: Tokens whose mean is the centre. Any centre is right; a good one leaves little in question.
+#: Number of tokens whose mean is the centre. Any centre is right; a good one leaves few questions.
 SAMPLE = 64
 #: Relative error of a norm in fp32, and what fp32 rounds off a unit token (a few 2^-24).
 NORM_ERROR, UNIT_ERROR = 2.0**-9, 2.0**-20
@@ -57,20 +52,8 @@ TERM_ERROR = 2.0**-24 * (1 + 2.0**-8)
 SCORE_ERROR = 2.0**-16
 
 
-class Search(NamedTuple):
-    """Rows `(N, D)` whose best column is to be filled in, `(N,)` each, unscaled by their norm.
-
-    The norm is filled in too.
-    """
-
-    rows: Tensor
-    best: Tensor
-    at: Tensor
-    norm: Tensor
-
-
 def pays(columns: Tensor, searches: list[Search]) -> bool:
-    """Whether `search` is faster than products in fp32."""
+    """Return True if `search` is faster than products in fp32."""
     rows, channels = [len(entry.rows) for entry in searches], columns.shape[1]
     return (
         columns.device.type == "cpu"
@@ -83,10 +66,10 @@ def pays(columns: Tensor, searches: list[Search]) -> bool:
 
 
 def has_int8_products() -> bool:
-    """Whether this processor multiplies int8 faster than fp32, and torch's library makes use of it.
+    """Return True if this processor multiplies int8 faster than fp32, and torch uses that.
 
-    Without these instructions `torch._int_mm` is a plain loop. A library that is told not to use
-    them, by `ONEDNN_MAX_CPU_ISA`, adds up in int16, which overflows.
+    Without such instructions `torch._int_mm` is a plain loop. If `ONEDNN_MAX_CPU_ISA` forbids them,
+    the library adds up in int16, which overflows.
     """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     return (
@@ -99,7 +82,7 @@ def has_int8_products() -> bool:
 
 @cache
 def _products_are_exact() -> bool:
-    """Whether the largest int8 products add up as they should."""
+    """Return True if the largest int8 products add up correctly."""
     rows = torch.full((2, 256), 127, dtype=torch.int8, device=CPU)
     rows[1] = -127
     product = torch._int_mm(rows.repeat(32, 1), rows.repeat(32, 1).T)
@@ -109,30 +92,11 @@ def _products_are_exact() -> bool:
     )
 
 
-def padded(columns: int) -> int:
-    return -(-columns // RUN) * RUN
+class _RoundedTokens(NamedTuple):
+    """K unit tokens minus the centre, rounded to `values * scale`, with bounds on the error.
 
-
-def piece_rows(channels: int) -> int:
-    """Tokens of a piece."""
-    return max(1, PIECE_ELEMENTS // channels)
-
-
-def slices(count: int, size: int, start: int = 0) -> list[slice]:
-    """The tokens from `start` to `count` in parts of the same size, `size` or less.
-
-    A few tokens take as many calls, and nearly as long, as many.
-    """
-    parts = -(-(count - start) // size)
-    step = -(-(count - start) // max(parts, 1))
-    return [slice(first, min(first + step, count)) for first in range(start, count, step or 1)]
-
-
-class _Rounded(NamedTuple):
-    """K unit tokens minus the centre: `values * scale`, and bounds on what that leaves out.
-
-    `length` bounds the norm before and after rounding, `error` the norm of their difference.
-    `along_centre` is zero where not asked for.
+    `length` bounds the norm before and after rounding, `error` the norm of the difference.
+    `along_centre` is the product with the centre; zero unless asked for.
     """
 
     values: Tensor  # int8 (K, D); all else (K,)
@@ -143,31 +107,31 @@ class _Rounded(NamedTuple):
     along_centre: Tensor
 
     @classmethod
-    def zeros(cls, count: int, channels: int) -> _Rounded:
+    def zeros(cls, count: int, channels: int) -> _RoundedTokens:
         values = torch.zeros(count, channels, dtype=torch.int8, device=CPU)
         return cls(values, *torch.zeros(5, count, **FP32).unbind(0))
 
-    def part(self, part: slice) -> _Rounded:
-        return _Rounded(*(tensor[part] for tensor in self))
+    def part(self, part: slice) -> _RoundedTokens:
+        return _RoundedTokens(*(tensor[part] for tensor in self))
 
 
 def _centre(tokens: Tensor) -> Tensor:
-    """Mean `(D,)` of the finite unit tokens of a sample."""
+    """Centre `(D,)`: the mean of the finite unit tokens of a sample."""
     sample = tokens[:: -(-len(tokens) // SAMPLE)].to(torch.float32)
     norm = torch.linalg.vector_norm(sample, dim=1, keepdim=True)
     unit = torch.where(norm.isfinite(), sample / norm.clamp_min(EPSILON), 0.0)
     return unit.mean(dim=0)
 
 
-class _Scratch:
-    """Memory that a thread uses again and again: new memory costs as much as a step of any."""
+class _ThreadScratch:
+    """Memory that a thread uses again and again: new memory costs as much as a step of work."""
 
     def __init__(self, columns: int, channels: int) -> None:
         self.pieces = torch.empty(2, min(ROWS, piece_rows(channels)), channels, **FP32)
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each piece of `count` tokens, its place and twice the memory `(K, D)` for it."""
+        """Yield the place of each piece of `count` tokens, and two memories `(K, D)` for it."""
         for part in slices(count, self.pieces.shape[1]):
             one, other = self.pieces[:, : part.stop - part.start].unbind(0)
             yield part, one, other
@@ -179,24 +143,25 @@ class _Scratch:
 
 
 def _widened(tokens: Tensor, memory: Tensor) -> Tensor:
-    """`tokens` in fp32, in `memory` where they are not."""
+    """`tokens` in fp32; those of another dtype are copied to `memory`."""
     return tokens if tokens.dtype == torch.float32 else memory.copy_(tokens)
 
 
 def _gathered(tokens: Tensor, numbers: Tensor, memory: Tensor) -> Tensor:
-    """The tokens of these numbers, in `memory`."""
+    """The tokens of these numbers, copied to `memory`."""
     if tokens.dtype == torch.float32:
         return torch.index_select(tokens, 0, numbers, out=memory)
     return memory.copy_(tokens.index_select(0, numbers))
 
 
 def _round(
-    tokens: Tensor, centre: Tensor, rounded: _Rounded, scratch: _Scratch, along_centre: bool
+    tokens: Tensor,
+    centre: Tensor,
+    rounded: _RoundedTokens,
+    scratch: _ThreadScratch,
+    along_centre: bool,
 ) -> None:
-    """Fill in `rounded`, which was zeros, for `tokens` `(K, D)`.
-
-    Every token is rounded by itself.
-    """
+    """Round `tokens` `(K, D)`, each by itself, into `rounded`, which holds zeros."""
     values, scale, length, error, norm, along = rounded
     for part, unit, whole in scratch.halves(len(tokens)):
         wide = _widened(tokens[part], unit)
@@ -220,30 +185,30 @@ def _round(
 
 
 def _rounded(
-    tokens: Tensor, centre: Tensor, count: int, scratch: _Scratch, along_centre: bool
-) -> _Rounded:
-    """`tokens` `(K, D)`, and zeros up to `count`."""
-    rounded = _Rounded.zeros(count, tokens.shape[1])
+    tokens: Tensor, centre: Tensor, count: int, scratch: _ThreadScratch, along_centre: bool
+) -> _RoundedTokens:
+    """Round `tokens` `(K, D)`; zeros follow, up to `count`."""
+    rounded = _RoundedTokens.zeros(count, tokens.shape[1])
     _round(tokens, centre, rounded.part(slice(len(tokens))), scratch, along_centre)
     return rounded
 
 
-class _Block(NamedTuple):
-    """Columns as the product takes them, `(M, D)`, and padded to whole runs, `(M',)`."""
+class _RoundedColumns(NamedTuple):
+    """A block of columns: tokens `(M, D)`, and the rest padded to whole runs, `(M', ...)`."""
 
     tokens: Tensor
     centre: Tensor
-    rounded: _Rounded
+    rounded: _RoundedTokens
     excluded: Tensor | None
     longest: float
 
     @classmethod
     def of(
-        cls, tokens: Tensor, allowed: Tensor | None, team: Team, scratch: list[_Scratch]
-    ) -> _Block | None:
-        """None where no column may be chosen."""
+        cls, tokens: Tensor, allowed: Tensor | None, team: Team, scratch: list[_ThreadScratch]
+    ) -> _RoundedColumns | None:
+        """Round a block of tokens; None if no column may be chosen."""
         centre = _centre(tokens)
-        rounded = _Rounded.zeros(padded(len(tokens)), tokens.shape[1])
+        rounded = _RoundedTokens.zeros(padded(len(tokens)), tokens.shape[1])
         parts = slices(len(tokens), scratch[0].pieces.shape[1])
 
         def round_part(member: int, number: int) -> None:
@@ -261,11 +226,13 @@ class _Block(NamedTuple):
         return cls(tokens, centre, rounded, excluded, float(rounded.length.amax()))
 
 
-def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs `(row, column)` `(P,)` in ascending order, the best of each row among them.
+def _candidates(
+    rows: _RoundedTokens, block: _RoundedColumns, scratch: _ThreadScratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find pairs `(row, column)`, `(P,)` each and ascending, that include the best of each row.
 
-    The last tensor, bool `(K,)`, tells the rows that are left out because more columns are in
-    question than pays. Rows that are not finite have no pairs.
+    The last tensor, bool `(K,)`, marks rows that are left out, because too many of their columns
+    are in question. Rows that are not finite have no pairs.
     """
     columns = block.rounded
     products, scores = scratch.tile(len(rows.values), len(columns.values))
@@ -298,12 +265,12 @@ def _candidates(rows: _Rounded, block: _Block, scratch: _Scratch) -> tuple[Tenso
 
 
 def _scores_of_pairs(
-    rows: Tensor, row: Tensor, columns: Tensor, column: Tensor, scratch: _Scratch
+    rows: Tensor, row: Tensor, columns: Tensor, column: Tensor, scratch: _ThreadScratch
 ) -> Tensor:
-    """Products `(P,)` of the given rows with the given columns of unit length, in fp32.
+    """Products `(P,)` of the given rows with the given columns at unit length, in fp32.
 
-    Every pair is added up in the same order, so that equal columns tie. No product overflows: it is
-    less than the product of two norms whose squares do not.
+    Every pair is added up in the same order, so that equal columns tie. No product overflows, since
+    it is less than the product of two norms whose squares do not overflow.
     """
     scores = torch.empty(len(row), **FP32)
     for part, source, target in scratch.halves(len(row)):
@@ -317,7 +284,7 @@ def _scores_of_pairs(
 def _best_of_pairs(
     scores: Tensor, row: Tensor, column: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Maximum `(count,)` over the pairs of each row and its lowest column; -inf, -1 without any."""
+    """Maximum `(count,)` over the pairs of each row, and its lowest column; else -inf and -1."""
     best = torch.full((count,), NOTHING, **FP32).scatter_reduce_(0, row, scores, "amax")
     winner = scores == best[row]
     index = torch.full((count,), torch.iinfo(torch.int64).max, device=CPU)
@@ -325,22 +292,15 @@ def _best_of_pairs(
     return best, index.where(best > NOTHING, -1)
 
 
-def improve(best: Tensor, index: Tensor, value: Tensor, at: Tensor) -> None:
-    """Put `value` and `at` into `best` and `index` where they are better; equal ones stay."""
-    better = value > best
-    index.copy_(torch.where(better, at, index))
-    best.copy_(torch.where(better, value, best))
-
-
 class _Product(NamedTuple):
-    """Rows of a search that are multiplied at once, and the place of the search among all."""
+    """Rows of a search that are multiplied at once, and the place of that search among all."""
 
     place: int
     part: slice
 
 
 def _products(searches: list[Search]) -> list[_Product]:
-    """All rows of all searches; the first are few, and so are those that others begin meanwhile."""
+    """Split all rows of all searches; the first product, and those beside it, have few rows."""
     longest = len(searches[0].rows)
     first, next_few = min(FIRST_ROWS, ROWS), min(3 * FIRST_ROWS, ROWS)
     ends = [0, min(first, longest), min(first + next_few, longest)]
@@ -352,15 +312,17 @@ def _products(searches: list[Search]) -> list[_Product]:
 
 
 class _Decided(NamedTuple):
-    """Best score in a block and its index, `(K,)`, and the numbers of the rows left undecided."""
+    """Best score in a block and its index, `(K,)`; and the numbers of rows left undecided."""
 
     best: Tensor
     at: Tensor
     left: Tensor
 
 
-def _decide(rows: Tensor, norm: Tensor, block: _Block, scratch: _Scratch) -> _Decided:
-    """Also fills in the norm of the rows."""
+def _decide(
+    rows: Tensor, norm: Tensor, block: _RoundedColumns, scratch: _ThreadScratch
+) -> _Decided:
+    """Decide what can be decided by scores of pairs; also fill in the norm of the rows."""
     rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
     norm.copy_(rounded.norm)
     row, column, undecided = _candidates(rounded, block, scratch)
@@ -370,13 +332,20 @@ def _decide(rows: Tensor, norm: Tensor, block: _Block, scratch: _Scratch) -> _De
 
 
 def _search_block(
-    searches: list[Search], block: _Block, start: int, team: Team, scratch: list[_Scratch]
+    searches: list[Search],
+    block: _RoundedColumns,
+    start: int,
+    team: Team,
+    scratch: list[_ThreadScratch],
 ) -> tuple[list[tuple[Search, Tensor | slice]], bool]:
     """Fill in the searches from the block of columns that starts at `start`.
 
-    Returns the rows of each search that are left to a product in fp32, and whether the coarse
-    product should be tried again. The first product that leaves too many rows is the last one that
-    counts, even where another thread has finished a later one: no result depends on the threads.
+    The first product that leaves too many rows is the last one that counts, even if another thread
+    has finished a later one: no result depends on the threads.
+
+    Returns:
+        The rows of each search that are left to a product in fp32; and True if the coarse product
+        should be tried again.
     """
     products = _products(searches)
     found: dict[int, _Decided] = {}
@@ -388,7 +357,7 @@ def _search_block(
         place, part = products[number]
         rows, norm = searches[place].rows[part], searches[place].norm[part]
         found[number] = _decide(rows, norm, block, scratch[member])
-        # The few rows at the end of a search tell too little.
+        # The few rows at the end of a search are too small a sample.
         if len(found[number].left) > UNDECIDED * len(rows) and len(rows) >= min(FIRST_ROWS, ROWS):
             in_vain.append(number)
 
@@ -411,9 +380,14 @@ def _search_block(
 
 
 def _score_again(
-    rows: Tensor, value: Tensor, at: Tensor, columns: Tensor, team: Team, scratch: list[_Scratch]
+    rows: Tensor,
+    value: Tensor,
+    at: Tensor,
+    columns: Tensor,
+    team: Team,
+    scratch: list[_ThreadScratch],
 ) -> None:
-    """Compute the scores of the pairs `(row, at)` as those of pairs, which compare everywhere."""
+    """Compute the scores of `(row, at)` once more as those of pairs: comparable between blocks."""
     chosen = (at >= 0).nonzero()[:, 0]
     parts = slices(len(chosen), scratch[0].pieces.shape[1])
 
@@ -431,12 +405,12 @@ def _search_rest(
     start: int,
     in_fp32: Callable[[Tensor, Tensor | None, list[Search]], None],
     team: Team,
-    scratch: list[_Scratch],
+    scratch: list[_ThreadScratch],
     again: bool,
 ) -> None:
     """Fill in the given rows of searches by a product in fp32.
 
-    `again`: compute the scores found as those of pairs, so that they compare with other blocks'.
+    `again`: compute the scores found once more as those of pairs, to compare with other blocks.
     """
     found = []
     for entry, which in rest:
@@ -462,17 +436,17 @@ def search(
 ) -> None:
     """Fill in the best of the `columns` `(M, D)` for the rows of every search.
 
-    `in_fp32` does the same for the rows that the coarse product leaves undecided. Where these are
-    many, the product is not tried any more.
+    `in_fp32` does the same for rows that the coarse product leaves undecided. Once these are too
+    many, the coarse product is not tried any more.
     """
     size = min(BLOCK_COLUMNS, max(LEAST_TOKENS, BLOCK_ELEMENTS // columns.shape[1] // RUN * RUN))
     widest = min(size, padded(len(columns)))
-    scratch = [_Scratch(widest, columns.shape[1]) for _ in range(team.size)]
+    scratch = [_ThreadScratch(widest, columns.shape[1]) for _ in range(team.size)]
     tried = True
     for start in range(0, len(columns), size):
         tokens = columns[start : start + size]
         mask = None if allowed is None else allowed[start : start + size]
-        block = _Block.of(tokens, mask, team, scratch) if tried else None
+        block = _RoundedColumns.of(tokens, mask, team, scratch) if tried else None
         rest: list[tuple[Search, Tensor | slice]] = [(entry, slice(None)) for entry in searches]
         if block is not None:
             rest, tried = _search_block(searches, block, start, team, scratch)

@@ -1,4 +1,4 @@
-"""How much the int8 bounds of kind "coarse" leave in question for given tokens: counted, not timed.
+"""Statistics of kind "coarse": how much its int8 bounds leave in question for given tokens.
 
 A row's columns in question are those that may be its best one as far as the bounds tell; their
 whole blocks are scored exactly. The time depends on their number, the result does not.
@@ -17,16 +17,16 @@ from ..pairing import Pairing
 from . import triton_runtime as runtime
 from .triton_coarse import (
     TERM_ERROR,
-    _Layout,
+    _CoarseLayout,
+    _Int8Tokens,
     _layout,
-    _Part,
     _parts,
-    _Rounded,
+    _SourcePart,
     column_scales,
 )
 from .triton_geometry import MOST_COARSE_CHANNELS, plan_of
 
-#: A row of which more than this share of blocks is in question counts as undecided.
+#: A row counts as undecided if more than this share of its blocks is in question.
 UNDECIDED = 0.25
 #: kernels/coarse.py, SCORE_ERROR.
 SCORE_ERROR = 2.0**-13
@@ -40,11 +40,11 @@ def coarse_statistics(
     reference_mask: Tensor | None = None,
     sample: int = 256,
 ) -> dict[str, Any]:
-    """How much the int8 bounds leave in question for these tokens. Waits for the device.
+    """Count what the int8 bounds leave in question for these tokens; waits for the device.
 
     Args:
         x: source tokens (B, N, D) fp32, bf16 or fp16.
-        reference: external references (R, M, D); None takes item 0 of each group, as "first" does.
+        reference: external references (R, M, D); None takes item 0 of each group, like "first".
         groups: equal contiguous groups of items; 1 with external references.
         reference_mask: (P, M) bool, True where a token may be matched; P is R, or B without
             external references.
@@ -83,7 +83,7 @@ def coarse_statistics(
 
 
 def _count(
-    call: Call, scale: Tensor, layout: _Layout, plan: tuning.Plan, sample: int
+    call: Call, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan, sample: int
 ) -> dict[str, Any]:
     blocks_a_row, columns_a_row = [], []
     tasks = held = parts = 0
@@ -118,22 +118,22 @@ def _count(
     }
 
 
-def lower_bounds(part: _Part) -> Tensor:
-    """(S, K) fp32 from the integers of the same order; -inf where there is no candidate."""
+def lower_bounds(part: _SourcePart) -> Tensor:
+    """Lower bounds (S, K) fp32, from the integers of the same order; -inf without a candidate."""
     order = part.lower
     return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
 
 
-def in_question_of(part: _Part) -> Tensor:
-    """(lists, K) bool: which blocks of columns may hold a row's best one."""
+def in_question_of(part: _SourcePart) -> Tensor:
+    """(lists, K) bool, True for blocks of columns that may hold a row's best one."""
     lower = lower_bounds(part).repeat_interleave(len(part.upper) // len(part.lower), dim=0)
     return (part.upper >= lower) & (part.upper > -torch.inf)
 
 
 def columns_in_question(
-    part: _Part, columns: _Rounded, layout: _Layout, chosen: Tensor, size: int = 4096
+    part: _SourcePart, columns: _Int8Tokens, layout: _CoarseLayout, chosen: Tensor, size: int = 4096
 ) -> Tensor:
-    """How many columns (K,) may be the best of the `chosen` (K, 2) = (source, row), in fp64."""
+    """Number of columns (K,) that may be the best of the `chosen` (K, 2) = (source, row)."""
     source, row = chosen.unbind(1)
     scale, length, error = (field[source, row].double() for field in part.rounded.stats)
     values = part.rounded.values[source, row].double()

@@ -1,11 +1,11 @@
-"""Small problems of the torch backend on a CPU: few calls, since each costs more than it computes.
+"""Few tokens on a CPU, for the torch backend: each call of torch costs more than its arithmetic.
 
-All items are matched by one product, and all tokens pushed by one gather, without a mask:
+So calls are few. One product matches all items, and one gather without a mask pushes all tokens:
 
     y_i = x_i - alpha * (t_i - x_i)   where   t_i = r_j* if token i is pushed, else x_i
 
-so that a token which stays gets a step of +0, which changes no bit of it. For `others` the product
-of two items serves both of them: its rows are the cosines of one, its columns those of the other.
+A token that stays gets a step of +0, which changes no bit of it. For `others`, the product of two
+items serves both of them: its rows are the cosines of one, its columns those of the other.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from torch import Tensor
 from ..call import Call
 from ..naive import NOTHING, compute_dtype
 from ..pairing import Pairing
-from .coarse import EPSILON, RUN, padded
+from .pieces import EPSILON, RUN, padded
 
-#: Elements of tokens and scores of all pairs up to which a problem is small.
+#: A call is small if tokens and scores of all pairs have no more elements than this.
 SMALL = 4 * 2**20
-#: Sum of norms up to which no difference of two tokens overflows.
+#: If the sum of norms is less than this, no difference of two tokens overflows.
 LARGEST = {dtype: torch.finfo(dtype).max / 4 for dtype in (torch.float32, torch.float64)}
-#: Columns up to which the unvectorised maximum with index beats a search run by run.
+#: Up to this many columns, the unvectorised maximum with index beats a search run by run.
 DIRECT = 2 * RUN
 
 
 class _Places(NamedTuple):
-    """Constants of a pairing; P items move, each of which sees S references.
+    """Constants of a pairing: P items move, and each of them meets S references.
 
     Attributes:
         moving: int64 `(P,)`, the items that move.
         own: int64 `(P, 1, N)`, the row of each moving token among those of the batch.
         starts: int64 `(P, S, N)`, the row of the reference's first token among all reference
-            tokens, the same for all N; None where it is `S * length`.
+            tokens, the same for all N; None if it is `S * length`.
         items: int64 `(P, S)`, number of the reference item.
         offsets: int64 `(S, 1)`, slot times the length of a reference.
-        order: int64 `(P * S)`, where the results of `_both_ways` are found; None but for `others`.
-        one, other: int64, the items of its products.
-        length: of a reference.
-        nothing, stays: fp32 and int64 `(G, 1, N)`, -inf and -1: the results of the items that do
-            not move.
+        order: int64 `(P * S)`, positions of the results of `_both_ways`; None except for `others`.
+        one, other: int64, the two items of each of its products.
+        length: number of tokens of a reference.
+        nothing, stays: fp32 and int64 `(G, 1, N)`, -inf and -1: the results of items that do not
+            move.
         none: -1, `()`.
     """
 
@@ -80,7 +80,7 @@ def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Place
         for item in pairing.sources
     ]
     in_batch = pairing.mode != "external"
-    # The table of references begins at item 0 of the batch, or of the references.
+    # Shared: the references of all items begin at row 0 of the table of reference tokens.
     shared = pairing.groups == 1 if pairing.mode == "first" else not (in_batch or pairing.per_item)
     first, second, order = [], [], []
     if pairing.mode == "others":
@@ -89,7 +89,7 @@ def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Place
         first, second = [one for one, _ in products], [other for _, other in products]
         number = {pair: place for place, pair in enumerate(products)}
         number |= {(b, a): place + len(products) for (a, b), place in number.items()}
-        # Rows of a product are those of the source, or of the reference.
+        # The rows of a product are the tokens of the source, or with "official" of the reference.
         order = [number[(s, o) if matching == "paper" else (o, s)] for s, o in pairs]
 
     def constant(values: object) -> Tensor:
@@ -121,7 +121,7 @@ def fits(call: Call) -> bool:
 
 
 def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
-    """Elements of all products: tokens `(B, N, D)`, references of `length`, and their scores."""
+    """Number of elements of all products: tokens of `shape`, references of `length`, scores."""
     (items, tokens, channels), width = shape, padded(max(length, shape[1]))
     pairs = items - pairing.groups if pairing.mode == "first" else items * pairing.slots
     if pairing.mode == "others":
@@ -134,15 +134,15 @@ def _read(tokens: Tensor) -> _Tokens:
     wide = tokens if tokens.dtype == dtype else tokens.to(dtype)
     wide = wide if wide.is_contiguous() else wide.contiguous()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(EPSILON)
-    # The sum bounds every element, and a NaN is not less than anything.
+    # The sum bounds every element, and NaN is not less than anything.
     return _Tokens(wide, norm, float(norm.sum()) < LARGEST[dtype])
 
 
 def _maximum(scores: Tensor, keepdim: bool) -> tuple[Tensor, Tensor]:
     """Maximum of each row `(..., C)` of a contiguous tensor, and its lowest index.
 
-    A maximum without index is vectorised and one with index is not, so with many columns the
-    index is looked for only in the run that holds the maximum.
+    A maximum without index is vectorised, one with index is not; so with many columns the index is
+    searched for only in the run that holds the maximum.
     """
     columns = scores.shape[-1]
     if columns <= DIRECT or columns % RUN:
@@ -159,10 +159,10 @@ def _maximum(scores: Tensor, keepdim: bool) -> tuple[Tensor, Tensor]:
 def _best(
     rows: Tensor, columns: Tensor, items: int, excluded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Best of the unit columns `(C, K * M, D)` of each of K items for the rows `(C, R, D)`.
+    """Best unit column `(C, K * M, D)` of each of K items for the rows `(C, R, D)`.
 
-    Columns come in whole runs: a matrix library rounds those at the ragged end of a product
-    otherwise, which would decide between equal tokens.
+    Columns are padded to whole runs: a matrix library rounds those at the ragged end of a product
+    in another way, which would decide between equal tokens.
 
     Returns:
         Score and index `(C, R, K)`.
@@ -199,7 +199,7 @@ def _one_way(sources: _Tokens, references: _Tokens, call: Call) -> tuple[Tensor,
     else:
         target, target_norm = references.wide.view(sets, -1, channels), references.norm
         target_norm = target_norm.view(sets, -1, 1)
-    # The official matching is the other one with the roles exchanged.
+    # Official matching is paper matching with the roles exchanged.
     rows, row_norm = (source, source_norm) if paper else (target, target_norm)
     columns, norm = (target, target_norm) if paper else (source, source_norm)
     count = pairing.slots if paper else source.shape[1] // tokens
@@ -218,7 +218,7 @@ def _one_way(sources: _Tokens, references: _Tokens, call: Call) -> tuple[Tensor,
 
 
 def _excluded(norm: Tensor, finite: bool, allowed: Tensor | None) -> Tensor | None:
-    """Where a column may not be chosen, `(C, M)` as `allowed`; None where all may."""
+    """Mask of columns that may not be chosen, of the shape of `allowed`; None if all may."""
     if finite:
         return None if allowed is None else ~allowed
     usable = norm.isfinite().squeeze(-1)
@@ -230,7 +230,7 @@ def _both_ways(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(B, S, N)` of "others".
 
-    One product for two items: the maximum of its rows, and that of its columns.
+    One product serves two items: by the maximum of its rows, and by that of its columns.
     """
     items, tokens, _ = sources.wide.shape
     unit = sources.wide / sources.norm
@@ -277,7 +277,7 @@ def _match(
 
 
 def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Tensor:
-    """Results `(P, S, N)` of the items that move as those of all `(B, S, N)`."""
+    """Extend results `(P, S, N)` of the items that move to all items, `(B, S, N)`, by `fill`."""
     if pairing.mode != "first":
         return values.contiguous()
     if pairing.groups == 1:
@@ -330,7 +330,7 @@ class _Flat(NamedTuple):
 
     Attributes:
         sizes: N and K.
-        own: int64 `(K,)`, the rows of the tokens that move among all.
+        own: int64 `(K,)`, the rows of the tokens that move among all tokens.
         nothing, stays: fp32 and int64 `(N,)`, -inf and -1, the results of item 0.
         none: -1, `()`.
     """
@@ -357,9 +357,9 @@ def _flat(items: int, tokens: int) -> _Flat:
 def guide_from_first(
     x: Tensor, alpha: Tensor, threshold: Tensor, source_mask: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """`guide` for one group and "first", without a mask; None where tokens are not finite.
+    """`guide` for one group and "first", without a mask; None if a token is not finite.
 
-    The most common call, so it is written out: half of its time are views and calls of Python.
+    This is the most common call, so it is written out: half of its time goes into views and Python.
     """
     items, tokens, channels = x.shape
     flat = _flat(items, tokens)
@@ -402,13 +402,13 @@ def guide_from_first(
 
 
 class _Choice(NamedTuple):
-    """For each token, or each token and slot: `(P, 1, N)` or `(P, S, N)`.
+    """The match of each token, `(P, 1, N)`, or of each token and slot, `(P, S, N)`.
 
     Attributes:
-        pushed: bool, whether the best match exceeds the threshold.
-        number: int64, that of the match among the reference tokens that its item sees.
-        row: int64, that among all reference tokens.
-        alpha: `()`, or of each of them.
+        pushed: bool, True if the match exceeds the threshold.
+        number: int64, number of the match among the reference tokens that its item meets.
+        row: int64, row of the match among all reference tokens.
+        alpha: `()`, or a value for each match.
     """
 
     pushed: Tensor
@@ -418,7 +418,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(found: tuple[Tensor, Tensor], call: Call, places: _Places) -> tuple[Tensor, _Choice]:
-    """The reference token that each token is pushed from, and its cosine."""
+    """The cosine of each token's match, and the reference token that it is pushed from."""
     (similarity, index), starts, slot = found, places.starts, None
     dtype, numbers = similarity.dtype, (call.alpha, call.threshold)
     alpha, threshold = (value if value.dtype == dtype else value.to(dtype) for value in numbers)
@@ -436,7 +436,7 @@ def _choose(found: tuple[Tensor, Tensor], call: Call, places: _Places) -> tuple[
 
 
 def _by_slot(parameter: Tensor, slot: Tensor | None) -> Tensor:
-    """`()` where one number serves all, else by the slot of each token, `(P, 1, N)` or `(S, 1)`."""
+    """`()` if one number serves all, else by each token's slot: `(P, 1, N)` or `(S, 1)`."""
     if parameter.numel() == 1:
         return parameter if parameter.ndim == 0 else parameter.reshape(())
     return parameter[:, None] if slot is None else parameter[slot]
@@ -465,7 +465,7 @@ def _push(
 
     Args:
         table: all reference tokens, `(K, D)`.
-        own: the row of each token in the table, `(P, 1, N)`; None where it is not in there.
+        own: the row of each token in the table, `(P, 1, N)`; None if it is not in there.
     """
     source, target = _moving(wide, pairing), _moving(out, pairing)
     alpha, pushed, slots = choice.alpha, choice.pushed, choice.pushed.shape[1]
@@ -477,11 +477,11 @@ def _push(
     else:
         chosen, source = chosen.view(*row.shape, -1), source[:, None]
     if not simple:
-        strength = (pushed * alpha).view(*chosen.shape[:-1], 1)
+        weight = (pushed * alpha).view(*chosen.shape[:-1], 1)
         step = chosen.sub_(source)
         if not finite:
-            step.masked_fill_(~pushed.view(strength.shape), 0)
-        step.mul_(strength)
+            step.masked_fill_(~pushed.view(weight.shape), 0)
+        step.mul_(weight)
     elif float(alpha) < 0:
         step = torch.sub(source, chosen, out=chosen).mul_(-alpha)
     else:
@@ -489,7 +489,7 @@ def _push(
     if slots > 1:
         step, source = step.sum(dim=1), source[:, 0]
     if not simple:
-        step.add_(0.0)  # what is taken off a token that stays must not be -0
+        step.add_(0.0)  # The step of a token that stays must not be -0.
 
     if out is not x and pairing.mode == "first":
         out[:: pairing.group_size].copy_(x[:: pairing.group_size])

@@ -1,10 +1,10 @@
 """The operator in plain torch with linear memory: CPU, MPS, and GPUs without Triton.
 
-Similarities exist one tile at a time: a block of reference tokens is normalised once, every
-source chunk is multiplied with it, and a running `(maximum, index)` is kept for each token.
-Only columns are normalised: the norm of a source token does not change its argmax. On a CPU with
-int8 instructions most of the work is left to the products of `coarse`. On a GPU the
-fp32 products follow `torch.set_float32_matmul_precision`: leave it at "highest" for exact matches.
+Only one tile of similarities exists at a time: a block of reference tokens is normalised once,
+every chunk of source tokens is multiplied with it, and each token keeps a running `(maximum,
+index)`. Only columns are normalised: the norm of a source token does not change its argmax. On a
+CPU with int8 instructions, the products of `coarse` do most of the work. On a GPU, fp32 products
+follow `torch.set_float32_matmul_precision`: leave it at "highest" for exact matches.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..call import Call
 from ..naive import NOTHING, compute_dtype, is_finite, per_slot
 from ..pairing import Pairing
 from . import coarse, small
-from .coarse import EPSILON, RUN, Search, improve, padded, piece_rows, slices
+from .pieces import EPSILON, RUN, Search, improve, padded, piece_rows, slices
 from .workers import ALONE, Team, conduct
 
 T = TypeVar("T")
 #: Size of a block of normalised reference tokens: 8 MB in fp32.
 BLOCK_ELEMENTS = 2 * 2**20
-#: Tokens that are pushed at a time, on an accelerator.
+#: Number of tokens that are pushed at a time on an accelerator.
 PUSH_ROWS = 1024
 
 
 @lru_cache(maxsize=64)
 def _pairs(pairing: Pairing, matching: str) -> dict[int, list[tuple[int, int, int]]]:
-    """All pairs `(item, slot, reference item)`, by the item whose tokens are columns."""
+    """Lists of all pairs `(item, slot, reference item)`, by the item whose tokens are columns."""
     by_columns: dict[int, list[tuple[int, int, int]]] = {}
     for item in pairing.sources:
         for slot in range(pairing.slots):
@@ -42,7 +42,7 @@ def _pairs(pairing: Pairing, matching: str) -> dict[int, list[tuple[int, int, in
 
 
 class _Tiles:
-    """Tile sizes, and the scratch memory that all tiles of a thread share."""
+    """Tile sizes, and scratch memory that all tiles of a thread share."""
 
     def __init__(self, x: Tensor, reference: Tensor, team: Team) -> None:
         self.dtype, self.team = compute_dtype(x.dtype), team
@@ -59,16 +59,19 @@ class _Tiles:
         self.scores = torch.empty(team.size, size, dtype=self.dtype, device=x.device)
 
     def product(self, rows: Tensor, columns: Tensor, member: int) -> Tensor:
-        """`rows @ columns.T` in the thread's scratch memory; overwritten by its next product."""
+        """`rows @ columns.T` in the thread's scratch memory; its next product overwrites it."""
         shape = (rows.shape[0], columns.shape[0])
         scores = self.scores[member, : shape[0] * shape[1]].view(shape)
         return torch.mm(rows, columns.T, out=scores)
 
 
-class _Block(NamedTuple):
-    """Unit-length columns `(M', D)` in whole runs, and those that may not be chosen.
+class _UnitColumns(NamedTuple):
+    """A block of tokens of unit length as the columns of a product.
 
-    These are zero. `excluded` is None where they are none or those from `length` on.
+    Attributes:
+        columns: `(M', D)`, in whole runs; those that may not be chosen are zero.
+        excluded: bool `(M',)`, True for those; None if they are only the columns from `length` on.
+        length: number of tokens.
     """
 
     columns: Tensor
@@ -76,7 +79,9 @@ class _Block(NamedTuple):
     length: int
 
     @classmethod
-    def of(cls, tokens: Tensor, allowed: Tensor | None, dtype: torch.dtype, team: Team) -> _Block:
+    def of(
+        cls, tokens: Tensor, allowed: Tensor | None, dtype: torch.dtype, team: Team
+    ) -> _UnitColumns:
         count, channels = tokens.shape
         on_cpu = tokens.device.type == "cpu"
         columns = tokens.new_empty(padded(count), channels, dtype=dtype)
@@ -89,7 +94,7 @@ class _Block(NamedTuple):
             norm = torch.linalg.vector_norm(wide, dim=-1)
             may = norm.isfinite() if allowed is None else norm.isfinite() & allowed[part]
             torch.div(wide, norm.clamp_min(EPSILON)[:, None], out=columns[part])
-            # Looking at a mask costs a synchronisation on an accelerator; masking nothing is cheap.
+            # On an accelerator reading a mask would wait for the device; masking nothing is cheap.
             if not on_cpu or not bool(may.all()):
                 columns[part].masked_fill_(~may[:, None], 0)
             usable[part] = may
@@ -103,8 +108,8 @@ class _Block(NamedTuple):
 def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row and its lowest index.
 
-    On a CPU a maximum without index is vectorised and one with index is not, so the index is
-    looked for only in the run of columns that holds the maximum.
+    On a CPU a maximum without index is vectorised, one with index is not; so the index is searched
+    for only in the run of columns that holds the maximum.
     """
     rows, columns = scores.shape
     if scores.device.type != "cpu" or columns == RUN:
@@ -116,14 +121,16 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _search(columns: Tensor, allowed: Tensor | None, searches: list[Search], tiles: _Tiles) -> None:
-    """Fill in the best column for the rows of every search."""
+    """Fill in the best column for the rows of every search: the tiles and their maximum."""
     tasks = [(entry, part) for entry in searches for part in slices(len(entry.rows), tiles.rows)]
     for start in range(0, columns.shape[0], tiles.block):
         allowed_here = None if allowed is None else allowed[start : start + tiles.block]
         tokens = columns[start : start + tiles.block]
-        block = _Block.of(tokens, allowed_here, tiles.dtype, tiles.team)
+        block = _UnitColumns.of(tokens, allowed_here, tiles.dtype, tiles.team)
 
-        def multiply(member: int, number: int, start: int = start, block: _Block = block) -> None:
+        def multiply(
+            member: int, number: int, start: int = start, block: _UnitColumns = block
+        ) -> None:
             entry, part = tasks[number]
             rows, best, index = entry.rows[part].to(tiles.dtype), entry.best[part], entry.at[part]
             if start == 0:
@@ -149,7 +156,7 @@ def match(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _look_at_places(valid: Tensor, index: Tensor, norm: Tensor, call: Call, team: Team) -> None:
-    """Official matching: clear `valid` unless a token and what it is moved from are finite.
+    """Complete `valid` for official matching: the moved token and its match must be finite.
 
     `valid`, `index` and the `norm` of the reference tokens are `(B, slots, N)`.
     """
@@ -169,7 +176,7 @@ def _look_at_places(valid: Tensor, index: Tensor, norm: Tensor, call: Call, team
 
 
 def _conduct(function: Callable[[Team], T], x: Tensor) -> T:
-    """`function(team)`, split among threads on a CPU."""
+    """Return `function(team)`, whose team is the threads of a CPU, or else the caller alone."""
     return conduct(function) if x.device.type == "cpu" else function(ALONE)
 
 
@@ -213,7 +220,7 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
 def _guide(call: Call, out: Tensor, team: Team) -> tuple[Tensor, Tensor]:
     x, reference, pairing, source_mask = call.x, call.reference, call.pairing, call.source_mask
     if out is x and pairing.mode != "first" and _shares_memory(x, reference):
-        # A token that has moved must not serve as a reference of the next item.
+        # A token that has moved must not serve as a reference of another item.
         moved = torch.empty_like(x)
         result = _guide(call, moved, team)
         parts = _parts(x, range(pairing.items))
@@ -255,7 +262,7 @@ def _guide(call: Call, out: Tensor, team: Team) -> tuple[Tensor, Tensor]:
 
 
 def _parts(x: Tensor, items: Iterable[int]) -> list[tuple[int, slice]]:
-    """Tokens of some items that are worked on at a time, in memory of three times their size."""
+    """Parts of some items, `(item, tokens)`, whose work needs three times their memory."""
     size = piece_rows(2 * x.shape[2]) if x.device.type == "cpu" else PUSH_ROWS
     return [(item, part) for item in items for part in slices(x.shape[1], size)]
 
@@ -270,8 +277,10 @@ def _push(
     target: Tensor,
     in_place: bool,
 ) -> None:
-    """Write tokens of an item, `(N, D)`, to `target`; those whose `numbers` `(S, N)` are not
-    negative are moved."""
+    """Write tokens of an item, `(N, D)`, to `target`, and push some of them.
+
+    A token is pushed from the reference tokens `numbers` `(S, N)`; -1 stands for none.
+    """
     moves = (numbers >= 0).any(dim=0)
     if source.device.type != "cpu":
         moved = _moved(source, numbers, reference, pairing, item, alpha)
@@ -297,9 +306,9 @@ def _moved(
     alpha: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Tokens `(K, D)` of an item, away from the reference tokens `numbers` `(S, K)`; -1: none.
+    """Push tokens `(K, D)` of an item from the reference tokens `numbers` `(S, K)`; -1 is none.
 
-    Where S is 1, -1 gives no meaningful token. `out` may be `tokens`.
+    With S = 1, the result is meaningless where the number is -1. `out` may be `tokens`.
     """
     dtype, length = alpha.dtype, reference.shape[1]
     original = tokens.to(dtype)
@@ -308,14 +317,14 @@ def _moved(
     for number in numbers:
         token = number.clamp_min(0)
         if pairing.slots == 1:
-            strength = alpha
+            alpha_here = alpha
             chosen = reference[pairing.reference_item(item, 0)].index_select(0, token)
         else:
             slot = token // length
-            strength = alpha[slot][:, None]
+            alpha_here = alpha[slot][:, None]
             chosen = reference[pairing.reference_item(item, slot), token % length]
         chosen = chosen.to(dtype)
-        step = torch.sub(original, chosen, out=chosen).mul_(strength)
+        step = torch.sub(original, chosen, out=chosen).mul_(alpha_here)
         if len(numbers) == 1:
             return torch.add(step, original, out=out)
         moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)

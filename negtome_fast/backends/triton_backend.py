@@ -1,9 +1,10 @@
-"""The operator on Triton: allocates, chooses grids and configurations, launches kernels/.
+"""The operator on Triton: allocates memory and launches the kernels of `kernels/`.
 
-Paper matching with combine="nearest" is column scales and then, as the tuning table says, either
-one launch in which programs own rows, or tiles and a push. Everything else is scales, tiles,
-similarities, push. Nothing here waits for the device or measures anything, and inputs are taken
-with the strides that they have; so every call can be captured in a CUDA graph.
+Paper matching with combine="nearest" computes column scales and then, as the tuning table says,
+either one fused launch, in which programs own rows, or tiles and a push. Everything else is scales,
+tiles, similarities, push. A call is a list of launches, made ready first. Nothing here waits for
+the device, and inputs are read with the strides that they have; so every call can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _per_slot(values: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """`alpha` and `threshold` as a launch takes them, and their strides over the slots.
+    """`alpha` and `threshold` in the form of a launch, and their strides over the slots.
 
     Numbers that the host knows are arguments of the launch; others are read on the device.
     """
@@ -69,7 +70,7 @@ def _same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def _aligned(*pointers: Any) -> bool:
-    """Whether all tensors among `pointers` begin at multiples of 16 bytes."""
+    """Return True if all tensors among `pointers` begin at multiples of 16 bytes."""
     bits = 0
     for pointer in pointers:
         if isinstance(pointer, Tensor):
@@ -78,12 +79,12 @@ def _aligned(*pointers: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# The launches of a call in their order, and the memory that they fill; new memory is aligned
+# The launches of a call in their order, and the memory that they fill. New memory is aligned.
 # ---------------------------------------------------------------------------------------------
 def _tiles(
     shape: Geometry, call: Call, aligned: bool, scale: Tensor, keys: Tensor, part: int = 0
 ) -> list[Step]:
-    """Raise `keys` to the best candidates of the geometry's `part`, if that has any products."""
+    """Raise `keys` to the best candidates of a part of the geometry, if it has any products."""
     launch = shape.tiles[part]
     if launch is None:
         return []
@@ -159,10 +160,10 @@ def match(call: Call) -> tuple[Tensor, Tensor]:
     """Find the best reference token of every source token, in every slot by itself.
 
     Args:
-        call: fp32, bf16 or fp16 tokens; see `Call`.
+        call: see `Call`; the tokens are fp32, bf16 or fp16.
 
     Returns:
-        similarity (B, C, N) fp32 and index (B, C, N) int64; -inf and -1 where there is no match.
+        similarity (B, C, N) fp32 and index (B, C, N) int64; -inf and -1 where nothing matches.
 
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
@@ -181,21 +182,21 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
     """Match, threshold and push; the result is written to `out`.
 
     Args:
-        call: fp32, bf16 or fp16 tokens; see `Call`.
+        call: see `Call`; the tokens are fp32, bf16 or fp16.
         out: (B, N, D), any strides, written completely; or `x` itself, of which only the tokens
             that move are written.
 
     Returns:
-        similarity (B, S, N) fp32, -inf where there is no match; and pushed (B, S, N) int64,
-        slot * M + token where a token was pushed, else -1. S is 1 for "nearest", else C.
+        similarity (B, S, N) fp32, -inf where nothing matches; and pushed (B, S, N) int64, slot * M
+        + token where a token was pushed, else -1. S is 1 for "nearest", else C.
 
     Raises:
         ValueError: another dtype. RuntimeError: Triton cannot run on the device of `x`.
     """
     x = call.x
     runtime.require(x)
-    # Group heads are never written, so "first" has no hazard; other references that are also
-    # outputs would be read by one program after another has moved them.
+    # With "first", the first items of the groups are never written, so there is no hazard. Other
+    # references that are also outputs could be read by one program after another has moved them.
     hazard = call.pairing.mode != "first" and _overlap(out, call.reference)
     target = torch.empty_like(x) if hazard else out
     numbers, strides = _per_slot((call.alpha, call.threshold), x)

@@ -1,11 +1,12 @@
 """Kind "coarse" of the Triton backend: int8 products with bounds, then exact scores of the rest.
 
-kernels/coarse.py says what is computed and why no best token is lost. For D channels, rounded up to
-whole steps, this takes D + 20 bytes a reference token, half of what it takes in bf16, and for as
-many source tokens at a time as fit into SCRATCH_BYTES, D + 16 bytes and 8 bytes for each block of
-columns that they meet. The values of item 0 of 75,600 tokens of 5,120 channels are 388 MB.
+kernels/coarse.py says what is computed and why no best token is lost. Memory, for D channels
+rounded up to whole steps: a reference token takes D + 20 bytes, half of its size in bf16. A source
+token takes D + 16 bytes, and 8 bytes for each block of columns that it meets; as many of them are
+taken at a time as fit into SCRATCH_BYTES. The values of item 0 of 75,600 tokens of 5,120 channels
+take 388 MB.
 
-Nothing waits for the device: what is in question is counted, listed and walked there.
+Nothing waits for the device: what is in question is counted, listed and processed there.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from . import triton_runtime as runtime
 from .triton_descriptors import descriptors
 from .triton_geometry import cdiv, geometry, programs, reference_step
 
-#: The most memory for what grows with the number of source tokens at a time; at least one block of
-#: rows of all items is taken at a time, whatever it needs.
+#: Largest memory for the source tokens that are taken at a time; at least one block of rows of all
+#: items is taken, whatever it needs.
 SCRATCH_BYTES = 2**28
 #: The values of a token begin at multiples of this, and steps over them need no masks.
 STEP = 128
-#: Bound on the relative error of a term of a sum of fp32, in any order, times that on the centre's
-#: norm and on the rounding of the bound itself.
+#: Bound on the relative error of a term of an fp32 sum in any order, with margin for the centre's
+#: norm and for the rounding of the bound itself.
 TERM_ERROR = 2.0**-24 * 1.02
 
 
 # ---------------------------------------------------------------------------------------------
-# What lies where
+# Memory layout
 # ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Layout:
-    """Sizes of a problem: S source items, Q reference items that are rounded, C centres."""
+class _CoarseLayout:
+    """Sizes of a call: S source items, Q reference items that are rounded, C centres."""
 
     pairing: Pairing
     tokens: int
@@ -51,7 +52,7 @@ class _Layout:
 
     @property
     def width(self) -> int:
-        """Bytes of a rounded token."""
+        """Number of bytes of a rounded token."""
         step = max(STEP, self.bound.BLOCK_K)
         return cdiv(self.channels, step) * step
 
@@ -61,7 +62,7 @@ class _Layout:
 
     @property
     def item_step(self) -> int:
-        """Only every such reference item is met: with "first", the heads of the groups."""
+        """Distance of the reference items that are met: with "first", the heads of the groups."""
         return self.pairing.group_size if self.pairing.mode == "first" else 1
 
     @property
@@ -70,9 +71,9 @@ class _Layout:
 
     @property
     def centre_steps(self) -> tuple[int, int]:
-        """How many source items, and how many reference items, share a centre.
+        """Number of source items, and number of reference items, that share a centre.
 
-        Items of a group, or of a set of references, resemble each other more than others.
+        Items of a group, or of a set of references, resemble each other more than others do.
         """
         if self.pairing.mode != "external":
             return self.pairing.group_size, self.pairing.group_size
@@ -85,12 +86,12 @@ class _Layout:
 
     @property
     def lists(self) -> int:
-        """Blocks of columns of all products."""
+        """Number of blocks of columns of all products."""
         return self.sources * self.pairing.slots * self.column_blocks
 
     @property
     def rows(self) -> int:
-        """Source tokens at a time."""
+        """Number of tokens of each source item that are taken at a time."""
         each = self.sources * (self.width + 16) + self.lists * 8
         block = self.bound.BLOCK_M
         most = max(SCRATCH_BYTES // each // block, 1) * block
@@ -98,26 +99,26 @@ class _Layout:
         return min(cdiv(cdiv(self.tokens, parts), block) * block, self.tokens)
 
     def tiles(self, rows: int) -> int:
-        """The most tasks that a list of `rows` rows makes."""
+        """Largest number of tasks of a list of `rows` rows."""
         return cdiv(rows, self.score.BLOCK_M)
 
 
-class _Rounded(NamedTuple):
-    """values (Q, K, width) int8 and stats (., Q, K) fp32, see round_kernel."""
+class _Int8Tokens(NamedTuple):
+    """Rounded tokens: values (Q, K, width) int8 and stats (., Q, K) fp32, see round_kernel."""
 
     values: Tensor
     stats: Tensor
 
 
-class _Part(NamedTuple):
-    """Source tokens first to first + K - 1 of S items, and what is in question for them.
+class _SourcePart(NamedTuple):
+    """Source tokens `first` to `first + K - 1` of S items, and what is in question for them.
 
     bias (Q, M), blocks (2, Q, column blocks), upper and listed (lists, K), lower (S, K), counts
     (lists + 1,), tasks (lists, tiles): see the kernels.
     """
 
     first: int
-    rounded: _Rounded
+    rounded: _Int8Tokens
     bias: Tensor
     blocks: Tensor
     upper: Tensor
@@ -127,10 +128,10 @@ class _Part(NamedTuple):
     tasks: Tensor
 
 
-class _Scratch:
-    """Memory of one part, which the next one takes again."""
+class _PartScratch:
+    """Memory of one part, which the next part uses again."""
 
-    def __init__(self, layout: _Layout, device: torch.device) -> None:
+    def __init__(self, layout: _CoarseLayout, device: torch.device) -> None:
         rows, sources, lists = layout.rows, layout.sources, layout.lists
         sizes: dict[str, tuple[int, torch.dtype]] = {
             "values": (sources * rows * layout.width, torch.int8),
@@ -148,7 +149,7 @@ class _Scratch:
             for name, (size, dtype) in sizes.items()
         }
 
-    def part(self, layout: _Layout, first: int) -> _Part:
+    def part(self, layout: _CoarseLayout, first: int) -> _SourcePart:
         rows = min(layout.rows, layout.tokens - first)
         sources, lists = layout.sources, layout.lists
 
@@ -158,9 +159,11 @@ class _Scratch:
                 size *= length
             return self._whole[name][:size].view(shape)
 
-        return _Part(
+        return _SourcePart(
             first,
-            _Rounded(view("values", sources, rows, layout.width), view("stats", 3, sources, rows)),
+            _Int8Tokens(
+                view("values", sources, rows, layout.width), view("stats", 3, sources, rows)
+            ),
             view("bias", layout.rounded, layout.columns),
             view("blocks", 2, layout.rounded, layout.column_blocks),
             view("upper", lists, rows),
@@ -171,12 +174,12 @@ class _Scratch:
         )
 
 
-def _layout(call: Call, plan: tuning.Plan) -> _Layout:
+def _layout(call: Call, plan: tuning.Plan) -> _CoarseLayout:
     (_, tokens, channels), (references, columns, _) = call.x.shape, call.reference.shape
     score = plan.score
     if score.BLOCK_N > plan.bound.BLOCK_N:
         score = score._replace(BLOCK_N=plan.bound.BLOCK_N)
-    return _Layout(
+    return _CoarseLayout(
         call.pairing,
         tokens=tokens,
         references=references,
@@ -195,7 +198,7 @@ def _power_of_two(length: int) -> int:
 
 
 def column_scales(call: Call) -> Tensor:
-    """Column scales of the references, as `raise_keys` takes them."""
+    """Compute the column scales of the references that `raise_keys` takes."""
     x, reference, mask = call.x, call.reference, call.reference_mask
     shape = geometry(call)
     scale = x.new_empty((len(reference), shape.scale_room(shape.M)), dtype=torch.float32)
@@ -204,8 +207,8 @@ def column_scales(call: Call) -> Tensor:
     return scale
 
 
-def _centres(reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Plan) -> Tensor:
-    """Centres (C, D) fp32."""
+def _centres(reference: Tensor, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan) -> Tensor:
+    """Compute the centres (C, D) fp32."""
     from ..kernels.coarse import centre_kernel
 
     each = layout.centre_steps[1]
@@ -229,11 +232,11 @@ def _centres(reference: Tensor, scale: Tensor, layout: _Layout, plan: tuning.Pla
 def _round(
     tokens: Tensor,
     centre: Tensor,
-    into: _Rounded,
-    layout: _Layout,
+    into: _Int8Tokens,
+    layout: _CoarseLayout,
     plan: tuning.Plan,
     scale: Tensor | None = None,
-    part: _Part | None = None,
+    part: _SourcePart | None = None,
 ) -> None:
     """Round reference tokens, whose `scale` is known, or the source tokens of a part."""
     from ..kernels.coarse import round_kernel
@@ -266,7 +269,9 @@ def _round(
     )
 
 
-def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -> None:
+def _bound(
+    part: _SourcePart, columns: _Int8Tokens, layout: _CoarseLayout, plan: tuning.Plan
+) -> None:
     """Fill in `upper` and `lower` of a part."""
     from ..kernels.coarse import bias_kernel, bound_kernel
 
@@ -313,7 +318,7 @@ def _bound(part: _Part, columns: _Rounded, layout: _Layout, plan: tuning.Plan) -
     )
 
 
-def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
+def _select(part: _SourcePart, layout: _CoarseLayout, plan: tuning.Plan) -> None:
     """List the rows of every block of columns that may hold their best one."""
     from ..kernels.coarse_scores import select_kernel
 
@@ -335,7 +340,9 @@ def _select(part: _Part, layout: _Layout, plan: tuning.Plan) -> None:
     )
 
 
-def _score(call: Call, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout) -> None:
+def _score(
+    call: Call, scale: Tensor, keys: Tensor, part: _SourcePart, layout: _CoarseLayout
+) -> None:
     """Raise `keys` to the best candidates of the listed rows and blocks of columns."""
     from ..kernels.coarse_scores import score_kernel
 
@@ -372,18 +379,18 @@ def _score(call: Call, scale: Tensor, keys: Tensor, part: _Part, layout: _Layout
 
 
 def _parts(
-    call: Call, scale: Tensor, layout: _Layout, plan: tuning.Plan
-) -> Iterator[tuple[_Part, _Rounded]]:
-    """All source tokens, part by part, once it is listed what is in question for them."""
+    call: Call, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan
+) -> Iterator[tuple[_SourcePart, _Int8Tokens]]:
+    """Yield all source tokens part by part, after listing what is in question for them."""
     x, reference = call.x, call.reference
     shape = layout.rounded, layout.columns
-    columns = _Rounded(
+    columns = _Int8Tokens(
         torch.empty((*shape, layout.width), dtype=torch.int8, device=x.device),
         torch.empty((4, *shape), dtype=torch.float32, device=x.device),
     )
     centre = _centres(reference, scale, layout, plan)
     _round(reference, centre, columns, layout, plan, scale=scale)
-    scratch = _Scratch(layout, x.device)
+    scratch = _PartScratch(layout, x.device)
     for first in range(0, layout.tokens, layout.rows):
         part = scratch.part(layout, first)
         _round(x, centre, part.rounded, layout, plan, part=part)
@@ -396,7 +403,7 @@ def raise_keys(call: Call, scale: Tensor, keys: Tensor, plan: tuning.Plan) -> No
     """Raise `keys` to the best candidates.
 
     Args:
-        call: fp32, bf16 or fp16 tokens of at most MOST_COARSE_CHANNELS channels; any mode.
+        call: tokens in fp32, bf16 or fp16, of at most MOST_COARSE_CHANNELS channels; any mode.
         scale: (P, M up to whole blocks) fp32, the column scales of `reference`.
         keys: (B, 1, N) int64, emptied; tokens are slot * M + token.
         plan: configurations of the kernels in `tuning.COARSE`.

@@ -1,4 +1,4 @@
-"""Tensor descriptors of tokens, which the tensor memory accelerator of Hopper and later reads."""
+"""Tensor descriptors of tokens, for the tensor memory accelerator of Hopper and later GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.tuning import Config
 
 
 class _NoTokens:
-    """Stands for tokens of a dtype where a descriptor is checked."""
+    """Stand-in for tokens of a dtype while a descriptor is checked."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -29,9 +29,10 @@ def template(
     rows: int,
     channels: int,
 ) -> Any:
-    """A descriptor of tokens that are not there yet, or None, as `descriptor` says.
+    """A descriptor without its tokens, or None; see `descriptor`.
 
-    Triton checks a descriptor when it is made, which takes longer than a launch.
+    Triton checks a descriptor when it is made, which takes longer than a launch; so templates are
+    cached, and `with_tokens` fills in the tokens.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,8 +56,8 @@ def template(
 def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
     """A descriptor of tokens (P, M, D) with blocks (1, rows, channels), or None.
 
-    None where tensor maps cannot express the tokens: they need 16-byte aligned items and tokens,
-    channels that follow each other, and items that do not interleave.
+    It is None if tensor maps cannot express the tokens: these need 16-byte aligned items and
+    tokens, contiguous channels, and items that do not interleave.
     """
     if tokens.data_ptr() & 15:
         return None
@@ -65,14 +66,14 @@ def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
 
 
 def with_tokens(made: Any, tokens: Tensor) -> Any:
-    """The descriptor of `tokens` by their template; they begin at a multiple of 16 bytes."""
+    """The descriptor of `tokens` by their template. They must begin at a multiple of 16 bytes."""
     found = object.__new__(type(made))
     found.__dict__.update(made.__dict__, base=tokens)
     return found
 
 
 def descriptors(rows: Tensor, columns: Tensor, config: Config) -> tuple[Any, Any]:
-    """Descriptors of the two sides of a product; None twice where one of them has none."""
+    """Descriptors of the two sides of a product; None twice if one of them has none."""
     if not config.DESCRIPTORS:
         return None, None
     row = descriptor(rows, config.BLOCK_M, config.BLOCK_K)

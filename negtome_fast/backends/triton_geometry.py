@@ -1,4 +1,4 @@
-"""The launches of a call, as its shapes, strides and choices settle them.
+"""The launches of a call, which its shapes, strides and settings determine.
 
 A `Geometry` is worked out once and kept, since a model calls the operator with the same few shapes
 in every block and step. It holds no tensors.
@@ -21,8 +21,9 @@ from . import triton_runtime as runtime
 from .triton_descriptors import template
 from .triton_launch import Launch
 
-#: For OVERLAP: the time of a token's push over that of its matching, times the reference tokens.
-#: 6 bytes a channel at 3 TB/s, against 2 operations a channel and reference token at 700 TFLOP/s.
+#: For OVERLAP: the ratio of the time of a token's push to that of its matching, times the number of
+#: reference tokens. A push moves 6 bytes a channel at 3 TB/s; matching takes 2 operations a channel
+#: and reference token at 700 TFLOP/s.
 PUSH_BY_MATCHING = 700
 #: kernels/coarse.py bounds the errors of sums of fewer channels than this.
 MOST_COARSE_CHANNELS = 2**15 - 1
@@ -44,9 +45,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Push:
-    """How a call pushes: where the output and the mask of what may move lie.
+    """The layout of what a push reads and writes.
 
-    numbers: alpha and threshold are numbers of the host; else `strides` are theirs over the slots.
+    Attributes:
+        out: strides of the output.
+        inplace: True if the output is `x` itself.
+        numbers: True if alpha and threshold are numbers of the host.
+        strides: strides of alpha and threshold over the slots, if they are tensors.
+        source_mask: strides of the mask of tokens that may move, or None.
     """
 
     out: Strides
@@ -57,23 +63,23 @@ class Push:
 
 
 def cdiv(length: int, block: int) -> int:
-    """How many blocks cover `length`."""
+    """Number of blocks that cover `length`."""
     return -(-length // block)
 
 
 def reference_step(pairing: Pairing) -> int:
-    """How many reference items further the next source item's first one is."""
+    """Distance between the first reference items of neighbouring source items."""
     return pairing.references if pairing.per_item else 0
 
 
 def programs(config: tuning.Config, tasks: int, device: torch.device) -> int:
-    """How many programs share `tasks` tiles; few when interpreted, so that they do share."""
+    """Number of programs that share `tasks` tiles; few when interpreted, so that they do share."""
     multiprocessors = 3 if runtime.interpreting() else runtime.multiprocessors(device.index)
     return min(tasks, multiprocessors * config.CTAS_PER_SM)
 
 
 def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
-    """The tuning table's plan for x (B, N, D) and references of M tokens, as it is now."""
+    """The tuning table's current plan for x (B, N, D) and references of M tokens."""
     arch = tuning.INTERPRETED if runtime.interpreting() else runtime.architecture(x.device.index)
     sources = pairing.items - pairing.groups if pairing.mode == "first" else pairing.items
     _, N, D = x.shape
@@ -81,9 +87,10 @@ def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
 
 
 def coarse_serves(mode: str, channels: int) -> bool:
-    """Return True if kind "coarse" takes a call where the tuning table asks for it.
+    """Return True if kind "coarse" can take a call for which the tuning table asks for it.
 
-    For "others", kind "pairs" computes half of the products: int8 at twice the rate gains nothing.
+    It does not take "others": kind "pairs" computes half of the products, so int8 at twice the rate
+    gains nothing.
     """
     return mode != "others" and channels <= MOST_COARSE_CHANNELS
 
@@ -92,9 +99,9 @@ class Geometry:
     """Sizes, plan and launches of one kind of call.
 
     Args:
-        call: a call of this kind.
-        push: how it pushes; None where it only matches.
-        plan: of the tuning table.
+        call: one of the calls; only shapes, strides and settings are kept.
+        push: layout of what the calls push; None if they only match.
+        plan: the tuning table's plan.
     """
 
     def __init__(self, call: Call, push: Push | None, plan: tuning.Plan) -> None:
@@ -112,7 +119,7 @@ class Geometry:
         self.group_size = pairing.group_size
         self.products = len(pairing.sources) * pairing.slots
         self.pairs = self.mode == "others"
-        # Matches of every slot by itself, for a push that takes them all or another way round.
+        # Matches of every slot by itself are wanted: official matching, and the sum of all pushes.
         self.by_slot = push is None or self.official or self.total
         # A key of the union of all slots has 31 bits for slot and token.
         self.by_rows = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
@@ -132,10 +139,10 @@ class Geometry:
 
     @functools.cached_property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """First item and number of items of what is matched, and then pushed, at a time.
+        """First item and number of items of each part that is matched and then pushed.
 
-        Two parts where the plan overlaps: the first is pushed while the last one is matched. The
-        last is as small as covers the other's push, since nothing covers its own.
+        There are two parts if the plan overlaps: the first is pushed while the last is matched. The
+        last is just large enough to hide the other's push, since nothing hides its own.
         """
         overlap = self.plan.kind == "tiles" and self.plan.tiles.OVERLAP
         if self.by_slot or self.pairs or not overlap or self.items < 2:
@@ -149,7 +156,7 @@ class Geometry:
     # -----------------------------------------------------------------------------------------
     @staticmethod
     def scale_room(tokens: int) -> int:
-        """Scales of an item of `tokens` tokens, in whole blocks."""
+        """Number of scales of an item of `tokens` tokens, in whole blocks."""
         return cdiv(tokens, tuning.SCALE_BLOCK) * tuning.SCALE_BLOCK
 
     def _scale(self, tokens: Tokens, mask: Strides | None, item_step: int, keys: int) -> Launch:
@@ -180,7 +187,7 @@ class Geometry:
 
     @functools.cached_property
     def tiles(self) -> tuple[Launch | None, ...]:
-        """Matching by tiles: a launch for each part; None for one without products."""
+        """Matching by tiles: a launch for each part; None for a part without products."""
         if self.pairs:
             return (self._tiles(0, self.products // 2),)
         found, before = [], 0
@@ -192,7 +199,7 @@ class Geometry:
 
     @functools.cached_property
     def templates(self) -> tuple[Any, Any]:
-        """Descriptors of rows and columns that want their tokens; None twice without."""
+        """Descriptors of rows and columns without their tokens; None twice if there are none."""
         config = self.config
         rows, columns = (self.reference, self.x) if self.official else (self.x, self.reference)
         if not config.DESCRIPTORS:
@@ -243,7 +250,7 @@ class Geometry:
 
     @functools.cached_property
     def resolve(self) -> Launch:
-        """From keys to similarity and index of every slot."""
+        """Similarity and index of every slot, from its keys."""
         from ..kernels.match import resolve_kernel
 
         config = self.plan.resolve
@@ -264,7 +271,7 @@ class Geometry:
         constant: tuple[bool, ...] = (),
         columns: tuple[int, ...] = (),
     ) -> Launch:
-        """A launch that pushes; the last three are parameters that the kernel alone has."""
+        """A launch that pushes; the last three arguments are parameters of this kernel alone."""
         assert self.push is not None
         push = self.push
         strides = (*self.x.strides, *self.reference.strides, *push.out, *push.strides)
@@ -281,7 +288,7 @@ class Geometry:
 
     @functools.cached_property
     def rows(self) -> Launch:
-        """Match and push in one launch, in which programs own rows."""
+        """Match and push in one launch: every program owns some rows."""
         from ..kernels.fused import fused_kernel
 
         config = self.plan.fused
@@ -299,14 +306,14 @@ class Geometry:
 
     @functools.cached_property
     def from_matches(self) -> Launch:
-        """The push from what every slot found."""
+        """The push from the matches of all slots."""
         from ..kernels.push import push_kernel
 
         return self._pushing(push_kernel, self.plan.push, self.items, constant=(self.total,))
 
 
 _known: dict[tuple[Any, ...], Geometry] = {}
-#: Kinds of calls that are kept; all are forgotten when there are more.
+#: Largest number of geometries that are kept; all are forgotten when there are more.
 MOST = 1024
 
 
@@ -319,7 +326,7 @@ def geometry(call: Call, push: Push | None = None) -> Geometry:
         *(None if mask is None else mask.stride(), call.pairing),
         *(call.matching, call.combine, push),
     )
-    # Asked every time: a table may have changed.
+    # The plan is asked for every time: a table may have changed.
     plan = plan_of(x, other[1], call.pairing)
     known = _known.get(key)
     if known is None or known.plan != plan:

@@ -1,8 +1,8 @@
-"""One launch of a kernel with everything that does not change from call to call.
+"""One launch of a kernel, with everything that does not change from call to call.
 
 Triton examines every argument at every launch: its type, its alignment, whether it is 1 or a
-multiple of 16. That takes the host 20 to 30 us, and a model's blocks launch the same again in
-every step. So a `Launch` keeps the compiled kernel and launches it as such, which Triton offers as
+multiple of 16. That takes the host 20 to 30 us, and a model's blocks repeat the same launches in
+every step. So a `Launch` keeps the compiled kernel and launches it directly, by Triton's
 `compiled[grid](...)`.
 """
 
@@ -14,14 +14,14 @@ from . import triton_runtime as runtime
 
 
 class Launch:
-    """A `triton.jit` function whose parameters are pointers, `numbers`, `constants`, in this order.
+    """A kernel whose parameters are pointers, `numbers` and `constants`, in this order.
 
     Args:
-        kernel: the function.
-        grid: programs along each axis.
+        kernel: `triton.jit` function.
+        grid: number of programs along each axis.
         numbers: sizes and strides.
-        constants: of compile time.
-        options: of the launch, such as `("num_warps", 8)`.
+        constants: values of the compile-time parameters.
+        options: launch options, such as `("num_warps", 8)`.
     """
 
     __slots__ = ("_compiled", "_rest", "grid", "kernel", "options")
@@ -42,14 +42,14 @@ class Launch:
         """Launch on the current stream.
 
         Args:
-            aligned: whether all pointers are multiples of 16 bytes. Others compile other code.
-            pointers: tensors of the same dtypes in every call, tensor descriptors of the same
-                blocks, None in the same places, or fp32 numbers.
+            aligned: True if all pointers are multiples of 16 bytes. Others compile other code.
+            pointers: tensors, tensor descriptors, fp32 numbers or None. Dtypes, the blocks of
+                descriptors and the places of None are the same in every call.
         """
         if aligned and self._compiled is not None:
             self._compiled[self.grid](*pointers, *self._rest)
             return
         compiled = self.kernel[self.grid](*pointers, *self._rest, **self.options)
-        # Neither of the interpreter, nor one that is still being compiled.
+        # The interpreter compiles nothing, and a kernel may still be compiling.
         if aligned and not runtime.interpreting() and hasattr(compiled, "packed_metadata"):
             self._compiled = compiled

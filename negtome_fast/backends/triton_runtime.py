@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run on a device, and what that device is."""
+"""Devices that the Triton kernels can run on, and their properties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether the kernels are interpreted: settled when Triton first decorates them."""
+    """Return True if the kernels are interpreted. Triton decides when it decorates them."""
     from triton.runtime import JITFunction
 
     from ..kernels.match import tiled_match_kernel
@@ -39,15 +39,15 @@ def multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-# Answers of `available` that cannot change any more, as every call of the operator asks twice.
+# Answers of `available` that cannot change any more: every call of the operator asks twice.
 _settled: dict[torch.device, tuple[bool, str]] = {}
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
-    """Whether this backend can run on `device`, and the reason in words either way.
+    """Return True if this backend can run on `device`, else False; and the reason in words.
 
-    Imports Triton only where the device leaves the question open. What TRITON_INTERPRET says counts
-    until Triton has decorated the kernels.
+    Triton is imported only if the device leaves the question open. A change of TRITON_INTERPRET
+    counts until Triton has decorated the kernels.
     """
     device = torch.device(device)
     answer = _settled.get(device)
@@ -74,7 +74,7 @@ def _examine(device: torch.device) -> tuple[bool, str]:
             return False, "Triton kernels need compute capability 8.0 (Ampere) or newer"
     try:
         interpreted = interpreting()
-    except Exception as error:  # a broken installation may fail in any way; the reason says how
+    except Exception as error:  # A broken installation may fail in any way.
         return False, f"Triton cannot be imported: {error}"
     if interpreted:
         return True, "Triton interprets its kernels with numpy (TRITON_INTERPRET is set): slow"
@@ -85,6 +85,7 @@ def _examine(device: torch.device) -> tuple[bool, str]:
 
 
 def require(x: Tensor) -> None:
+    """Raise `RuntimeError` or `ValueError` if this backend cannot serve `x`."""
     usable, reason = available(x.device)
     if not usable:
         raise RuntimeError(f"the triton backend cannot run on {x.device}: {reason}")
@@ -97,7 +98,7 @@ _nothing = contextlib.nullcontext()
 
 
 def launch_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which Triton, which launches on the current device, launches on that of `x`."""
+    """Context in which Triton launches on the device of `x`: it launches on the current one."""
     if not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return _nothing
     return torch.cuda.device(x.device)

@@ -1,4 +1,4 @@
-"""A second stream for work that may run beside what follows it on the current one."""
+"""A second CUDA stream, whose work may overlap with later work of the current stream."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class SideStream:
-    """Runs launches on a second stream, each after what the current stream was given before it.
+    """Context that runs some launches on a second stream, each behind earlier work of the current.
 
-    On leaving, the current stream waits for the second one: nothing that is launched or freed later
-    can meet its work. Streams are joined by events alone, so that a CUDA graph captures both. A
+    On exit, the current stream waits for the second one, so that nothing launched or freed later
+    interferes with its work. Streams are joined by events alone: a CUDA graph captures both. Each
     device has one second stream. On a CPU everything runs in order.
 
     Args:
-        x: a tensor of the current device.
+        x: a tensor on the current device.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -33,7 +33,7 @@ class SideStream:
         self._side = _side_stream(x.device) if x.is_cuda else None
 
     def following(self) -> AbstractContextManager[Any]:
-        """Context of launches on the second stream, behind what the current stream has now."""
+        """Context of launches on the second stream, behind earlier work of the current one."""
         if self._side is None or self._main is None:
             return nullcontext()
         self._side.wait_stream(self._main)
@@ -49,6 +49,6 @@ class SideStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After a failure, too: memory that the second stream uses goes back to the current one.
+        # After a failure, too: the current stream reuses memory that the second one has in use.
         if self._used and self._main is not None and self._side is not None:
             self._main.wait_stream(self._side)

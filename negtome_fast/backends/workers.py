@@ -1,10 +1,10 @@
-"""Work on a CPU, split once among threads that compute with one thread each.
+"""Threads of the torch backend on a CPU: a call is split once, and each thread computes alone.
 
-torch splits every operator among its threads, and each operator ends when the slowest of them does.
-Where other processes, or a quota, take a processor away, a call of hundreds of operators waits as
-often. Here a call is led by one thread of a pool, and others take blocks of its rows as they come
-free, so that it waits a few times in all. Blocks do not depend on the number of threads: neither
-does any result.
+torch splits every operator among its threads, and an operator ends when its slowest thread does. If
+other processes or a quota take a processor away, a call of hundreds of operators waits hundreds of
+times. Here one thread of a pool leads a call, and others take blocks of its rows as they become
+free, so that it waits a few times in all. Blocks do not depend on the number of threads, so results
+do not either.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-#: Where functions are looked for that set the threads of the calling thread alone. What
-#: `torch.set_num_threads` sets is also the default of every thread that starts later.
+#: Libraries and their functions that set the number of threads for the calling thread alone;
+#: `torch.set_num_threads` also sets the default of every thread that starts later.
 LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "libiomp5md.dll", "torch_cpu.dll")
 SETTERS = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
 
 
 class _Cancelled(Exception):
-    """The caller does not wait any more."""
+    """Raised in a task whose caller no longer waits."""
 
 
 class _Modes(NamedTuple):
-    """Modes that torch and the processor keep for each thread, and results could depend on."""
+    """Thread-local modes of torch and the processor that results could depend on."""
 
     inference: bool
     flush_denormal: bool
@@ -49,7 +49,7 @@ class _Modes(NamedTuple):
 
 
 class _Region:
-    """Indices that threads take one after another, until none is left or one has failed."""
+    """Indices that threads take one after another, until none is left or a task has failed."""
 
     def __init__(self, count: int, task: Callable[[int, int], object], stop: threading.Event):
         self._count, self._task, self._stop = count, task, stop
@@ -59,7 +59,7 @@ class _Region:
         self._error: BaseException | None = None
 
     def work(self) -> None:
-        """Take indices; returns at once where none is left."""
+        """Take indices until none is left."""
         with self._lock:
             if self._next >= self._count:
                 return
@@ -87,10 +87,10 @@ class _Region:
             return self._next - 1
 
     def finish(self) -> None:
-        """Wait for the indices that others took; raises what a task raised."""
+        """Wait for the indices that other threads took; raise what a task raised."""
         with self._quiet:
             self._quiet.wait_for(lambda: self._running == 0)
-        # Threads that come late still hold the region, and must not hold its tensors.
+        # Threads that start late still hold the region, but must not hold its tensors.
         del self._task
         error, self._error = self._error, None
         try:
@@ -103,7 +103,7 @@ class _Region:
 
 
 class Team:
-    """The threads that share the work of one call: `size`, of which one leads."""
+    """Threads that share the work of one call: one leads, `size - 1` help."""
 
     def __init__(self, size: int = 1, pool: ThreadPoolExecutor | None = None) -> None:
         self.size = size
@@ -114,8 +114,8 @@ class Team:
     def each(self, count: int, task: Callable[[int, int], object]) -> None:
         """Call `task(member, index)` for every index below `count`, begun in ascending order.
 
-        `member`, below `size`, is of one thread at a time. Raises what a task raised; then, further
-        indices are left out. In a team of one, this is a loop.
+        `member`, a number below `size`, belongs to one thread at a time. If a task raises, further
+        indices are skipped and the error is raised here. In a team of one, this is a loop.
         """
         if self._pool is None or self._modes is None or count < 2:
             for index in range(count):
@@ -131,7 +131,7 @@ class Team:
         region.finish()
 
     def cancel(self) -> None:
-        """Begin no further task."""
+        """Let no further task begin."""
         self._stop.set()
 
     def lead(self, function: Callable[[Team], T]) -> T:
@@ -143,7 +143,7 @@ ALONE = Team()
 
 
 class _Pool:
-    """The threads of this process, as many as a call has asked for so far."""
+    """The threads of this process: as many as the largest call has asked for so far."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -152,7 +152,7 @@ class _Pool:
         self._usable = True
 
     def get(self, size: int) -> ThreadPoolExecutor | None:
-        """None where threads cannot be kept from splitting their operators."""
+        """Return a pool of at least `size` threads; None if they cannot compute alone."""
         with self._lock:
             if self._usable and size > self._size:
                 if self._executor is not None:
@@ -167,7 +167,7 @@ _pool = _Pool()
 
 
 def _forget() -> None:
-    """A forked process has none of its parent's threads."""
+    """Forget the pool: a forked process has none of its parent's threads."""
     global _pool
     _pool = _Pool()
 
@@ -177,8 +177,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _compute_alone() -> None:
-    """Let the operators that this thread calls use no other thread."""
-    torch.get_num_threads()  # Takes over the default first, which would undo what follows.
+    """Make the operators that this thread calls use no other thread."""
+    torch.get_num_threads()  # This takes over the default, which would later undo what follows.
     folder = Path(torch.__file__).parent / "lib"
     for name in (None, *(str(folder / name) for name in LIBRARIES if (folder / name).exists())):
         try:
@@ -191,18 +191,18 @@ def _compute_alone() -> None:
 
 
 def _computes_alone() -> bool:
-    """Whether `_compute_alone` has worked, for torch's operators and for its matrix library."""
+    """Return True if `_compute_alone` has worked for torch's operators and its matrix library."""
     lines = torch.__config__.parallel_info().splitlines()
     counts = [line.split(":")[-1].strip() for line in lines if "max_threads()" in line]
     return torch.get_num_threads() == 1 and bool(counts) and set(counts) == {"1"}
 
 
 def conduct(function: Callable[[Team], T]) -> T:
-    """`function(team)`, with as many threads as the caller's `torch.get_num_threads()`.
+    """Return `function(team)`, with as many threads as the caller's `torch.get_num_threads()`.
 
-    With one thread, and where torch's threads cannot be set one by one, the caller runs it by
-    itself. Otherwise it runs on a thread of the pool, under the caller's inference mode and without
-    gradients, while the caller waits. An interrupt ends it after the tasks that have begun.
+    With one thread, or if torch's threads cannot be set one by one, the caller runs it alone.
+    Otherwise it runs on a thread of the pool, under the caller's inference mode and without
+    gradients, while the caller waits. After an interrupt no further task begins.
     """
     size = torch.get_num_threads()
     future: Future[T] | None = None

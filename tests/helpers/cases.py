@@ -1,4 +1,4 @@
-"""The one table of cases that every backend runs through, and how their tensors are made.
+"""The one table of cases that every backend runs through, and the builders of their tensors.
 
 A case is a name, the arguments of `negtome_fast.functional.guide_tokens`, and a builder of inputs,
 seeded by the name. Data are correlated across items, so that cosines lie on both sides of 0.65.
@@ -27,9 +27,9 @@ def tokens(
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
-    """A copy on `device` with the strides of `tensor`, inside a copy of all of its memory.
+    """Copy a tensor to `device` with its strides, inside a copy of all of its memory.
 
-    `to(device)` would make a slice contiguous and leave behind what lies between its tokens.
+    `to(device)` would make a slice contiguous and drop the memory between its tokens.
     """
     length = tensor.untyped_storage().nbytes() // tensor.element_size()
     whole = tensor.as_strided((length,), (1,), 0).to(device, copy=True)
@@ -43,7 +43,7 @@ class Case:
     slow: bool = False  # too large for the interpreter
 
     def make(self, device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:
-        """`(x, keyword arguments)`, the same numbers on every call."""
+        """Make `(x, keyword arguments)`, with the same numbers in every call."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         x, arguments = self.build(generator)
         return moved(x, device), {
@@ -67,7 +67,7 @@ def external(
     dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> Build:
-    """References built around the pattern of the sources: the same generator state, other noise."""
+    """References around the pattern of the sources: the same generator state, other noise."""
 
     def build(g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         both = tokens(g, (2, *shape), dtype)

@@ -1,4 +1,4 @@
-"""Counts the operators that a call runs: the same number on a busy machine as on a quiet one."""
+"""Count of the operators that a call runs; it does not depend on how busy the machine is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run, and the elements of memory that each newly allocated."""
+    """Counter of the operators that run, and of the elements of memory that each allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +32,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(call: Callable[[], object]) -> Operators:
+    """Count the operators of one call."""
     with Operators() as counted:
         call()
     return counted

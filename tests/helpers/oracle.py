@@ -26,7 +26,7 @@ def cosine_tolerance(channels: int, dtype: torch.dtype) -> float:
 
 
 def bits(values: Tensor) -> Tensor:
-    """The bit patterns, so that NaN equals NaN."""
+    """Bit patterns, so that NaN equals NaN."""
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return values.contiguous().view(width)
 
@@ -71,7 +71,7 @@ class Problem:
         self.tolerance = cosine_tolerance(self.x.shape[2], self.x.dtype)
 
     def _upcast(self, values: Tensor) -> Tensor:
-        """fp64; tokens whose norm overflows the backends' arithmetic become infinite."""
+        """Convert to fp64; tokens whose norm overflows the backends' arithmetic become infinite."""
         dtype = oracle.compute_dtype(values.dtype)
         wide = values.double()
         return torch.where(oracle.is_finite(values.to(dtype))[..., None], wide, torch.inf)
@@ -82,7 +82,7 @@ class Problem:
         return F.normalize(self.wide[item], dim=-1) @ F.normalize(self.reference[other], dim=-1).T
 
     def check_match(self, similarity: Tensor, index: Tensor) -> None:
-        """`(B, slots, N)` each, against the oracle under the index rule."""
+        """Check similarity and index, `(B, slots, N)` each, under the index rule."""
         similarity, index = similarity.cpu().double(), index.cpu()
         assert index.dtype == torch.int64
         nothing = self.index < 0
@@ -103,7 +103,7 @@ class Problem:
                 assert torch.all(error <= self.tolerance), f"wrong cosine, by {error.max():.2e}"
 
     def check_guide(self, y: Tensor, similarity: Tensor, pushed: Tensor) -> None:
-        """Similarity and decision under the index rule; then the output, to rounding."""
+        """Check similarity and decision under the index rule, then the output up to rounding."""
         y, similarity, pushed = y.cpu(), similarity.cpu().double(), pushed.cpu()
         assert y.dtype == self.x.dtype and y.shape == self.x.shape
         if self.combine == "nearest":
@@ -145,7 +145,7 @@ class Problem:
         assert not torch.any(wrong & ~overflown), f"{int(wrong.sum())} values beyond rounding"
 
     def _check_decision(self, item: int, row: int, pushed: Tensor) -> None:
-        """Pushed where source_mask and above the threshold; either way within rounding of it."""
+        """Check that tokens above the threshold are pushed; near it, either way is right."""
         tokens = self.reference.shape[1]
         moves = pushed >= 0
         assert not torch.any(moves & ~self.source_mask[item]), "a token moved that may not"
@@ -169,7 +169,8 @@ class Problem:
                 above = cosine[slot, here] - self.threshold[slot]
                 assert torch.all(above > -self.tolerance), "pushed below the threshold"
         if self.combine == "nearest":
-            # Slots whose best cosines tie within rounding may each decide; all must have refused.
+            # Any slot whose best cosine ties within rounding may decide; only if all exceed their
+            # thresholds must the token move.
             near = self.best[item] >= self.best[item].amax(0) - self.tolerance
             must = ((self.best[item] > self.threshold[:, None] + self.tolerance) | ~near).all(0)
             must &= self.best[item].amax(0) > NOTHING

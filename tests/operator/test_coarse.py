@@ -28,7 +28,7 @@ SMALL_BLOCKS = {"BLOCK_COLUMNS": coarse.RUN, "ROWS": 32, "FIRST_ROWS": 8}
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every problem takes the coarse product, whatever its size and the processor."""
+    """Use the coarse product for every call, whatever its size and the processor."""
     monkeypatch.setattr(small, "SMALL", 0)
     monkeypatch.setattr(coarse, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(coarse, "LEAST_TOKENS", 1)
@@ -90,7 +90,7 @@ def outlying_tokens(generator: torch.Generator) -> Tensor:
 
 
 def neighbours_in_bf16(generator: torch.Generator) -> Tensor:
-    """Tokens that differ from another one by one unit in the last place of one channel."""
+    """Tokens that differ from another token by one unit in the last place of one channel."""
     x = noise(generator).bfloat16()
     half = x.shape[1] // 2
     x[:, half:] = x[:, :half]
@@ -101,13 +101,13 @@ def neighbours_in_bf16(generator: torch.Generator) -> Tensor:
 
 
 def signs(generator: torch.Generator) -> Tensor:
-    """Of mean zero, so that as unit tokens they are rounded to +-127 without an error."""
+    """Tokens of mean zero that are rounded to +-127 without an error."""
     some = torch.randn(100, CHANNELS, generator=generator).sign()
     return torch.cat([some, -some])
 
 
 def coarse_rows_alone(generator: torch.Generator) -> Tensor:
-    """A channel decides the rows' scale, and the others, by less than a unit of it, their match."""
+    """Tokens whose scale one channel sets; the others, less than a unit of it, decide the match."""
     x = noise(generator)
     x[1, :, 5] = 200
     x[0] = signs(generator)
@@ -153,7 +153,7 @@ def test_match_and_output_are_right(
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_stays_within_its_bound(kind: Callable[[torch.Generator], Tensor]) -> None:
     x = kind(torch.Generator().manual_seed(0))
-    centre, scratch = coarse._centre(x[0]), coarse._Scratch(256, CHANNELS)
+    centre, scratch = coarse._centre(x[0]), coarse._ThreadScratch(256, CHANNELS)
     a, b = (
         coarse._rounded(part, centre, len(part), scratch, along_centre=True)
         for part in (x[1], x[0])
@@ -178,8 +178,8 @@ def test_best_column_is_never_lost(
     kind: Callable[[torch.Generator], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = kind(torch.Generator().manual_seed(1))
-    scratch = coarse._Scratch(256, CHANNELS)
-    block = coarse._Block.of(x[0], None, ALONE, [scratch])
+    scratch = coarse._ThreadScratch(256, CHANNELS)
+    block = coarse._RoundedColumns.of(x[0], None, ALONE, [scratch])
     assert block is not None
     rows = coarse._rounded(x[1], block.centre, len(x[1]), scratch, along_centre=False)
     row, column, left = coarse._candidates(rows, block, scratch)
@@ -242,7 +242,7 @@ def test_score_of_a_pair_does_not_depend_on_the_others(threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 300, 1000, generator=generator)
     row, column = torch.arange(300), torch.arange(300).flip(0)
-    scratch = coarse._Scratch(1, 1000)
+    scratch = coarse._ThreadScratch(1, 1000)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

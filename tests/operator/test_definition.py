@@ -1,4 +1,4 @@
-"""The oracle itself, against the definition written down once more as plain loops.
+"""The oracle itself, against the definition written once more as plain loops.
 
 Nothing of the project's own argument handling is used here: a mask in the wrong order or a wrong
 reference item would otherwise be wrong in the oracle and in every backend alike.
@@ -25,7 +25,7 @@ def cosine(a: Vector, b: Vector) -> float:
 
 
 def mask_of(mask: Tensor | None, item: int, number: int, count: int, references: int) -> list[bool]:
-    """The mask of reference `number` as `item` sees it, for every documented shape of a mask."""
+    """Mask of reference `number` for `item`, from every documented shape of a mask."""
     if mask is None:
         return [True] * count
     if mask.dim() == 3:

@@ -1,4 +1,4 @@
-"""Bad arguments are refused before any kernel runs, with what was wrong in the message."""
+"""Bad arguments are refused before any kernel runs, and the message says what was wrong."""
 
 from __future__ import annotations
 

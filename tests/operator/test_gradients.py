@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def differentiable(
     x: torch.Tensor, reference: torch.Tensor, pushed: torch.Tensor, pairing: Pairing, alpha: float
 ) -> torch.Tensor:
-    """The push with the matches given: plain torch, so autograd knows its gradient."""
+    """Push with given matches, in plain torch, so that autograd knows the gradient."""
     y, length = x, reference.shape[1]
     item = torch.arange(len(x), device=x.device)[:, None]
     for row in range(pushed.shape[1]):

@@ -1,4 +1,4 @@
-"""Importing the package is cheap: torch only, and nothing that is not needed at once."""
+"""Importing the package is cheap: it needs torch only, and imports nothing before it is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(json.dumps({{"seconds": seconds, "new": new}}))
 
 def test_import_needs_torch_only_and_is_quick() -> None:
     seconds = []
-    # The best of three: a machine that is busy with other things makes single runs slow.
+    # The best of three runs, since a busy machine slows single runs.
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True

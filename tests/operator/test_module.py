@@ -1,4 +1,4 @@
-"""The layer: its defaults, its buffers, and that it computes what the function computes."""
+"""The layer: defaults, buffers, and the same results as the function."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """For comparisons in which NaN equals NaN and 0 differs from -0."""
+    """Bit patterns: NaN equals NaN, and 0 differs from -0."""
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
@@ -90,7 +90,7 @@ def test_in_place_gives_the_same_bits(mode: str, dtype: torch.dtype, poisoned: N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_image_part_of_a_longer_tensor(mode: str) -> None:
-    """What lies before the slice is neither read nor written."""
+    """Memory before the slice is neither read nor written."""
     shape = small()
     whole = torch.full(
         (shape.items, 77 + shape.tokens, shape.channels),
@@ -110,7 +110,7 @@ def test_image_part_of_a_longer_tensor(mode: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_captured_in_a_cuda_graph(mode: str, inplace: bool) -> None:
-    """The graph computes from what lies in its input when it is replayed."""
+    """A replayed graph computes from the values that its input has then."""
     shape = small()
     first, second = (random_tokens(shape, torch.bfloat16, DEVICE, seed) for seed in (0, 1))
     expected = negtome(second, groups=2, **MODES[mode])

@@ -1,4 +1,4 @@
-"""Every backend, on the one table of cases, against the fp64 oracle."""
+"""Every backend against the fp64 oracle, on the one table of cases."""
 
 from __future__ import annotations
 

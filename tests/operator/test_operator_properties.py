@@ -1,4 +1,4 @@
-"""Random problems against the fp64 oracle; apart from the table because it needs hypothesis."""
+"""Random calls against the fp64 oracle; a file by itself because it needs hypothesis."""
 
 from __future__ import annotations
 

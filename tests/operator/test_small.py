@@ -28,7 +28,7 @@ VIEWS = {
     *("view", "slice", "select", "narrow", "transpose", "t", "permute", "expand", "alias"),
     "split_with_sizes",
 }
-"""Operators that move no data; they take a quarter of the time of the others."""
+"""Operators that move no data; they take a quarter of the time of others."""
 WHOLE = [case for case in CASES if not case.slow]
 
 
@@ -209,7 +209,7 @@ def test_dropout_spares_tokens_on_the_small_path() -> None:
 
 
 class TestWhatIsRemembered:
-    """Checks that are not made again are those that cannot fail again."""
+    """Checks are skipped only if they cannot fail again."""
 
     def test_equal_values_of_other_types_are_still_refused(self) -> None:
         x = similar(4, 64, 32)
@@ -266,7 +266,7 @@ class TestWhatIsRemembered:
 
 
 class TestStatisticsOfManySteps:
-    """On a CPU the matches of many steps wait, and are counted together."""
+    """On a CPU, matches of many steps are kept and counted together."""
 
     def run(self, guidance: Guidance, steps: int) -> None:
         x = similar(4, 64, 32)

@@ -44,7 +44,7 @@ def test_the_first_of_equal_tokens_is_chosen(
 def test_the_first_of_equal_tokens_is_chosen_where_few_meet(
     rows: int, distinct: int, copies: int, channels: int, backend: str
 ) -> None:
-    # Libraries multiply small or narrow matrices, and the last columns, in another way.
+    # Libraries multiply small or narrow matrices, and the last columns, in other ways.
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(distinct, channels, generator=generator).repeat(copies, 1).to(DEVICE)
     x = torch.randn(8, rows, channels, generator=generator).to(DEVICE)

@@ -53,13 +53,13 @@ OTHERS = {
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that this kind can do goes through it, "others" too."""
+    """Use this kind for everything that it can do, "others" too."""
     monkeypatch.setattr(triton_geometry, "coarse_serves", lambda *_: True)
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Source tokens are taken a block of rows at a time."""
+    """Take source tokens one block of rows at a time."""
     monkeypatch.setattr(triton_coarse, "SCRATCH_BYTES", 1)
 
 
@@ -69,7 +69,7 @@ def guided(kind: str, x: Tensor, arguments: dict[str, Any], **configurations: Co
 
 
 def assert_same(actual: tuple, expected: tuple) -> None:
-    """Output, similarity and pushed tokens, bit for bit where interpreted.
+    """Compare output, similarity and pushed tokens; bit for bit if interpreted.
 
     A GPU may add up tiles of another size in another order, and then choose otherwise between
     cosines that differ by less than that.
@@ -100,13 +100,13 @@ def test_every_case_is_right(case: Case, everything: None, poisoned: None) -> No
 # Tokens that are hard to round
 # ---------------------------------------------------------------------------------------------
 def tokens_of(kind: Callable[[torch.Generator], Tensor], seed: int = 0) -> Tensor:
-    """Two items of 90 to 100 tokens; every other one of a longer kind, which keeps its pairs."""
+    """Two items of 90 to 100 tokens; longer kinds keep every other token, and so their pairs."""
     x = kind(torch.Generator().manual_seed(seed)).to(DEVICE)
     return x if x.shape[1] <= 100 else x[:, ::2].contiguous()
 
 
 def almost_equal(generator: torch.Generator) -> Tensor:
-    """Nothing can be told apart by int8: every block is in question for every row."""
+    """Tokens that int8 cannot tell apart: every block is in question for every row."""
     return 1 + 1e-4 * torch.randn(2, 90, 96, generator=generator)
 
 
@@ -216,7 +216,7 @@ def test_configurations_of_this_gpu_are_right_and_captured(dtype: torch.dtype) -
 # The bounds
 # ---------------------------------------------------------------------------------------------
 def bounded(x: Tensor, **configurations: Config) -> Iterator[tuple[Any, ...]]:
-    """Parts of a problem "first" with their columns, layout and fp64 scores less a . c."""
+    """Yield parts of a call "first" with their columns, layout and fp64 scores minus a . c."""
     pairing = Pairing("first", len(x))
     with forced("coarse", **configurations):
         plan = plan_of(x, x.shape[1], pairing)
@@ -227,13 +227,13 @@ def bounded(x: Tensor, **configurations: Config) -> Iterator[tuple[Any, ...]]:
     columns = x[0].double() * scale[0, : x.shape[1]].clamp_min(0).double()[:, None]
     for part, rounded in triton_coarse._parts(call, scale, layout, plan):
         rows = x[1:, part.first : part.first + part.lower.shape[1]].double()
-        # The kernel's own scale, as its bounds are about.
+        # The scale is the kernel's own, since its bounds refer to that.
         norm = rows.float().square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-12).double()
         yield part, rounded, layout, (rows / norm) @ columns.T - (rows / norm) @ centre[0][:, None]
 
 
 def check_bounds(x: Tensor) -> float:
-    """Every pair's bounds and every block's; the widest gap between a block's bounds."""
+    """Check the bounds of every pair and block; return the widest gap between a block's bounds."""
     widest = 0.0
     for part, columns, layout, exact in bounded(x, **SMALL):
         scale, length, error = part.rounded.stats.double()
@@ -242,7 +242,7 @@ def check_bounds(x: Tensor) -> float:
         score = product * scale[:, :, None] * t + offset
         reach = error[:, :, None] * column_length + length[:, :, None] * column_error
         reach += layout.channels * triton_coarse.TERM_ERROR * column_length + 2.0**-13
-        # 2^-20 is for the test's own norms.
+        # 2^-20 covers the rounding of the test's own norms.
         assert torch.all((score - exact).abs() <= reach + 2.0**-20)
 
         blocks = exact.split(layout.bound.BLOCK_N, dim=2)
@@ -286,7 +286,7 @@ def test_bounds_hold_for_any_tokens(
 
 
 # ---------------------------------------------------------------------------------------------
-# What is in question, and who takes this kind
+# Statistics, and the calls that take this kind
 # ---------------------------------------------------------------------------------------------
 def test_statistics_count_what_is_in_question() -> None:
     x = torch.cat([tokens_of(noise)[:1], tokens_of(noise, seed=1)])

@@ -1,4 +1,4 @@
-"""What only the Triton kernels can get wrong: blocks, strides, offsets, dtypes, in-place writes.
+"""Mistakes that only Triton kernels can make: blocks, strides, offsets, dtypes, in-place writes.
 
 The table of cases that every backend runs through is in test_operator.py, with the launches that
 the tuning table chooses; here it goes through each kind of launch.
@@ -58,7 +58,7 @@ def reference_of(pairing: Pairing, x: Tensor, M: int) -> Tensor:
 
 
 def cosines(x: Tensor, reference: Tensor, pairing: Pairing, mask: Tensor | None) -> Tensor:
-    """(B, C, N, M) in fp64, -inf where not allowed."""
+    """Cosines (B, C, N, M) in fp64, -inf where not allowed."""
     x, reference = x.double(), reference.double()
     result = torch.full(
         (x.shape[0], pairing.slots, x.shape[1], reference.shape[1]), -INFINITY, dtype=x.dtype
@@ -114,7 +114,7 @@ def guide(
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch):
-    """Force a kind of launch for paper matching and, where given, one configuration everywhere."""
+    """Force a kind of launch for paper matching, and one configuration everywhere if given."""
 
     def force(kind: str, *config: int, descriptors: bool = False) -> None:
         arch = tuning.INTERPRETED
@@ -162,7 +162,7 @@ def other_launches() -> list[Any]:
         arguments = case.make()[1] if not case.slow else {}
         plain = arguments.get("matching") != "official" and arguments.get("combine") != "sum"
         for kind in ("tiles", "descriptors"):
-            # Only paper matching, nearest, has a choice; by descriptors, some of everything.
+            # Only paper matching with "nearest" has a choice; descriptors take some of everything.
             chosen = plain if kind == "tiles" else case.name in DESCRIBED
             if chosen and not (case.slow and DEVICE == "cpu"):
                 pairs.append(pytest.param(case, kind, id=f"{kind}: {case}"))
@@ -181,7 +181,7 @@ def test_every_kind_of_launch_is_right(launch, case: Case, kind: str, poisoned: 
 def test_each_pair_of_others_is_computed_for_both(
     launch, items: int, groups: int, matching: str
 ) -> None:
-    # References handed over are never symmetric: the other items of the group, for each item.
+    # External references are never symmetric: here they are the other items of the group.
     launch("tiles", 32, 64, 32, 4, 1)
     x = tokens(items, 40, 24)
     similarity, index = triton_backend.match(
@@ -358,8 +358,8 @@ def test_strided_slices_and_channels_give_the_contiguous_result() -> None:
 )
 def test_offsets_beyond_32_bits(launch, kind: str, combine: str) -> None:
     launch(kind)
-    # Strides that leave 2^31 bytes between two tokens, and items beyond 2^31 elements, over memory
-    # that is reserved but hardly touched.
+    # Two tokens are 2^31 bytes apart, and items lie beyond 2^31 elements, in memory that is
+    # reserved but hardly touched.
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
         pytest.skip("needs 16 GB of GPU memory")
     far = 2**31 + 16
@@ -465,7 +465,7 @@ def test_fp64_is_refused() -> None:
 
 
 def test_importing_the_backend_does_not_import_the_kernels() -> None:
-    # bench._path makes the kernels importable where the project is not installed.
+    # bench._path makes the kernels importable if the project is not installed.
     program = (
         "import sys, bench._path, negtome_fast.backends.triton_runtime as b;"
         "print(b.available('cpu'), 'negtome_fast.kernels.match' in sys.modules)"

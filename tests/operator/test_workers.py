@@ -1,4 +1,4 @@
-"""Threads of the large CPU path: same bits for any number, nothing of the caller's is touched."""
+"""Threads of the large CPU path: the same bits for any number; the caller's modes are untouched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import negtome_fast as nf
 from bench.compared.shapes import Shape, random_tokens
-from negtome_fast.backends import coarse, small, torch_backend, workers
+from negtome_fast.backends import coarse, pieces, small, torch_backend, workers
 from negtome_fast.functional import guide_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ needs_pool = pytest.mark.skipif(
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """The number of threads is as before when the test is over."""
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -48,13 +48,13 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def large(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every problem is a large one, split into many tasks."""
+    """Treat every call as a large one, split into many tasks."""
     monkeypatch.setattr(small, "SMALL", 0)
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(coarse, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(coarse, "LEAST_TOKENS", 64)
     monkeypatch.setattr(coarse, "LEAST_WORK", 0)
-    monkeypatch.setattr(coarse, "PIECE_ELEMENTS", 2000)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 2000)
     for name, value in {"BLOCK_COLUMNS": 128, "ROWS": 32, "FIRST_ROWS": 16}.items():
         monkeypatch.setattr(coarse, name, value)
 
