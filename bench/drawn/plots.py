@@ -140,7 +140,7 @@ def _rates(axes: Axes, cases: Sequence[dict[str, Any]], scale: float) -> list[fl
                 continue
             x, rate = _intensity(case), tflops * scale
             drawn.append(rate)
-            style = {"color": COLOURS[name], "marker": MARKERS[name]}
+            style: dict[str, Any] = {"color": COLOURS[name], "marker": MARKERS[name]}
             label = CANDIDATES[name].label
             if name != OURS:
                 axes.scatter(x, rate, s=30, label=label, zorder=2, **style)
