@@ -70,15 +70,15 @@ class TokenShards:
         self.image = ImageTokens(streams[rank], self.sizes[rank], image.grid, image.frames)
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """The tokens `(B, N, D)` of all ranks, of which this one has `(B, n, D)`; differentiable.
+        """Returns the tokens of all ranks `(B, N, D)`, given those of this rank `(B, n, D)`.
 
-        All ranks must call it.
+        Differentiable. All ranks must call it.
         """
         gathered: Tensor = _Gather.apply(tokens, self)
         return gathered
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks. All of them must call it."""
+        """Returns the sum of a tensor over the ranks. All of them must call it."""
         total = values.clone()
         dist.all_reduce(total, group=self.group)
         return total
@@ -100,7 +100,7 @@ class TokenShards:
         inplace: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`functional.guide_tokens` of the tokens of all ranks, for those of this rank.
+        """Computes `functional.guide_tokens` of the tokens of all ranks, for those of this rank.
 
         All ranks must call it with arguments that differ in `x` only.
 
@@ -111,12 +111,11 @@ class TokenShards:
             dropout: drawn for all N tokens on every rank, so generators must be in equal states.
 
         Returns:
-            y `(B, n, D)`, similarity and pushed `(B, S, n)`; what is pushed away from is numbered
-            as in one process. With `matching="paper"` only references travel, with `"official"`
-            also one similarity and number for each reference token.
+            y `(B, n, D)`, similarity and pushed `(B, S, n)`; references are numbered as in one
+            process.
         """
         check_tokens(x)
-        # Costs no memory, and has the shape that arguments refer to.
+        # The shape that arguments refer to, without its memory.
         everywhere = x.new_empty(()).expand(x.shape[0], sum(self.sizes), x.shape[2])
         problem = check_problem(everywhere, reference, reference_mask, matching, groups)
         check_combine(combine)
@@ -130,27 +129,17 @@ class TokenShards:
         similarity = x.new_full(shape, NOTHING, dtype=compute_dtype(x.dtype))
         pushed = x.new_full(shape, -1, dtype=torch.int64)
         pieces, done = [], 0
+        settings: dict[str, Any] = {"alpha": strength, "threshold": limit, "combine": combine}
+        settings |= {"inplace": inplace, "backend": backend}
+        guide = guide_tokens if matching == "paper" else self._guide_official
         for items, references, allowed in self._parts(x, problem, groups):
-            kept = None if source_mask is None else source_mask[items]
-            if matching == "paper":
-                guided, similarity[items], pushed[items] = guide_tokens(
-                    x[items],
-                    references,
-                    alpha=strength,
-                    threshold=limit,
-                    reference_mask=allowed,
-                    combine=combine,
-                    source_mask=kept,
-                    inplace=inplace,
-                    backend=backend,
-                )
-            else:
-                similarities, indices = self._match_official(x[items], references, allowed, backend)
-                guided, similarity[items], pushed[items] = _push(
-                    x[items], references, similarities, indices, strength, limit, kept, combine
-                )
-                if inplace:
-                    x[items] = guided
+            masks = {
+                "reference_mask": allowed,
+                "source_mask": None if source_mask is None else source_mask[items],
+            }
+            guided, similarity[items], pushed[items] = guide(
+                x[items], references, **masks, **settings
+            )
             pieces += [x[done : items.start], guided]
             done = items.stop
         return x if inplace else torch.cat([*pieces, x[done:]]), similarity, pushed
@@ -158,7 +147,7 @@ class TokenShards:
     def _parts(
         self, x: Tensor, problem: MatchProblem, groups: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Items with the same references: the items, the references `(R, M, D)`, mask `(R, M)`."""
+        """Yields items of the same references, the references `(R, M, D)`, their mask `(R, M)`."""
         reference, mask, items = problem.reference, problem.mask, x.shape[0]
         size = items // groups
         if reference is not None and not problem.pairing.per_item:
@@ -184,19 +173,45 @@ class TokenShards:
                     None if mask is None else mask[others],
                 )
 
+    def _guide_official(
+        self,
+        x: Tensor,
+        references: Tensor,
+        *,
+        alpha: Tensor,
+        threshold: Tensor,
+        reference_mask: Tensor | None,
+        combine: str,
+        source_mask: Tensor | None,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes `guide_tokens` with `matching="official"`, for references `(R, N, D)`.
+
+        Each reference token's best similarity and its index travel between the ranks.
+        """
+        similarity, index = self._match_official(x, references, reference_mask, backend)
+        guided, similarity, pushed = _push(
+            x, references, similarity, index, alpha, threshold, source_mask, combine
+        )
+        if inplace:
+            guided = x.copy_(guided)
+        return guided, similarity, pushed
+
     def _match_official(
         self, x: Tensor, references: Tensor, allowed: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """For the reference token at each place of this rank, the best source token of all ranks.
+        """Matches the reference tokens at the positions of this rank with the source of all ranks.
 
-        Returns similarity and index `(B, R, n)`; -inf and -1 where there is none.
+        Returns similarity and index `(B, R, n)` of the best source token; -inf and -1 if there is
+        none.
         """
         found = [match_tokens(references, tokens, backend=backend) for tokens in x.detach()]
         similarity = torch.stack([similarity for similarity, _ in found])
         index = torch.stack([index for _, index in found])
         best = similarity.clone()
         dist.all_reduce(best, dist.ReduceOp.MAX, self.group)
-        # Of equal ones the lowest, as in one process.
+        # The lowest index of equal similarities, as in one process.
         tokens = references.shape[1]
         index = torch.where((similarity == best) & (index >= 0), index + self.start, tokens)
         dist.all_reduce(index, dist.ReduceOp.MIN, self.group)
@@ -210,7 +225,7 @@ class TokenShards:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates the tokens of all ranks; a token's gradient is summed over those who used it."""
+    """Concatenates the tokens of all ranks; their gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, shards: TokenShards) -> Tensor:
@@ -237,7 +252,7 @@ def _push(
     source_mask: Tensor | None,
     combine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Items `(B, n, D)` pushed away from the tokens `index` `(B, R, n)` of references `(R, N, D)`.
+    """Pushes items `(B, n, D)` away from the tokens `index` `(B, R, n)` of references `(R, N, D)`.
 
     Returns what `guide_tokens` returns.
     """

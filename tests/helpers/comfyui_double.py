@@ -1,4 +1,4 @@
-"""A double of what ComfyUI calls: patchers, wrappers, block patches and a sampler, in a few lines.
+"""Doubles of ComfyUI's patchers, wrappers, block patches and sampler, in a few lines.
 
 The real ones are in `comfy.model_patcher`, `comfy.patcher_extension`, `comfy.samplers` and
 `comfy.model_base` of ComfyUI 0.3.64; the tests of the real program hold this double to them.

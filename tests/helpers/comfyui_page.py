@@ -71,7 +71,7 @@ class Graph:
         links: dict[str, tuple[str, int]] | None = None,
         **values: Any,
     ) -> None:
-        """A node at a place; `links` by input: the node that it comes from, and which output."""
+        """Adds a node at a place; `links`: input -> the node it comes from, and the output."""
         self.nodes.append(
             {"name": name, "kind": kind, "place": place, "size": size, "values": values}
         )
@@ -171,7 +171,7 @@ def _sampled(
 
 
 def embedded() -> Graph:
-    """Both nodes on the embedded model: of which the picture is made."""
+    """Both nodes on the embedded model, for the picture of the docs."""
     graph = Graph()
     graph.add("load", "TestEmbeddedModel", (0, 0), (300, 100), prompt=PROMPT)
     graph.add("none", "TestEmbeddedModel", (0, 145), (300, 100), prompt="")
@@ -248,7 +248,7 @@ def build(page: Any, graph: Graph) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """The workflow without what the page leaves open, but for inputs that have no link."""
+    """The workflow without values that the page leaves open, except inputs without a link."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "link"}
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
@@ -271,7 +271,7 @@ def execute(page: Any, program: Program, seconds: float = 300) -> dict[str, Any]
 
 
 def write_avatar(folder: Path) -> None:
-    """`input/avatar.png`, what the embedded model makes of the prompt."""
+    """Writes `input/avatar.png`, a picture by the embedded model."""
     from negtome_fast.models import generate, load_pipeline
 
     (picture,) = generate(load_pipeline(), PROMPT, [7], output_type="pil")

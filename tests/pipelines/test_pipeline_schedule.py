@@ -31,10 +31,10 @@ def test_image_to_image_counts_its_own_steps(begin: int | None) -> None:
             self.scheduler = SimpleNamespace(timesteps=timesteps, begin_index=begin)
 
         def __call__(self) -> None:
-            clock = PipelineSchedule(self)
-            assert clock.locate(500.2, 1.0) == (500.0, 0, 3)
-            assert clock.locate(100.0, 0.0) == (100.0, 2, 3)
-            assert clock.locate(400.0, 1.0) is None
+            schedule = PipelineSchedule(self)
+            assert schedule.locate(500.2, 1.0) == (500.0, 0, 3)
+            assert schedule.locate(100.0, 0.0) == (100.0, 2, 3)
+            assert schedule.locate(400.0, 1.0) is None
 
     Pipe()()
 
