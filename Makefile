@@ -1,6 +1,6 @@
 # Every target sets up .venv with the versions of constraints.txt first, and skips that when done.
 #   make demo     pictures with and without guidance, on the embedded model
-#   make test     the tests          make lint    ruff and mypy
+#   make test     the tests          make lint    ruff, mypy, and the floors of imports
 #   make compile-check   all kernels for all GPUs, by two versions of Triton, against docs/kernels.md
 #   make compile-tables  the same, written there
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
@@ -43,7 +43,8 @@ test: $(VENV)/installed-all
 lint: $(VENV)/installed-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy negtome_fast kernels bench
+	$(BIN)/mypy negtome_fast kernels bench docs
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 format: $(VENV)/installed-all
 	$(BIN)/ruff check --fix .

@@ -56,6 +56,7 @@ DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 DEV = [
     "cache-dit>=1.5",
     "hypothesis>=6.100",
+    "import-linter>=2.6",
     # From 0.18.2 on transformers imports it, and finds the folder of this name in a checkout.
     "kernels>=0.17,<0.18.2",
     "mypy>=1.11",

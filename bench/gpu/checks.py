@@ -20,7 +20,7 @@ from torch import Tensor
 from .._path import ROOT
 from ..compared.shapes import parse_shape, random_tokens
 from ..timing import correctness
-from .launches import POINTERS, WAYS, launching
+from ..timing.launches import POINTERS, WAYS, launching
 from .poison import poisoned
 
 SHAPES = {"cuda": ("4x257x320/2", "3x200x96"), "cpu": ("4x13x20/2",)}

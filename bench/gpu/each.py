@@ -19,8 +19,8 @@ import torch
 from ..compared.candidates import CANDIDATES, OURS
 from ..compared.shapes import parse_shape
 from ..results import save
+from ..timing.launches import choice, launching
 from ..timing.measure import rotating_inputs
-from .launches import choice, launching
 
 CALLS = 8
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..results import save
+from ..timing.launches import KINDS
 from .checks import checks, way
-from .launches import KINDS
 
 CHECK_SECONDS = {"cuda": 45.0, "cpu": 900.0}
 """Device -> seconds after which a check ends the process: its kernel hangs."""

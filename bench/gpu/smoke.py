@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..compared import predictions
+from ..timing.launches import KINDS
 from .kinds import file_of
-from .launches import KINDS
 from .processes import SuiteRun, read_json, run, together
 from .suite import Stage
 

@@ -15,7 +15,7 @@ import torch
 from ..compared.candidates import CANDIDATES, OURS
 from ..compared.shapes import parse_shape, random_tokens
 from ..timing.correctness import check
-from .launches import choice, launching
+from ..timing.launches import choice, launching
 
 
 def main(argv: Sequence[str]) -> int:

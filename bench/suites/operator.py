@@ -23,8 +23,8 @@ from .. import results
 from ..compared.candidates import CANDIDATES, OF_PACKAGES, OURS
 from ..compared.shapes import Shape, parse_shape
 from ..drawn import tables
-from ..gpu.launches import KINDS, choice, launching
 from ..timing import ceilings
+from ..timing.launches import KINDS, choice, launching
 from ..timing.measure import MIN_ROUNDS, measure
 from . import plan
 from .plan import Entry

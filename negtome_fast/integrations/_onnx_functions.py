@@ -13,9 +13,10 @@ from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from .onnx import BLOCK, RUN
-
 DOMAIN = Opset("negtome_fast", 1)
+#: Reference tokens of a block, at most, and what a block is a multiple of. All blocks of a problem
+#: have one size, so that equal tokens in two blocks are rounded alike and tie.
+BLOCK, RUN = 256, 64
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])  # noqa: UP007, onnxscript knows no other form
 _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
 

@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Reference tokens of a block, at most, and what a block is a multiple of. All blocks of a problem
-#: have one size, so that equal tokens in two blocks are rounded alike and tie.
-BLOCK, RUN = 256, 64
 #: The operator set that the translation is written in.
 OPSET = 18
 

@@ -133,7 +133,7 @@ class TokenShards:
         settings |= {"inplace": inplace, "backend": backend}
         guide = guide_tokens if matching == "paper" else self._guide_official
         for items, references, allowed in self._parts(x, problem, groups):
-            masks = {
+            masks: dict[str, Any] = {
                 "reference_mask": allowed,
                 "source_mask": None if source_mask is None else source_mask[items],
             }

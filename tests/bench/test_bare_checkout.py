@@ -18,7 +18,7 @@ from helpers import bare_environment
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.gpu import full, smoke
-from bench.gpu.launches import KINDS
+from bench.timing.launches import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "pytest")

@@ -16,9 +16,10 @@ import torch
 from bench import gpu_suite, results
 from bench.__main__ import main as bench_main
 from bench.compared.shapes import parse_shape
-from bench.gpu import checks, full, kinds, launches, processes, smoke, suite
+from bench.gpu import checks, full, kinds, processes, smoke, suite
 from bench.gpu.processes import Log, SuiteRun
 from bench.suites import operator as bench_run
+from bench.timing import launches
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,12 +20,13 @@ from helpers.cases import CASES
 from helpers.export_block import block, tokens
 from helpers.oracle import Problem
 from negtome_fast.functional import guide_tokens, match_tokens, negtome
-from negtome_fast.integrations import onnx as onnx_export
 from negtome_fast.integrations.onnx import export_onnx, translation_table
 
 pytest.importorskip("onnx", reason="extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra onnx is not installed")
+
+from negtome_fast.integrations._onnx_functions import BLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 PAGE = Path(__file__).parents[2] / "docs" / "compilers.md"
@@ -212,7 +213,7 @@ def test_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_matches_over_several_blocks_tie_to_the_lowest_token() -> None:
     x, reference = tokens(2, 30), tokens(1, 700, seed=3)[0]
-    assert len(reference) > 2 * onnx_export.BLOCK
+    assert len(reference) > 2 * BLOCK
     # Copies in the first, the middle and the last block; the last is ragged.
     for copy in (20, 300, 690):
         reference[copy] = 3.0 * x[0, 5]
