@@ -24,7 +24,7 @@ def launches(operator: Operator) -> list[KernelLaunch]:
     """The launches of one call in their order."""
     plan = operator.plan()
     official = operator.matching == "official"
-    mode = {"MODE": operator.reference}
+    mode: dict[str, Any] = {"MODE": operator.reference}
     push = {**mode, "NUMBERS": False, "INPLACE": operator.inplace, "INTERPRETED": False}
     if not operator.source_mask:
         push["source_mask_ptr"] = None
@@ -40,7 +40,7 @@ def launches(operator: Operator) -> list[KernelLaunch]:
 
     # Match by tiles, then push
     if official:
-        nothing = {"mask_ptr": None, "key_ptr": None}
+        nothing: dict[str, Any] = {"mask_ptr": None, "key_ptr": None}
         found.append(_launch(plan, "source_scale", "scale", "BLOCK_M BLOCK_K", **nothing))
     found.append(_tiles(plan, operator))
     blocks = "BLOCK_M BLOCK_K"
