@@ -25,7 +25,12 @@ def launches(operator: Operator) -> list[KernelLaunch]:
     plan = operator.plan()
     official = operator.matching == "official"
     mode: dict[str, Any] = {"MODE": operator.reference}
-    push = {**mode, "NUMBERS": False, "INPLACE": operator.inplace, "INTERPRETED": False}
+    push: dict[str, Any] = {
+        **mode,
+        "NUMBERS": False,
+        "INPLACE": operator.inplace,
+        "INTERPRETED": False,
+    }
     if not operator.source_mask:
         push["source_mask_ptr"] = None
 
