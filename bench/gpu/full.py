@@ -34,10 +34,12 @@ KERNEL_TESTS = (
 )
 OTHER_TESTS = (
     "operator/test_tuning.py",
+    "operator/test_warmup.py",
     "operator/test_torch_library.py",
     "operator/test_gradients.py",
     "integrations/test_compat.py",
     "integrations/test_export.py",
+    "integrations/test_export_header.py",
 )
 REHEARSED_TESTS = ("operator/test_on_device.py",)
 REHEARSED_CHOICE = "test_in_place_gives_the_same_bits and first"

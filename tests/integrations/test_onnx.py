@@ -26,7 +26,7 @@ pytest.importorskip("onnx", reason="extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="extra onnx is not installed")
 
-from negtome_fast.integrations._onnx_functions import BLOCK
+from negtome_fast.integrations._onnx_functions import BLOCK  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 PAGE = Path(__file__).parents[2] / "docs" / "compilers.md"
