@@ -62,7 +62,7 @@ def runs_torch(name: str) -> bool:
     return name == "torch" and not torch.is_autocast_enabled("cpu")
 
 
-def _backend(name: str, x: Tensor) -> ModuleType:
+def _backend_of(name: str, x: Tensor) -> ModuleType:
     """The module that serves `x`. It is chosen while the operator runs: no compiler traces it."""
     if name == "auto" and x.is_cpu and not os.environ.get(BACKEND_VARIABLE):
         return torch_backend
@@ -82,7 +82,7 @@ def run(call: Call, out: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     Returns:
         similarity and pushed, as `functional.guide_tokens`.
     """
-    module = _backend(backend, call.x)
+    module = _backend_of(backend, call.x)
     if torch.is_grad_enabled():
         with torch.no_grad(), _without_autocast(call.x):
             result: tuple[Tensor, Tensor] = module.guide(call, out)
@@ -179,7 +179,7 @@ def _call(
     per_item: bool,
     matching: str,
     combine: str,
-    _backend: str,
+    backend: str,
 ) -> Call:
     """Undo `flat_arguments`."""
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
@@ -227,7 +227,7 @@ def match(
     pairing = _pairing(x, reference, pairing_mode, groups, per_item)
     call = Call(x, x if reference is None else reference, pairing, reference_mask, matching)
     with _without_autocast(x):
-        result: tuple[Tensor, Tensor] = _backend(backend, x).match(call)
+        result: tuple[Tensor, Tensor] = _backend_of(backend, x).match(call)
     return result
 
 
@@ -246,7 +246,7 @@ def guide(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(*arguments)
     out = call.x.new_empty(call.x.shape)
     with _without_autocast(call.x):
-        similarity, pushed = _backend(arguments[-1], call.x).guide(call, out)
+        similarity, pushed = _backend_of(arguments[-1], call.x).guide(call, out)
     return out, similarity, pushed
 
 
@@ -265,7 +265,7 @@ def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Do what `guide` does in place; returns similarity and pushed."""
     call = _call(*arguments)
     with _without_autocast(call.x):
-        result: tuple[Tensor, Tensor] = _backend(arguments[-1], call.x).guide(call, call.x)
+        result: tuple[Tensor, Tensor] = _backend_of(arguments[-1], call.x).guide(call, call.x)
     return result
 
 

@@ -74,6 +74,6 @@ def pairing_of(
 
     Symbolic sizes, which compilers use, are not cached.
     """
-    symbolic = type(items) is not int or torch.compiler.is_compiling()
-    make = Pairing if symbolic else _known_pairing
+    known = type(items) is int and type(references) is int and not torch.compiler.is_compiling()
+    make = _known_pairing if known else Pairing
     return make(mode, items, groups, references, per_item)
