@@ -1,4 +1,4 @@
-"""Every family of models in the table, as whole pipelines where they can run offline."""
+"""All families of `helpers.families` are guided, as whole pipelines where they run offline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from negtome_fast.pipelines import (
 
 IMAGES = 3
 EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0)
-"""No token but those of the reference is left alone."""
+"""Settings that push every token, except those of the reference image."""
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def test_the_other_images_are_guided_and_removal_restores(name: str) -> None:
         assert hook_count(model) == 0
         assert torch.equal(generate(name, cfg=cfg), before)
         summary = handle.summary()
-        # What the model was given tells how the pipeline does classifier-free guidance.
+        # The batch size tells how the pipeline does classifier-free guidance.
         assert set(batches) == {IMAGES * summary.groups}
         assert len(batches) * summary.groups == (4 if cfg else 2)
         assert summary.guided == summary.forwards == len(batches)
@@ -87,7 +87,7 @@ def test_the_other_images_are_guided_and_removal_restores(name: str) -> None:
 
 @contextmanager
 def recorded_batches(model: nn.Module) -> Iterator[list[int]]:
-    """The length of the batch of each forward."""
+    """Yield a list of the batch size of each forward."""
     batches: list[int] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_alpha_zero_and_a_window_elsewhere_are_bit_identical(name: str) -> None:
 
 
 def test_the_time_that_the_model_is_given_is_read_in_timesteps(name: str) -> None:
-    """The model alone, without the scheduler's help: each step has a window of its own."""
+    """A bare model knows no scheduler. A window around one timestep hits that step alone."""
     pipe = built(name)
     generate(name, steps=2)
     for timestep in map(FAMILIES[name].timesteps, pipe.scheduler.timesteps[:2].tolist()):
@@ -146,7 +146,7 @@ def test_before_the_projection_as_many_tokens_are_guided(name: str) -> None:
 def test_the_image_in_front_of_a_projection(
     name: str, block: str, projection: str, attended: int | None
 ) -> None:
-    """CogView4 projects text and image at once, FLUX.2 also its feed-forward's channels."""
+    """CogView4 projects text and image together, FLUX.2 also the channels of its feed-forward."""
 
     def push(module: nn.Module, args: Any) -> Any:
         tokens = args[0].clone()
@@ -193,7 +193,7 @@ def test_the_guided_tokens_are_those_of_the_image(name: str, size: tuple[int, in
 
 
 def test_each_half_of_guidance_has_captions_of_its_own() -> None:
-    """Lumina 2 is called once for each; the negative captions, which come last, are shorter."""
+    """Lumina 2 is called once for each half. The negative captions come last and are shorter."""
     block = "layers.1.attn"
     with recorded_outputs("lumina2", (block,)) as unguided, ExitStack() as stack:
         stack.enter_context(negtome_guidance(built("lumina2"), EVERY_TOKEN))
@@ -205,13 +205,13 @@ def test_each_half_of_guidance_has_captions_of_its_own() -> None:
 
 
 def by_image(tokens: Tensor) -> Tensor:
-    """(images, tokens, channels), where a block may have the frames of videos as items."""
+    """Return (images, tokens, channels), also where a block's items are the frames of videos."""
     return tokens.reshape(IMAGES, -1, tokens.shape[-1])
 
 
 @contextmanager
 def recorded_outputs(name: str, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Block -> what its attention returned for the image, or for all, where that is one tensor."""
+    """Yield block -> output of its attention: of the image, or of image and text in one tensor."""
     outputs: dict[str, Tensor] = {}
 
     def record(block: str, output: Any) -> None:
@@ -230,10 +230,10 @@ def recorded_outputs(name: str, blocks: tuple[str, ...]) -> Iterator[dict[str, T
 
 
 def image_places(name: str, blocks: tuple[str, ...], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Block -> (images, tokens), True where a token of its input depends on the noise.
+    """Return block -> (images, tokens): True where a token of its input depends on the noise.
 
-    Found without any layout: all attention outputs are set to zero, so that no token learns of any
-    other, and what then differs between two seeds is the image.
+    No layout is used. All outputs of attention are set to zero, so that no token learns of any
+    other. The tokens that then differ between two seeds belong to the image.
     """
     inputs: list[dict[str, Tensor]] = []
 
@@ -281,7 +281,7 @@ def test_the_table_of_the_readme_tells_what_is_tested() -> None:
 
 
 class Attention(nn.Module):
-    """Returns what it is given, which makes the expected result easy to write down."""
+    """Attention that returns its input, so that the expected result is easy to write down."""
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
         return torch.cat([text, image], dim=1)

@@ -1,4 +1,4 @@
-"""References from outside of the batch in every family: record and apply, and the encoders."""
+"""References from outside of the batch: recorded and applied in all families, and encoded."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ from negtome_fast.pipelines.references import at_timestep
 IMAGES = 3
 EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, alpha=0.5)
 SINGLE_PRECISION = ("kandinsky 5",)
-"""Families whose models always compute parts in fp32."""
-
-
+"""Families whose models compute parts in fp32, whatever the dtype of their input."""
 CACHED = ("flux2-klein-kv", "qwen-2.1")
-"""Families whose pipelines keep keys and values of one forward for the next."""
+"""Families whose pipelines keep keys and values of one forward for the next one."""
 LATENTS_ONLY = ("CosmosTransformer3DModel",)
-"""Families whose references must be given as latents: Cosmos scales its latents by itself."""
+"""Denoisers whose references must be given as latents: Cosmos scales its latents by itself."""
 
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """fp64, where a batch of another size does not decide between two tokens that are equal."""
+    """Set fp64 as default: the batch size must not decide between tokens that are nearly equal."""
     single = request.node.callspec.params["name"] in SINGLE_PRECISION
     torch.set_default_dtype(torch.float32 if single else torch.float64)
     yield torch.get_default_dtype()
@@ -46,7 +44,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 class FirstForward:
-    """Runs a family for a step and keeps the latents and the answer of its first forward."""
+    """Run of one step that returns the latents and the output of the model's first forward."""
 
     def __init__(self, family: Family) -> None:
         self.pipe, self._family = family.build(), family
@@ -76,7 +74,7 @@ class FirstForward:
 
 
 def stacked(value: Any) -> Tensor:
-    """A tensor, or the only or last entries of a list."""
+    """Return a tensor, or the last entry of each list stacked to one."""
     while isinstance(value, (list, tuple)) and not isinstance(value[0], Tensor):
         value = [item[-1] for item in value]
     return value if isinstance(value, Tensor) else torch.stack(list(value))
@@ -171,7 +169,7 @@ def test_latents_are_normalised_by_what_the_vae_tells() -> None:
 
 
 def test_an_inverted_schedule_is_noised_the_other_way_round() -> None:
-    """Mochi's and OmniGen's sigmas run from 0 (noise) to 1."""
+    """The sigmas of Mochi and OmniGen run from 0 (noise) to 1."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     clean, noise = LATENTS, torch.flip(LATENTS, [3])
@@ -180,7 +178,7 @@ def test_an_inverted_schedule_is_noised_the_other_way_round() -> None:
         scheduler.set_timesteps(5)
         scheduler._step_index, scheduler._begin_index = 1, 0
         sigma = scheduler.sigmas[1]
-        share = 1 - sigma if inverted else sigma  # of the noise, 1 at first
+        share = 1 - sigma if inverted else sigma  # share of the noise, first 1
         given = at_timestep(clean, noise, (scheduler, scheduler.timesteps[1:2]))
         torch.testing.assert_close(given, (1 - share) * clean + share * noise)
         assert share > 0.5
@@ -204,7 +202,7 @@ def frames(count: int) -> list[Image.Image]:
 
 @pytest.mark.parametrize("source", ["video", "image"])
 def test_a_video_is_pushed_away_from_a_video(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The frames of the reference are sampled at those of the run, and go through the VAE."""
+    """The reference is sampled to the number of frames of the run and encoded by the VAE."""
     family = FAMILIES["wan"]
     pipe = family.build()
     pipe.vae = WAN_VAE.build()
@@ -244,7 +242,7 @@ def test_a_video_is_pushed_away_from_a_video(source: str, monkeypatch: pytest.Mo
 def test_an_image_model_refuses_a_video() -> None:
     family = FAMILIES["flux"]
     pipe = family.build()
-    pipe.vae = SimpleNamespace()  # looked at only when something is encoded
+    pipe.vae = SimpleNamespace()  # only its presence is checked
     with (
         negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(frames(2))),
         pytest.raises(ValueError, match=r"reference 0 is a video.*one frame"),

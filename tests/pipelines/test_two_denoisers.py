@@ -1,4 +1,4 @@
-"""Pipelines with two denoisers: one handle, one state, and both or none are guided."""
+"""Pipelines with two denoisers have one handle and one state; both are guided, or neither is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TwoStage(nn.Module):
 
 
 class Pipeline:
-    """`transformer` for the first two of its timesteps, `transformer_2` for the others."""
+    """Pipeline with `transformer` for the first two timesteps, `transformer_2` for the others."""
 
     def __init__(self) -> None:
         self.transformer, self.transformer_2 = TwoStage(), TwoStage()
@@ -80,7 +80,7 @@ def test_steps_are_counted_over_both(pipe: Pipeline) -> None:
 
 
 def test_the_second_denoiser_goes_on_with_the_dropout_of_the_first(pipe: Pipeline) -> None:
-    """A new run starts it anew, the change of the denoiser does not."""
+    """A new run starts the dropout anew; the change of the denoiser does not."""
     apply_negtome(pipe, threshold=-1, t_end=0, dropout=0.5)
     outputs = pipe()
     assert not torch.equal(outputs[1], outputs[2])
@@ -133,7 +133,7 @@ def test_a_deep_copy_shares_a_state_of_its_own(pipe: Pipeline) -> None:
     first, second = (find_hooks(model) for model in (copied.transformer, copied.transformer_2))
     assert first is not None and second is not None
     assert first.guidance is second.guidance is not handle.guidance
-    # The copy counts on from the run before it was made.
+    # The copy counts the run before it was made, and its own run.
     assert (handle.summary().forwards, first.guidance.summary().forwards) == (4, 8)
     remove_negtome(copied)
     assert hooks_on(copied) == 0 and handle.applied
@@ -141,7 +141,7 @@ def test_a_deep_copy_shares_a_state_of_its_own(pipe: Pipeline) -> None:
 
 
 def test_a_time_for_each_token_is_read_by_its_maximum(pipe: Pipeline) -> None:
-    """The first frame of image-to-video is given, at time 0."""
+    """The first frame of image-to-video is given and has time 0."""
     handle = apply_negtome(pipe.transformer, t_start=910, t_end=890)
     times = torch.tensor([0.0, 0.0, 900.0, 900.0, 900.0, 900.0])
     pipe.transformer(HIDDEN, times.expand(3, -1))

@@ -1,4 +1,4 @@
-"""Peculiarities of videos: two denoisers, frames as items, given frames."""
+"""Peculiarities of videos: two denoisers, frames as items of a batch, given frames."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wan_22() -> Any:
 
 
 def test_both_denoisers_of_wan_22_are_guided_as_one() -> None:
-    """Five steps at 1000, 800, 600, 400 and 200; the second denoiser begins below 700."""
+    """The steps are 1000, 800, 600, 400 and 200. The second denoiser begins below 700."""
     pipe = wan_22()
     forwards: list[nn.Module] = []
     blocks: list[nn.Module] = []
@@ -83,7 +83,7 @@ def test_the_window_decides_in_each_denoiser_of_wan_22(boundary: float) -> None:
 
 
 def pushed_by_hand(name: str, pipe: Any, blocks: list[nn.Module], push: Any) -> Tensor:
-    """A run with hooks that are written out here."""
+    """Run with `push` as a forward hook of these blocks."""
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.register_forward_hook(push))
@@ -96,7 +96,7 @@ def modules(pipe: Any, *endings: str) -> list[nn.Module]:
 
 
 def test_frames_of_one_video_are_matched_as_one_and_never_pushed_apart() -> None:
-    """Latte's blocks have the frames of all videos as items."""
+    """The items of a batch in Latte's blocks are the frames of all videos."""
 
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return negtome(output.reshape(3, -1, output.shape[2]), threshold=0.1).reshape(output.shape)
@@ -117,7 +117,7 @@ def test_time_alone_is_left_out() -> None:
 
 
 def test_the_given_frame_is_neither_moved_nor_matched() -> None:
-    """Wan 2.2 5B: the tokens of the input image come first."""
+    """The tokens of the input image come first in Wan 2.2 5B."""
 
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         generated = negtome(output[:, FRAME:], threshold=0.1)
@@ -162,7 +162,7 @@ def test_given_tokens_are_whole_frames_or_there_is_no_grid() -> None:
 
 @pytest.mark.parametrize("given", [0, 6])
 def test_coordinates_tell_the_grid_of_ltx(given: int) -> None:
-    """The pipeline with conditions gives no sizes, and puts conditions before the video."""
+    """The pipeline with conditions passes no sizes and puts the conditions before the video."""
     pipe = FAMILIES["ltx"].build()
     axes = (torch.arange(3.0) * 8, torch.arange(2.0) * 32, torch.arange(3.0) * 32)
     places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
@@ -191,7 +191,7 @@ def test_what_ltx_2_appends_is_not_generated() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 12), (2, 1, 3, 1, 1), (2, 1, 3, 2, 2)], ids=str)
 def test_times_of_frames_and_of_tokens_tell_what_is_given(shape: tuple[int, ...]) -> None:
-    """Three frames of four tokens, of which the first is given."""
+    """The first of three frames with four tokens each is given."""
     times = torch.full(shape, 900.0)
     times.reshape(2, 3, -1)[:, 0] = 0
     assert given_tokens(times, 12) == 4
@@ -204,7 +204,7 @@ def test_one_time_for_all_gives_nothing_away(timestep: Any) -> None:
 
 
 def stable_video_arguments(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """The input image is in four more channels, and zero in the unconditional half."""
+    """Return the arguments: the image is in further channels, 0 in the unconditional half."""
     image = run.given(FRAMES, 4, *run.grid(8))
     image = torch.cat([torch.zeros_like(image), image]) if run.cfg else image
     return {
@@ -238,7 +238,7 @@ STABLE_VIDEO = LoopFamily(
 
 
 def cosmos_arguments(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """The first frame is given."""
+    """Return the arguments: the first frame is given."""
     mask = torch.zeros(run.images, 1, FRAMES, *run.grid(8))
     mask[:, :, 0] = 1
     return {
@@ -270,7 +270,7 @@ COSMOS = LoopFamily(
 
 @pytest.mark.parametrize("family", [STABLE_VIDEO, COSMOS], ids=["svd", "cosmos"])
 def test_without_timesteps_the_window_is_in_steps(family: LoopFamily) -> None:
-    """Their schedulers give logarithms of the noise."""
+    """Stable Video Diffusion and Cosmos are given logarithms of the noise as timesteps."""
     pipe, groups = family.build(), 2 if family.cfg else 1
 
     def run() -> Tensor:

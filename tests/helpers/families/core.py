@@ -1,7 +1,7 @@
-"""How a family's tiny random pipeline is built and run: `PipelineFamily` and `LoopFamily`.
+"""Tiny random pipelines: `PipelineFamily` and `LoopFamily` build and run them.
 
-A family is an entry of `FAMILIES`. It names the classes of diffusers, the sizes in which its
-denoiser differs from `TINY`, and the tensors that it is given. Nothing is downloaded.
+A family names its classes in diffusers, the sizes in which its denoiser differs from `TINY`, and
+the tensors that it is given. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Size = tuple[int, int]
 Grids = Mapping[Size, set[Size]]
 
 TEXT = 5
-"""Tokens of a caption, unless a run says otherwise."""
+"""Default number of tokens of a caption."""
 WIDTH = 16
-"""Channels of the text, unless a model says otherwise."""
+"""Default number of channels of the text."""
 SCALE = 4.0
-"""Scale of classifier-free guidance."""
+"""Scale of classifier-free guidance, where a run has it."""
 
 TINY: Mapping[str, Any] = {
     "attention_head_dim": 8,
@@ -52,7 +52,7 @@ TINY: Mapping[str, Any] = {
     "text_embed_dim": WIDTH,
     "time_embed_dim": 16,
 }
-"""Sizes of a denoiser. A class takes those that its constructor names."""
+"""Default sizes of a denoiser. A class takes the ones that its constructor names."""
 
 PACKED: Grids = {(64, 96): {(4, 6)}, (80, 32): {(5, 2)}}
 """Grids of models with 16 pixels to a token."""
@@ -65,7 +65,10 @@ TWO_RESOLUTIONS: Grids = {(64, 96): {(8, 12), (4, 6)}, (80, 32): {(10, 4), (5, 2
 
 
 def seeded(make: Callable[..., nn.Module], **settings: Any) -> Any:
-    """Return a model with the same random weights every time, none zero, so that no block idles."""
+    """Return a model with the same random weights every time.
+
+    No weight matrix and no bias is zero, so that every block has an effect.
+    """
     torch.manual_seed(0)
     model = make(**settings).eval()
     with torch.no_grad():
@@ -94,7 +97,7 @@ def denoiser(pipe: Any) -> nn.Module:
 
 
 class Part:
-    """A part of a pipeline that is made anew for each pipeline: a class of diffusers, settings."""
+    """A class of diffusers and its settings; each pipeline gets a new instance."""
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
@@ -113,7 +116,7 @@ class Part:
 
 
 class Denoiser(Part):
-    """A denoiser of the sizes of `TINY`, where the settings do not say otherwise."""
+    """A denoiser with the sizes of `TINY`, except for its settings."""
 
     def build(self) -> Any:
         return seeded(self.cls, **self.config())
@@ -128,10 +131,15 @@ FLOW = Part("FlowMatchEulerDiscreteScheduler")
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked of a family: `images` of `size` = (height, width) in pixels.
+    """One run of a family, and the tensors that such a run is given.
 
-    `captions` has the number of text tokens of each image. Image i starts from the noise of
-    `seed` + i, and nothing else depends on the seed.
+    Attributes:
+        images: number of images or videos.
+        size: (height, width) in pixels.
+        steps: number of steps of the scheduler.
+        cfg: whether there is classifier-free guidance.
+        captions: number of text tokens of each image.
+        seed: image i starts from the noise of seed + i. Nothing else depends on the seed.
     """
 
     images: int
@@ -143,48 +151,56 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """The items of a forward that has both halves of classifier-free guidance."""
+        """Number of items of a forward with both halves of classifier-free guidance."""
         return self.images * (2 if self.cfg else 1)
 
     def grid(self, pixels: int) -> Size:
-        """(height, width) with so many pixels to a token."""
+        """Return (height, width) in tokens of `pixels` x `pixels`."""
         return self.size[0] // pixels, self.size[1] // pixels
 
     def given(self, *shape: int, seed: int = 3) -> Tensor:
-        """A random tensor that is the same for all images: (images, *shape)."""
+        """Return a random tensor that is the same for all images: (images, *shape)."""
         return embeddings(1, *shape, seed=seed).repeat(self.images, *[1] * len(shape))
 
     def noise(self, *shape: int) -> Tensor:
-        """A random tensor for each image: (images, *shape)."""
+        """Return a random tensor that differs between images: (images, *shape)."""
         return noise(self.images, self.seed, *shape)
 
     def text(self, width: int = WIDTH, tokens: int | None = None) -> Tensor:
-        """The same prompt for each image: (images, tokens, width)."""
+        """Return the same prompt for all images: (images, tokens, width)."""
         return self.given(tokens or max(self.captions), width)
 
     def pooled(self, width: int = WIDTH) -> Tensor:
         return self.given(width)
 
     def mask(self, tokens: int | None = None) -> Tensor:
-        """(images, tokens) of 1 where the caption is, 0 after it."""
+        """Return (images, tokens): 1 where the caption is, 0 after it."""
         lengths = torch.tensor(self.captions)[:, None]
         return (torch.arange(tokens or max(self.captions)) < lengths).long()
 
     def visible(self) -> Tensor:
-        """`mask` as bool."""
+        """Return `mask` as bool."""
         return self.mask().bool()
 
     def both(self, positive: Tensor) -> Tensor:
-        """The negative half and the positive one, or the positive one alone without `cfg`."""
+        """Return the negative and the positive half, or without `cfg` the positive one alone."""
         return torch.cat([negative(positive), positive]) if self.cfg else positive
 
     def repeated(self, given: Tensor) -> Tensor:
-        """The same for both halves of classifier-free guidance."""
+        """Return the same for both halves of classifier-free guidance."""
         return torch.cat([given, given]) if self.cfg else given
 
 
+Encoded = dict[str, Callable[[Run], Any]]
+"""Name of a pipeline's argument -> function that returns its value for a run."""
+
+
 def negative(value: Any) -> Any:
-    """Return the negative prompt: opposite embeddings, and in a mask or a list other lengths."""
+    """Return the negative prompt that belongs to an argument with the positive one.
+
+    Embeddings change their sign. In masks and lists, the lengths are in reversed order and one
+    token shorter. Other integers stay.
+    """
     if isinstance(value, list):
         return [-item[:-1] for item in reversed(value)]
     if value.is_floating_point():
@@ -200,15 +216,15 @@ class Family:
 
     Attributes:
         denoiser: the model; its name is a key of `negtome_fast.pipelines.known_layouts()`.
-        grids: size in pixels -> the (height, width) of the tokens of the guided blocks. Written
-            down by hand; no two sizes of a family have equal height and width.
-        frames: number of frames of the latents.
-        cfg: whether it has classifier-free guidance.
+        grids: size in pixels -> (height, width) of the tokens of each guided block, written down
+            by hand. At least one size is not square, and the sizes differ in both directions.
+        frames: number of generated frames in the latents.
+        cfg: whether classifier-free guidance is tested.
         several_captions: whether the captions of one batch may have different lengths.
-        timesteps: from those of the scheduler to 1000 (noise) to 0, where they differ.
+        timesteps: converts timesteps of the scheduler to the scale from 1000 (noise) to 0.
         note: name in the table of supported models, where a class is tested in several ways.
-        scheduler: the scheduler.
-        whole: whether the pipeline itself runs, and not its denoiser alone.
+        scheduler: the scheduler; most families have `FLOW`.
+        whole: True if the pipeline itself runs, False if its denoiser runs alone.
     """
 
     denoiser: Denoiser
@@ -232,7 +248,7 @@ class Family:
         return (TEXT, TEXT - 2, TEXT + 3) if self.several_captions else (TEXT, TEXT, TEXT)
 
     def build(self, **parts: Any) -> Any:
-        """Make the pipeline, or the `DenoiserLoop`; `parts` go before the family's own."""
+        """Return a new pipeline or `DenoiserLoop`; `parts` override the family's own."""
         raise NotImplementedError
 
     def generate(
@@ -246,10 +262,10 @@ class Family:
         captions: tuple[int, ...] | None = None,
         seed: int = 7,
     ) -> Tensor:
-        """Return the latents of a run, images first.
+        """Return the latents of a run, images first. `Run` describes the arguments.
 
-        The size is by default the first one of `grids`; all captions have `TEXT` tokens. Without
-        `cfg`, the model is called once a step with the images alone.
+        By default, the size is the first one of `grids` and each caption has `TEXT` tokens.
+        Without `cfg`, the model is called once a step with the images alone.
         """
         size = next(iter(self.grids)) if size is None else size
         return self._run(pipe, Run(images, size, steps, cfg, captions or (TEXT,) * images, seed))
@@ -259,7 +275,7 @@ class Family:
 
 
 WORDLESS = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}
-"""No prompts in words, and no rounding of the size to those that were trained."""
+"""Arguments of pipelines: no prompts in words, no rounding to the sizes of the training."""
 
 
 @dataclass(frozen=True)
@@ -268,17 +284,17 @@ class PipelineFamily(Family):
 
     Attributes:
         pipeline: class name of the pipeline, or a function that returns the class.
-        encoded: argument of the pipeline -> function of the run. With `cfg`, the pipeline is also
-            given the `negative` of each, under the name with "negative_" before it.
-        more: further arguments: values, or functions of the run.
-        scale: argument that has the scale of guidance, and its value where there is none.
-        parts: arguments of the pipeline's constructor, where they are not None.
-        finish: what is done to the pipeline after it was made.
-        fewest_steps: number of steps below which the pipeline does not run.
+        encoded: the encoded prompt. With `cfg`, the pipeline is also given the `negative` of each
+            value, as the argument "negative_" + name.
+        more: further arguments of the call: values, or functions of the run.
+        scale: name of the argument with the guidance scale, and its value without `cfg`.
+        parts: arguments of the constructor. Required ones that are left out are None.
+        finish: changes the pipeline after it was built.
+        fewest_steps: smallest number of steps with which the pipeline runs.
     """
 
     pipeline: str | Callable[[], Any]
-    encoded: Mapping[str, Callable[[Run], Any]]
+    encoded: Encoded
     _: KW_ONLY
     more: Mapping[str, Any] = field(default_factory=dict)
     scale: tuple[str, float] | None = ("guidance_scale", 1.0)
@@ -302,13 +318,15 @@ class PipelineFamily(Family):
     def _run(self, pipe: Any, run: Run) -> Tensor:
         accepted = signature(type(pipe).__call__)
         encoded = {name: value(run) for name, value in self.encoded.items()}
-        arguments = {name: value for name, value in WORDLESS.items() if name in accepted}
+        arguments: dict[str, Any] = {
+            name: value for name, value in WORDLESS.items() if name in accepted
+        }
         arguments |= {k: v(run) if callable(v) else v for k, v in self.more.items()} | encoded
         if run.cfg:
             arguments |= {f"negative_{name}": negative(value) for name, value in encoded.items()}
         if self.scale is not None:
             arguments[self.scale[0]] = SCALE if run.cfg else self.scale[1]
-        if getattr(pipe, "guider", None) is not None:  # in place of a scale
+        if getattr(pipe, "guider", None) is not None:  # takes the place of a scale
             pipe.guider._enabled = run.cfg
         return pipe(
             height=run.size[0],
@@ -326,7 +344,7 @@ def signature(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 class DenoiserLoop:
-    """The plainest sampling loop around a denoiser, with the attributes that a pipeline has."""
+    """A plain sampling loop around a denoiser, with the attributes of a pipeline."""
 
     def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
         self.transformer = transformer
@@ -339,7 +357,7 @@ class DenoiserLoop:
         steps: int,
         **schedule: Any,
     ) -> Tensor:
-        """`predict(latents, timestep)` calls the transformer and returns what `step` wants."""
+        """Return the final latents; `predict(latents, timestep)` calls the transformer."""
         self.scheduler.set_timesteps(steps, **schedule)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1)
         for timestep in self.scheduler.timesteps:
@@ -353,14 +371,14 @@ class DenoiserLoop:
 
 @dataclass(frozen=True)
 class LoopFamily(Family):
-    """A family whose pipeline cannot run offline: `DenoiserLoop` calls its denoiser as it would.
+    """A family whose pipeline cannot run offline: `DenoiserLoop` calls the denoiser in its place.
 
     Attributes:
-        latents: shape of the latents of one image, as a function of the run.
-        arguments: (run, latents, timesteps) -> arguments of the denoiser, for both halves of
-            classifier-free guidance, the negative one first.
-        answer: from the output of the denoiser to the prediction.
-        schedule: from the number of steps to further arguments of `scheduler.set_timesteps`.
+        latents: returns the shape of the latents of one image for a run.
+        arguments: returns the arguments of the denoiser for (run, latents, timesteps). With
+            `cfg`, the batch has both halves, the negative one first.
+        answer: returns the prediction for an output of the denoiser.
+        schedule: returns further arguments of `scheduler.set_timesteps` for a number of steps.
     """
 
     latents: Callable[[Run], tuple[int, ...]]

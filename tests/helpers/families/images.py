@@ -15,6 +15,7 @@ from helpers.families.core import (
     TEXT,
     TWO_RESOLUTIONS,
     Denoiser,
+    Encoded,
     Family,
     Part,
     PipelineFamily,
@@ -22,10 +23,10 @@ from helpers.families.core import (
     embeddings,
 )
 
-TEXT_ONLY = {"prompt_embeds": Run.text}
-POOLED = {"prompt_embeds": Run.text, "pooled_prompt_embeds": Run.pooled}
-MASKED = {"prompt_embeds": Run.text, "prompt_attention_mask": Run.mask}
-MASKED_EMBEDS = {"prompt_embeds": Run.text, "prompt_embeds_mask": Run.mask}
+TEXT_ONLY: Encoded = {"prompt_embeds": Run.text}
+POOLED: Encoded = {"prompt_embeds": Run.text, "pooled_prompt_embeds": Run.pooled}
+MASKED: Encoded = {"prompt_embeds": Run.text, "prompt_attention_mask": Run.mask}
+MASKED_EMBEDS: Encoded = {"prompt_embeds": Run.text, "prompt_embeds_mask": Run.mask}
 TRUE_CFG = ("true_cfg_scale", 1.0)
 
 FLUX = {"in_channels": 16, "out_channels": None}
@@ -69,12 +70,12 @@ Z_IMAGE = {
 
 
 def long_captions(run: Run) -> list[Tensor]:
-    """Captions on both sides of the multiples of 32 to which Z-Image pads them."""
+    """Return captions whose lengths lie on both sides of a multiple of 32, Z-Image's padding."""
     return [embeddings(10 * length, 16) for length in run.captions]
 
 
 def longcat() -> Any:
-    """LongCat's pipeline, which always encodes words, with tensors in place of its encoder."""
+    """Return LongCat's pipeline, which accepts only words, with random embeddings for them."""
     from diffusers import LongCatImagePipeline
 
     class Pipeline(LongCatImagePipeline):
@@ -85,7 +86,7 @@ def longcat() -> Any:
 
 
 class Processor:
-    """Is asked by Qwen-Image 2.1 for the template of prompts, which nothing here uses."""
+    """Stand-in for the processor that Qwen-Image 2.1 asks for the template of its prompts."""
 
     tokenizer = SimpleNamespace(encode=lambda words: [0])
 
@@ -102,7 +103,7 @@ def mask_of_eight(run: Run) -> Tensor:
 
 
 def smaller_square(pipe: Any) -> None:
-    """Make HiDream bring every size to the area of a square of 8 latents."""
+    """Make HiDream scale every size to the area of 8 x 8 latents."""
     pipe.default_sample_size = 8
 
 
@@ -120,6 +121,7 @@ def glm_tokens(run: Run) -> Tensor:
     return (torch.arange(math.prod(run.grid(16))) % 16).repeat(run.images, 1)
 
 
+# Each entry is filled like a paragraph, so that the whole table can be seen at once.
 # fmt: off
 FAMILIES: dict[str, Family] = {
     "flux": PipelineFamily(

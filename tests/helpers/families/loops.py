@@ -1,4 +1,4 @@
-"""Families whose pipelines cannot run offline: `FAMILIES`. Their denoisers run in a loop."""
+"""Families whose pipelines cannot run offline: `FAMILIES`. A plain loop calls their denoisers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ from helpers.families.videos import FRAMES, HUNYUAN, PIXELS_32, WAN
 
 
 def packed(run: Run) -> tuple[int, ...]:
-    """Shape of latents whose tokens are of 16 pixels and 16 channels."""
+    """Return the shape of packed latents: tokens of 16 x 16 pixels with 16 channels."""
     height, width = run.grid(16)
     return height * width, 16
 
 
 def unpacked(run: Run) -> tuple[int, ...]:
+    """Return the shape of latents with 4 channels and 8 x 8 pixels to a latent."""
     return 4, *run.grid(8)
 
 
 def qwen_with(given: Any) -> Any:
-    """Arguments of Qwen-Image with given tokens: `given(run)` -> how many, and all `img_shapes`."""
+    """Return a function of Qwen-Image's arguments, with the tokens of given images at the end.
+
+    `given(run)` returns the number of these tokens, and the `img_shapes` of one item.
+    """
 
     def arguments(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
         tokens, shapes = given(run)
@@ -50,6 +54,7 @@ def qwen_with(given: Any) -> Any:
 
 
 def two_layers(run: Run) -> tuple[int, ...]:
+    """Return the shape of the latents of two layers, one after the other."""
     tokens, channels = packed(run)
     return 2 * tokens, channels
 
@@ -68,11 +73,11 @@ def kolors(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
 
 
 def omnigen(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """Captions are padded on the left."""
+    """Return OmniGen's arguments. Its captions are padded on the left."""
     height, width = run.grid(16)
     tokens, length = height * width + 1, max(run.captions)
     padding = [length - caption for caption in run.captions]
-    places = [torch.arange(length + tokens).sub(pad).clamp(min=0) for pad in padding]
+    positions = [torch.arange(length + tokens).sub(pad).clamp(min=0) for pad in padding]
     visible = torch.stack([(torch.arange(length + tokens) >= pad) * 1.0 for pad in padding])
     ids = torch.arange(1, length + 1).repeat(run.images, 1) % 10
     return {
@@ -82,7 +87,7 @@ def omnigen(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
         "input_img_latents": [],
         "input_image_sizes": {},
         "attention_mask": run.repeated(visible[:, None].repeat(1, length + tokens, 1)),
-        "position_ids": run.repeated(torch.stack(places)),
+        "position_ids": run.repeated(torch.stack(positions)),
     }
 
 
@@ -100,7 +105,7 @@ def bria_fibo(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
 
 
 def z_image_omni(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """A given image before the generated one; captions of several lengths before both."""
+    """Return Z-Image Omni's arguments: the captions, a given image, then the generated one."""
     given = embeddings(4, 1, 4, 8, seed=5)
     return {
         "x": [[given, item[:, None]] for item in latents],
@@ -112,6 +117,7 @@ def z_image_omni(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]
 
 
 def frames(run: Run, count: int = FRAMES) -> tuple[int, ...]:
+    """Return the shape of `unpacked` latents of `count` frames."""
     return 4, count, *run.grid(8)
 
 
@@ -138,13 +144,13 @@ def hunyuan_video(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any
 
 
 def token_replace(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """The given image is the first frame."""
+    """Return HunyuanVideo's arguments. The given image is the first frame."""
     given = run.given(*frames(run, 1))
     return hunyuan_video(run, torch.cat([given, latents], dim=2), timesteps)
 
 
 def framepack(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """Ten frames of the past in three resolutions come first."""
+    """Return FramePack's arguments: ten frames of the past at three resolutions come first."""
     past = {"latents_history_4x": (0, 5), "latents_history_2x": (5, 8), "latents_clean": (8, 10)}
     places = {**past, "latents": (10, 10 + FRAMES)}
     return {
@@ -156,7 +162,7 @@ def framepack(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
 
 
 def consisid(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """The given image is in further channels, the face in tokens of its own."""
+    """Return ConsisID's arguments. The given image is in further channels, the face in tokens."""
     image = run.repeated(run.given(FRAMES, 4, *run.grid(8)))
     return {
         "hidden_states": torch.cat([latents, image], dim=2),
@@ -186,6 +192,7 @@ def ltx2(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
     }
 
 
+# Each entry is filled like a paragraph, so that the whole table can be seen at once.
 # fmt: off
 FAMILIES: dict[str, Family] = {
     # Tokens of the given image after the generated ones.

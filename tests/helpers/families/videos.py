@@ -1,4 +1,4 @@
-"""Families of models of videos: `FAMILIES`. Item i of a batch is video i with all its frames."""
+"""Families of video models: `FAMILIES`. Item i of a batch is video i with all its frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from helpers.families.core import (
 from helpers.families.images import MASKED, MASKED_EMBEDS, TEXT_ONLY, TRUE_CFG
 
 FRAMES = 3
-"""Number of frames of the latents."""
+"""Number of frames in the latents."""
 NINE_FRAMES = {"num_frames": 4 * FRAMES - 3}
 PIXELS_32: Grids = {(64, 96): {(2, 3)}, (128, 32): {(4, 1)}}
 """Grids of models with 32 pixels to a token and sizes in multiples of 32."""
@@ -59,7 +59,7 @@ WAN_VAE = Part(
 
 
 class Ratios:
-    """A VAE that neither encodes nor decodes; some pipelines read its ratios nevertheless."""
+    """Stand-in for the VAE of a pipeline that reads its ratios, but neither encodes nor decodes."""
 
     def __init__(self, spatial: int) -> None:
         self.config = SimpleNamespace(latent_channels=4)
@@ -72,9 +72,10 @@ wan = partial(video, Denoiser("WanTransformer3DModel", **WAN), "WanPipeline", TE
 
 
 def wan_image_to_video(by_token: bool, **settings: Any) -> Family:
-    """Wan that is given an image: as the first frame at time 0 (`by_token`), or in more channels.
+    """Return Wan's family with a given image.
 
-    The model takes all but the last 512 tokens of the text for tokens of the image.
+    The image is the first frame, at time 0 (`by_token`), or is in further channels. The model
+    takes all tokens of the text but the last 512 for tokens of the image.
     """
 
     def without_clip(pipe: Any) -> None:
@@ -92,15 +93,17 @@ def wan_image_to_video(by_token: bool, **settings: Any) -> Family:
 
 
 def ltx_latents(run: Run) -> Tensor:
-    """The tokens of the first frame are those of the given image."""
+    """Return latents whose first frame is the same for all videos: the given image."""
     frame = math.prod(run.grid(32))
     return torch.cat([run.given(frame, 4), run.noise((FRAMES - 1) * frame, 4)], dim=1)
 
 
 def lengths(run: Run) -> Tensor:
+    """Return the first token of each caption, where all captions lie in one row."""
     return torch.arange(run.images + 1, dtype=torch.int32) * TEXT
 
 
+# Each entry is filled like a paragraph, so that the whole table can be seen at once.
 # fmt: off
 FAMILIES: dict[str, Family] = {
     "wan": wan(),
@@ -112,7 +115,7 @@ FAMILIES: dict[str, Family] = {
     "wan image-to-video by token": wan_image_to_video(True),
     "skyreels": video(
         Denoiser("SkyReelsV2Transformer3DModel", **WAN), "SkyReelsV2Pipeline", TEXT_ONLY),
-    # A time for each frame.
+    # Each frame has its own timestep.
     "skyreels diffusion forcing": video(
         Denoiser("SkyReelsV2Transformer3DModel", **WAN), "SkyReelsV2DiffusionForcingPipeline",
         TEXT_ONLY, more=NINE_FRAMES | {"base_num_frames": 4 * FRAMES - 3},
@@ -135,11 +138,11 @@ FAMILIES: dict[str, Family] = {
         several_captions=True),
     "cogvideox": video(
         COGVIDEOX, "CogVideoXPipeline", TEXT_ONLY, scheduler=Part("CogVideoXDDIMScheduler")),
-    # Patches of two frames.
+    # A patch has two frames.
     "cogvideox 1.5": video(
         Denoiser(COGVIDEOX.name, **COGVIDEOX.settings, patch_size_t=2, patch_bias=False),
         "CogVideoXPipeline", TEXT_ONLY, scheduler=Part("CogVideoXDDIMScheduler"), frames=2),
-    # The schedule is that of the published model, and divides by half of the steps.
+    # The scheduler is that of the published model. It divides by half of the number of steps.
     "mochi": video(
         Denoiser("MochiTransformer3DModel", attention_head_dim=16, time_embed_dim=8),
         "MochiPipeline", MASKED, more={"num_frames": 6 * FRAMES - 5},
