@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines.api import _denoisers
+from ..pipelines.api import denoisers_of
 from ..pipelines.layouts import Layout, layout_of
 from .images import resized
 
 
 def layout_of_pipeline(pipe: Any) -> Layout:
     """Return the layout of the pipeline's denoiser, or of the first one of several."""
-    return layout_of(next(iter(_denoisers(pipe)[0])))
+    return layout_of(next(iter(denoisers_of(pipe)[0])))
 
 
 class LatentPoints:

@@ -147,7 +147,7 @@ def apply_negtome(
 
     After an error the pipeline is as it was.
     """
-    models, is_pipeline = _denoisers(pipe)
+    models, is_pipeline = denoisers_of(pipe)
     given = reference is not None and not isinstance(reference, str)
     for model, compiled in models.items():
         _check_model(model, references=given, compiled=compiled)
@@ -200,7 +200,7 @@ def _check_model(model: nn.Module, references: bool, compiled: bool) -> None:
 
 def remove_negtome(pipe: Any) -> None:
     """Removes the guidance from a pipeline or model; does nothing if there is none."""
-    held = [find_hooks(model) for model in _denoisers(pipe)[0]]
+    held = [find_hooks(model) for model in denoisers_of(pipe)[0]]
     # Also where the pipeline was guided with another model than it holds now.
     for hooks in [*hooks_by_pipeline(pipe), *held]:
         if hooks is not None:
@@ -238,7 +238,7 @@ def _listed(reference: Reference | Sequence[Reference]) -> list[Reference]:
     return list(entries)
 
 
-def _denoisers(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
+def denoisers_of(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
     """Finds the denoisers. Wan 2.2 has two: `transformer` for the noisy part, then `transformer_2`.
 
     Returns:

@@ -119,3 +119,11 @@ def test_the_api_reference_has_every_public_name() -> None:
     reference = "".join(text for name, text in PAGES.items() if name.startswith("docs/reference/"))
     described = re.findall(r"^::: negtome_fast\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE)
     assert set(negtome_fast.__all__) <= set(described)
+
+
+def test_files_that_contributing_names_exist() -> None:
+    folders = r"`((?:kernels|negtome_fast|bench|docs|tests)/[\w./-]*)`"
+    named = re.findall(folders, PAGES["CONTRIBUTING.md"])
+    assert len(named) > 20
+    for path in set(named) - {"kernels/tuned/ARCH.json"}:
+        assert (ROOT / path).exists(), path
