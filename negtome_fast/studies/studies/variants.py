@@ -206,7 +206,7 @@ def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
     )
     value = float(at(quality[:, None], found[:, None], np.array([level]))[0])
     values = at(qualities, founds, levels)
-    # Where no point of the operator reaches the precision, its best one stands in.
+    # If no point of the operator reaches the precision, its best one stands in.
     values = np.where(np.isfinite(values), values, founds[qualities.argmax(0), range(len(levels))])
     return triple(plan.interval(own - value, own_drawn - values, no_change=0.0))
 
