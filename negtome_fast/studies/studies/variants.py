@@ -259,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=IMAGES, help="images of a condition")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of drawn images")
     parser.add_argument(
-        "--out", type=Path, default=Path("output/evaluation/variants.json"), help="%(default)s"
+        "--out",
+        type=Path,
+        default=Path("output/evaluation/variants.json"),
+        help="JSON file to write; default: %(default)s",
     )
     options = parser.parse_args(argv)
     save(options.out, measure(options.samples, options.store))
