@@ -1,6 +1,6 @@
 """`python -m bench [WORD] ...`: without a word it runs the operator's benchmark.
 
-run             the operator against what it is to replace, shape by shape
+run             the operator against its rivals, shape by shape
 compare         two result files: exit code 1 if the second is slower
 end-to-end      time that guidance adds to a step and to an image
 loaded          ours and rivals on a CPU beside processes that keep every core busy

@@ -112,7 +112,7 @@ def _split(shape: Shape, example: Tensor) -> Call:
 
 
 def _split_compiled(shape: Shape, example: Tensor) -> Call:
-    # Only the middle size: every other one would cost the compiler's time again.
+    # Each further size would cost the compiler's time again, so the middle one must do.
     rows = split_rows(shape)
     return _split_by(_compile(baselines.split, example), shape, rows[len(rows) // 2])
 

@@ -1,4 +1,4 @@
-"""Predictions from before the first measurement: our time over that of the bare matmul, by shape.
+"""Predictions from before the first measurement: our time over the bare matmul's, by shape.
 
 The ranges are in `predictions.json`, and bench/NOTES.md shows them with the reasons; `python -m
 bench.compared.predictions` prints the table of that page.
@@ -27,7 +27,7 @@ def table() -> str:
 
 
 def ratio(case: dict[str, Any]) -> float | None:
-    """Our time over that of the bare matmul, from the paired rounds of one case."""
+    """Our time over the bare matmul's, from the paired rounds of one case."""
     paired = case.get("times", {}).get("matmul", {}).get("times_ours")
     return None if not paired else 1 / float(paired["median"])
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .._path import ROOT as ROOT
 from ..compared.shapes import Shape, random_tokens
 
 

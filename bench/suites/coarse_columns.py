@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench coarse-
     for shape in shapes:
         cases.append(measure(shape, getattr(torch, options.dtype), device, options.seconds))
         print(line(cases[-1]), flush=True)
-        if options.out:  # after each shape, so that a run that is cut off leaves what it has
+        if options.out:  # after each shape, so that a run that is cut short keeps its results
             results.save(options.out, {**provenance.describe(), "coarse_columns": cases})
     if not options.out:
         print(json.dumps(cases))

@@ -23,7 +23,6 @@ import torch
 from negtome_fast import provenance
 
 from .. import results
-from .._path import ROOT
 
 TARGET = 60e-6
 CALLS = 200
@@ -138,7 +137,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench host-ti
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=20, help=f"of {CALLS} calls; default: 20")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/host-time.json")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "host-time.json")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print(

@@ -1,6 +1,6 @@
 """`python -m bench [run]`: the operator against its rivals on this machine.
 
-Writes a JSON file after every shape, so that a run that is cut short leaves what it has.
+Writes a JSON file after every shape, so that a run that is cut short keeps its results.
 """
 
 from __future__ import annotations

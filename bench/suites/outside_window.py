@@ -18,7 +18,6 @@ import torch
 from negtome_fast import provenance
 
 from .. import results
-from .._path import ROOT
 from ..compared.denoisers import Workload, embedded
 from ..timing import clock
 
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench outside
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="default: 60")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/outside_window.json")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "outside-window-cpu.json")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

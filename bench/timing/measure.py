@@ -20,7 +20,7 @@ MIN_ROUNDS = {"cpu": 3, "cuda": 10}
 
 
 def rotating_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """So many different inputs that none is still in the cache when its turn comes."""
+    """Different inputs, enough that none is still in the cache when its turn comes."""
     count = 2
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 * 2**20)

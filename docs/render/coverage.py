@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A simulation a row, as `negtome_fast.studies.studies.coverage` writes them."""
+    """One row for each simulation of `negtome_fast.studies.studies.coverage`."""
     lines = [
         "| groups a prompt | images | images of a group | mean estimate | mean corrected "
         "| ratio covered | wholly above | difference covered |",

@@ -1,6 +1,6 @@
-"""The GPU suite from a checkout that is not installed: rehearsed with torch, triton, numpy, pytest.
+"""Rehearsals of the GPU suite from a bare checkout, with torch, triton, numpy and pytest alone.
 
-A GPU that is rented by the minute may have no more than that, and no network.
+A machine that is rented by the minute may have no more packages, and no network.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bench.timing.launches import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "pytest")
-#: So long that no stage is ever cut short, however busy the machine is.
 LIMIT = "3000"
+"""Seconds; enough for every stage on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Nothing of this process that could help: no paths, no settings of the project."""
+    """Environment without the paths and settings of this process."""
     kept = ("HOME", "PATH", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
     found = {name: os.environ[name] for name in kept if name in os.environ}
     return found | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -52,7 +52,7 @@ def in_bare(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_environment_holds_nothing_else(bare_python: Path) -> None:
     code = "import importlib.util as u; print([n for n in {} if u.find_spec(n)])"
     names = ["torch", "triton", "numpy", "pytest", "diffusers", "xdist", "packaging", "pip"]
-    # From another folder, as the checkout itself holds the package.
+    # It runs in another folder, because the checkout itself holds the package.
     done = subprocess.run(
         [str(bare_python), "-c", code.format([*names, "negtome_fast"])],
         cwd=bare_python.parent,
@@ -65,7 +65,7 @@ def test_the_environment_holds_nothing_else(bare_python: Path) -> None:
 
 
 def rehearsed(call: str, python: Path, out: Path) -> dict[str, Any]:
-    """The result of a rehearsal that ended with exit code 0, all its stages in order."""
+    """Stages of a rehearsal, which must end with exit code 0 and have all stages in order."""
     words = ["bench/gpu_suite.py", call, "--rehearse", "--limit", LIMIT, "--out", str(out)]
     done = in_bare(python, *words)
     log = out / f"{call}.log"
@@ -80,7 +80,7 @@ def rehearsed(call: str, python: Path, out: Path) -> dict[str, Any]:
 
 
 def measured(stage: dict[str, Any]) -> bool:
-    """Whether every shape of a benchmark has times."""
+    """Return True if every shape of a benchmark has times."""
     cases = stage["result"]["cases"]
     return bool(cases) and all(case["times"]["ours"]["seconds"]["median"] > 0 for case in cases)
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: baselines, statistics, the check before the clock."""
+"""Parts of the benchmarks: baselines, statistics, the check before the clock, the commands."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_authors_is_the_official_matching(dtype: torch.dtype, groups: int) -> No
     expected = negtome(
         x, alpha=0.7, threshold=0.5, groups=groups, matching="official", backend="reference"
     )
-    # Theirs pushes the reference from itself, which gives it back up to rounding.
+    # Theirs pushes the reference from itself, which leaves it equal up to rounding.
     torch.testing.assert_close(y, expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
     assert not torch.equal(y, x)
 
@@ -370,7 +370,7 @@ def test_a_regression_is_what_lies_beyond_the_noise(
 
 
 def test_comparison_by_a_rival_of_the_same_run() -> None:
-    # Twice as slow, on a machine on which everything was twice as slow.
+    # All times of the second run are doubled.
     old, new = outcome(1.0), outcome(2.0)
     new["cases"][0]["times"]["matmul"]["times_ours"] = {"median": 2.0, "p20": 2.0, "p80": 2.0}
     assert compare.compare(old, new)[0].verdict == "SLOWER"
@@ -432,7 +432,7 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_project_is_importable_where_it_is_not_installed() -> None:
-    # -S leaves site-packages out, and with them an editable install; torch is not needed.
+    # -S leaves out site-packages, and so an editable install; torch is not needed.
     code = (
         "import sys; import bench._path, importlib.util; "
         "spec = importlib.util.find_spec('negtome_fast.kernels.tuning'); print(spec.origin)"

@@ -28,7 +28,7 @@ def test_timesteps_are_those_of_the_schedulers() -> None:
     euler.set_timesteps(50)
     assert denoisers.leading_timesteps(50) == tuple(euler.timesteps.tolist())
 
-    # As FluxPipeline calls it for 1024 x 1024 pixels: sigmas to 1/28, the shift exp(1.15).
+    # FluxPipeline calls it so for 1024 x 1024 pixels: sigmas to 1/28, the shift exp(1.15).
     flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     flow.set_timesteps(sigmas=[1 - i / 28 for i in range(28)], mu=1.15)
     assert denoisers.flow_timesteps(28, 3.158) == pytest.approx(flow.timesteps.tolist(), abs=0.05)
@@ -46,7 +46,7 @@ def test_authors_function_acts_where_ours_does(flux: denoisers.Workload) -> None
             outputs[method] = flux.forward(flux.guided_timestep)
             blocks[method] = end_to_end.blocks_guided(handle) if handle else 0
     assert blocks == {"without": 0, "ours": 2, "authors": 2}
-    # The same computation through our operator, in the same places.
+    # Our operator with the official matching computes the same in the same places.
     config = flux.config.with_overrides(matching="official", backend="reference")
     official = denoisers.Workload("", flux.model, flux.forward, config, flux.timesteps, flux.images)
     with end_to_end.guided(official, "ours"), torch.no_grad():

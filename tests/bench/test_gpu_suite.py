@@ -135,7 +135,7 @@ def test_it_keeps_to_its_limit_and_hands_on_what_is_left(
     assert given == pytest.approx({"quick": 50.0, "slow": 79.0, "late": 20.0})
     assert now == pytest.approx(100.0) and found["cut_short"]
 
-    # Without time a stage is not begun.
+    # A stage without time does not begin.
     limit = suite.MARGIN_SECONDS + 2.0
     suite.run_stages(stages, list(shares), place, limit, found := {"stages": {}}, path)
     assert found["stages"]["late"]["cut_short"]
@@ -265,7 +265,7 @@ def test_a_kind_whose_process_dies_is_named_and_the_others_keep_their_results(
     assert stage["passed"] == len(launches.KINDS) and stage["failed"] == 1
     assert suite.stage_failed("kernels", stage)
     assert ("tiles", "the process died (-11) in: right, first") in suite.failures(stage)
-    # What follows is told, and every main shape was compiled beside the checks.
+    # Every main shape was compiled beside the checks.
     assert len(stage["warm_up"]) == len(smoke.SHAPES) and not smoke.warm_up(place, smoke.SHAPES)
 
 
@@ -313,7 +313,7 @@ def test_a_kernel_that_writes_nothing_or_twice_is_caught() -> None:
 
     def unwritten(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, similarity, pushed = work.call(x)
-        # What a program leaves out keeps the poison.
+        # A program that writes nothing leaves the poison.
         return (
             torch.where(torch.arange(len(y))[:, None, None] == 1, torch.nan, y),
             similarity,

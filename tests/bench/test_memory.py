@@ -1,4 +1,4 @@
-"""Peak memory of the torch backend, measured by the operating system in processes of their own."""
+"""Peak memory of the torch backend, counted by the operating system in fresh processes."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from bench.results import FOLDER
 from docs.render.__main__ import main
 from docs.render.pages import PAGES, Part, render
 
-#: Pages whose tables need the studies, which import diffusers and more.
 OF_STUDIES = {"docs/beyond.md", "docs/evaluation.md", "docs/nudging.md"}
+"""Pages with tables of the studies, which import diffusers and more."""
 
 
 @pytest.mark.parametrize("page", PAGES)

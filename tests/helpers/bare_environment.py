@@ -1,7 +1,7 @@
-"""A virtual environment with a few distributions of this one and nothing else, without downloads.
+"""A virtual environment that links a few distributions of this one, without downloads.
 
-It holds links to the files of the distributions, and of all that they require; what is installed in
-editable form here, this project above all, is not there.
+It links the files of these distributions and of all that they require. Editable installs, such as
+this project, are not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 
 def required(names: tuple[str, ...]) -> dict[str, metadata.Distribution]:
-    """The distributions by name, and recursively what they require here, without extras.
+    """Distributions by name, with all that they require here, without extras.
 
     Raises:
         PackageNotFoundError: one of `names` is not installed.
@@ -35,16 +35,16 @@ def required(names: tuple[str, ...]) -> dict[str, metadata.Distribution]:
 
 
 def top_level(distribution: metadata.Distribution) -> dict[str, Path]:
-    """Files and folders of a distribution directly in site-packages, by name."""
+    """Name -> path of a distribution's files and folders directly in site-packages."""
     folder = Path(str(distribution.locate_file("")))
     names = {file.parts[0] for file in distribution.files or ()}
-    # Scripts lie elsewhere; .pth files run code in every start of Python.
+    # Scripts lie elsewhere; .pth files run code at every start of Python.
     names = {n for n in names if n not in ("..", "__pycache__") and not n.endswith(".pth")}
     return {name: folder / name for name in names if (folder / name).exists()}
 
 
 def build(folder: Path, *names: str) -> Path:
-    """Makes the environment and returns its Python."""
+    """Make the environment in `folder`, and return the path of its Python."""
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", "--symlinks", str(folder)], check=True
     )

@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=int, default=500, help="simulated studies a row")
     parser.add_argument(
-        "--out", type=Path, default=Path("output/evaluation/coverage.json"), help="%(default)s"
+        "--out",
+        type=Path,
+        default=Path("output/evaluation/coverage.json"),
+        help="JSON file to write; default: %(default)s",
     )
     options = parser.parse_args(argv)
     rows = [simulate(n, spread, options.runs) for n in (2, 4, 8, 16) for spread in (True, False)]

@@ -209,7 +209,7 @@ def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
     )
     value = float(at(quality[:, None], found[:, None], np.array([level]))[0])
     values = at(qualities, founds, levels)
-    # Where no point of the operator reaches the precision, its best one stands in.
+    # If no point of the operator reaches the precision, its best one stands in.
     values = np.where(np.isfinite(values), values, founds[qualities.argmax(0), range(len(levels))])
     return triple(plan.interval(own - value, own_drawn - values, no_change=0.0))
 
@@ -262,7 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=IMAGES, help="images of a condition")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of drawn images")
     parser.add_argument(
-        "--out", type=Path, default=Path("output/evaluation/variants.json"), help="%(default)s"
+        "--out",
+        type=Path,
+        default=Path("output/evaluation/variants.json"),
+        help="JSON file to write; default: %(default)s",
     )
     options = parser.parse_args(argv)
     save(options.out, measure(options.samples, options.store))
