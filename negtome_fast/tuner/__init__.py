@@ -1,4 +1,4 @@
-"""Tuning of launch configurations: the library of `negtome-fast tune`.
+"""The parts of `negtome-fast tune` (negtome_fast/cli/commands/tune.py).
 
 space: configurations that can fit. predict: their order. candidates: those that compile well.
 launches: compile them as they are launched. measure: the right and fastest one. tables: write it.
