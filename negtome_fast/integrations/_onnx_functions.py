@@ -1,7 +1,7 @@
-"""The operators in ONNX: what `onnx.translation_table` puts in the place of `torch.ops` nodes.
+"""The operators in ONNX: functions of `onnx.translation_table` that replace nodes of `torch.ops`.
 
-Written in onnxscript. `guide` and `match` are traced, once for each node, and settle what is known
-then: modes and masks. The functions above them are put into the model as they are; their loops,
+Written in onnxscript. `guide` and `match` are traced once for each node, with its modes and masks.
+The scripted functions `match_slots` and `push_all` are put into the model as they are; their loops,
 over the slots of references and over blocks of columns, become `Loop`.
 """
 
@@ -25,21 +25,19 @@ _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
 def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL) -> tuple[T, INT64]:
     """Best match of every token in every slot: similarity and index (B, C, N), -inf and -1: none.
 
-    x (B, N, D), reference (P, M, D), allowed (P, M); table (B, C): the item of reference in a slot.
-    Rows search columns: source tokens reference tokens, or with `official` the other way around.
+    x (B, N, D), reference (P, M, D), allowed (P, M); table (B, C): reference item of each slot.
+    Rows search columns: x searches allowed tokens of reference; `official`: reference searches x.
     """
     nothing = op.CastLike(op.Constant(value_float=float("-inf")), x)
     zero = op.CastLike(0.0, x)
     epsilon = op.CastLike(1e-12, x)
     shape = op.Shape(x, start=0, end=2)
-    zeros = op.Constant(value_ints=[0, 0, 0, 0])
     empty = op.Concat(op.Shape(x, start=0, end=1), [0], op.Shape(x, start=1, end=2), axis=0)
     similarity = op.Expand(zero, empty)
     index = op.Expand(op.Constant(value_int=0), empty)
     for slot in range(op.Squeeze(op.Shape(table, start=1, end=2), [0])):
         item = op.Gather(table, slot, axis=1)
         others = op.Gather(reference, item)
-        mask = op.Gather(allowed, item)
         if official:
             rows = op.Identity(others)
             columns = op.Identity(x)
@@ -47,9 +45,9 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
         else:
             rows = op.Identity(x)
             columns = op.Identity(others)
-            may_match = op.Identity(mask)
+            may_match = op.Gather(allowed, item)
 
-        # Columns of unit length, in blocks of one size; zero where they may not be chosen.
+        # Unit columns, padded to blocks of one size; zero where they may not be chosen
         norm = op.ReduceL2(columns, [2], keepdims=1)
         finite = op.Not(op.Or(op.IsInf(norm), op.IsNaN(norm)))
         usable = op.And(op.Unsqueeze(may_match, [2]), finite)
@@ -57,11 +55,11 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
         length = op.Shape(units, start=1, end=2)
         block = op.Min((length + (RUN - 1)) / RUN * RUN, op.Constant(value_ints=[BLOCK]))
         steps = (length + (block - 1)) / block
-        padding = op.Concat(zeros, steps * block - length, [0], axis=0)
+        padding = op.Concat([0, 0, 0, 0], steps * block - length, [0], axis=0)
         units = op.Pad(units, padding)
         usable = op.Pad(usable, padding)
 
-        # The best column of every row, strictly better, as earlier blocks hold lower indices.
+        # Best column of every row; ties keep the earlier block, which holds the lower index
         best = op.Expand(nothing, shape)
         chosen = op.Expand(op.Constant(value_int=-1), shape)
         for number in range(op.Squeeze(steps, [0])):
@@ -72,7 +70,7 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
             scores = op.Where(open, scores, nothing)
             at = op.ArgMax(scores, axis=2, keepdims=0)
             value = op.ReduceMax(scores, [2], keepdims=0)
-            # A comparison with NaN is false: rows that are not finite find nothing.
+            # A comparison with NaN is false, so rows that are not finite have no match.
             better = value > best
             chosen = op.Where(better, at + start, chosen)
             best = op.Where(better, value, best)
@@ -80,13 +78,6 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
         row_norm = op.ReduceL2(rows, [2], keepdims=0)
         row_finite = op.Not(op.Or(op.IsInf(row_norm), op.IsNaN(row_norm)))
         found = op.And(row_finite, chosen >= 0)
-        if official:
-            # Token j is pushed away from the row it chose: both must be finite, and j allowed.
-            away = op.GatherElements(op.Cast(row_finite, to=_INT64), op.Max(chosen, 0), axis=1)
-            pushable = op.And(op.And(mask, op.Squeeze(finite, [2])), away > 0)
-        else:
-            pushable = op.Identity(found)
-        found = op.And(found, pushable)
         one = op.Where(found, best / op.Max(row_norm, epsilon), nothing)
         similarity = op.Concat(similarity, op.Unsqueeze(one, [1]), axis=1)
         index = op.Concat(index, op.Unsqueeze(op.Where(found, chosen, -1), [1]), axis=1)
@@ -107,7 +98,7 @@ def push_all(x: T, tokens: T, place: INT64, pushed: BOOL, alpha: T) -> T:
 
 
 def _compute(tokens):
-    """In fp32, or fp64 as it is."""
+    """Tokens in fp64 if they are fp64, else in fp32."""
     return tokens if tokens.dtype == _DOUBLE else op.Cast(tokens, to=_FLOAT)
 
 
@@ -121,7 +112,7 @@ def _numbers(count):
 
 
 def _table(x, reference, pairing_mode, groups, per_item):
-    """The reference item of each item and slot (B, C), as `pairing.Pairing`; has it any (B, 1)."""
+    """Reference item of each item and slot (B, C), and True if the item has any (B, 1)."""
     items = _length(x, 0)
     item = op.Unsqueeze(_numbers(items), op.Constant(value_ints=[1]))
     every = op.Expand(op.Cast(op.Constant(value_int=1), to=_BOOL), op.Shape(item))
@@ -143,8 +134,23 @@ def _table(x, reference, pairing_mode, groups, per_item):
     return op.Add(op.Add(start, slot), later), every
 
 
+def _is_finite(tokens):
+    """Tokens (B, N) of finite norm."""
+    norm = op.ReduceL2(tokens, op.Constant(value_ints=[2]), keepdims=0)
+    return op.Not(op.Or(op.IsInf(norm), op.IsNaN(norm)))
+
+
+def _pushable(x, reference, allowed, table, index):
+    """Tokens (B, C, N) that official matching may push: r_i allowed, x_i and the match finite."""
+    source = op.Unsqueeze(_is_finite(x), op.Constant(value_ints=[1]))
+    finite = op.Cast(op.Gather(_is_finite(reference), table), to=_INT64)
+    zero = op.Constant(value_int=0)
+    away = op.Greater(op.GatherElements(finite, op.Max(index, zero), axis=2), zero)
+    return op.And(op.And(op.Gather(allowed, table), source), away)
+
+
 def _match(x, reference, reference_mask, pairing_mode, groups, per_item, matching):
-    """Similarity and index (B, C, N), the tokens as they were compared, and the table."""
+    """Similarity and index (B, C, N), the tokens in the dtype of the comparison, and the table."""
     table, has_reference = _table(x, reference, pairing_mode, groups, per_item)
     wide = _compute(x)
     others = wide if reference is None else _compute(reference)
@@ -153,11 +159,16 @@ def _match(x, reference, reference_mask, pairing_mode, groups, per_item, matchin
         reference_mask = op.Expand(op.Cast(op.Constant(value_int=1), to=_BOOL), shape)
     official = op.Cast(op.Constant(value_int=int(matching == "official")), to=_BOOL)
     similarity, index = match_slots(wide, others, reference_mask, table, official)
-    # Shape inference loses the rank in the loop.
+    # Shape inference does not see the rank of the results of a loop.
     shape = op.Concat(_length(x, 0), _length(table, 1), _length(x, 1), axis=0)
     similarity, index = op.Reshape(similarity, shape), op.Reshape(index, shape)
+    found = None
+    if matching == "official":
+        found = _pushable(wide, others, reference_mask, table, index)
     if pairing_mode == "first":
-        found = op.Unsqueeze(has_reference, op.Constant(value_ints=[2]))
+        sources = op.Unsqueeze(has_reference, op.Constant(value_ints=[2]))
+        found = sources if found is None else op.And(found, sources)
+    if found is not None:
         nothing = op.CastLike(op.Constant(value_float=float("-inf")), wide)
         similarity = op.Where(found, similarity, nothing)
         index = op.Where(found, index, op.Constant(value_int=-1))
@@ -174,7 +185,7 @@ def match(
     matching: str,
     backend: str,
 ):
-    """`negtome_fast::match`."""
+    """Translation of `negtome_fast::match`."""
     found = _match(x, reference, reference_mask, pairing_mode, groups, per_item, matching)
     return found[0], found[1]
 
@@ -193,7 +204,7 @@ def guide(
     combine: str,
     backend: str,
 ):
-    """`negtome_fast::guide`."""
+    """Translation of `negtome_fast::guide`."""
     similarity, index, wide, others, table = _match(
         x, reference, reference_mask, pairing_mode, groups, per_item, matching
     )
@@ -204,7 +215,7 @@ def guide(
         op.CastLike(op.Reshape(threshold, op.Constant(value_ints=[-1])), wide), slots
     )
     if combine == "nearest":
-        # The best slot alone, the lowest of equal ones: everything is (B, 1, N) from here on.
+        # Only the best slot, the lowest of equal ones: arrays are (B, 1, N) from here on.
         slot = op.ArgMax(similarity, axis=1, keepdims=1)
         similarity = op.GatherElements(similarity, slot, axis=1)
         index = op.GatherElements(index, slot, axis=1)

@@ -1,8 +1,8 @@
-"""ONNX: `negtome_fast.negtome` as standard operators, in a loop over blocks of reference tokens.
+"""Export of `negtome_fast.negtome` to ONNX, as standard operators.
 
-The operator in a torch program is translated node by node (`translation_table`), so any model with
-`NegToMe` layers can be exported; `export_onnx` does it in one call. Similarities exist for one
-block at a time: memory grows with the tokens, not with the product of their numbers.
+`translation_table` translates the operator's nodes of a torch program, so any model with `NegToMe`
+layers can be exported; `export_onnx` does it in one call. A loop takes one block of reference
+tokens at a time, so memory grows with N + M, not with N * M.
 
     y_i = x_i + alpha * (x_i - r_j)  where  j = argmax_j cos(x_i, r_j)  and  cos > threshold
 """
@@ -21,7 +21,7 @@ OPSET = 18
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`.
+    """Translations for `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`.
 
     Raises:
         ImportError: onnx or onnxscript is missing; names the extra.
@@ -49,23 +49,24 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     opset_version: int = OPSET,
 ) -> torch.onnx.ONNXProgram:
-    """`module`, which may hold `NegToMe` layers or call `negtome`, as an ONNX model.
+    """Export a module that has `NegToMe` layers or calls `negtome` as an ONNX model.
 
     Args:
-        module: in eval mode, as everything that is exported. `alpha` and `threshold` of layers
-            become constants; hand tensors to `negtome` to have them as inputs.
-        arguments, keywords: examples of what its forward takes.
-        path: file that is written; None (default) only returns the program.
+        module: in eval mode. `alpha` and `threshold` of layers become constants; pass tensors to
+            `negtome` to make them inputs.
+        arguments, keywords: example arguments of its forward.
+        path: file of the model; None (default) writes no file.
         dynamic_shapes: as in `torch.export.export`, such as `({0: items, 1: tokens},)`.
-        input_names, output_names: of the ONNX model; default: as torch names them.
-        opset_version: of the standard operators, at least 18 (default).
+        input_names, output_names: names in the ONNX model; default: those of torch.
+        opset_version: version of the standard operators, at least 18 (default).
 
     Returns:
-        the program: `program.model_proto` is the model, `program(x)` runs it by onnxruntime.
+        The program: `program.model_proto` is the model, `program(x)` runs it by onnxruntime.
 
     Raises:
         ImportError: a package of the extra `onnx` is missing.
         ValueError: opset_version is too old, or the operator is used in place.
+        RuntimeError: torch returned no program.
     """
     if opset_version < OPSET:
         raise ValueError(f"opset_version must be at least {OPSET}, got {opset_version}")
@@ -86,7 +87,7 @@ def export_onnx(
     except torch.onnx.OnnxExporterError as error:
         if "negtome_fast.guide_" not in str(error):
             raise
-        raise ValueError("ONNX has no operators in place: use inplace=False") from error
+        raise ValueError("ONNX has no in-place operators; use inplace=False") from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     if path is not None:

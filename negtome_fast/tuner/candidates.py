@@ -1,10 +1,11 @@
-"""Which configurations compile well: found out here, or read from `compiled/<arch>.json`.
+"""Choose the configurations that compile well, by compile reports made here or shipped.
 
     python -m negtome_fast.tuner.candidates [--targets sm_90] [--quick] [--also FOLDER]
 
-writes those files: what the installed Triton, and the one in each FOLDER, make of every
-configuration that tuning the shapes of space.py would meet. They spare a GPU the compilation of
-what would be left out. A file serves as long as the kernels are those it was made of.
+writes `compiled/<arch>.json`: the compile report, by the installed Triton and by the one in each
+FOLDER, of every configuration that tuning the shapes of space.py would meet. On a GPU the tuner
+then skips the bad ones without compiling them. A file is valid until the code of the kernels
+changes.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from .space import SHAPES
 
 FOLDER = Path(__file__).parent / "compiled"
 SCHEMA = 2
-#: How many configurations of a kernel are measured: in full; and with --quick or little time.
+#: Number of configurations of a kernel that are measured; the second if quick or short of time.
 MEASURED, QUICK = 24, 6
-#: The kernels whose text decides what the compiler makes of a configuration.
+#: Files of the kernels that are tuned.
 SOURCES = ("division.py", "fused.py", "match.py", "push.py", "shared.py")
-#: What a file keeps of a row of the compile report, for each Triton.
+#: Fields of the compile report that a file keeps, for each Triton.
 FOUND = (
     *("registers", "spills", "shared", "matrix_instructions", "narrow_offsets", "programs"),
     *("nan_maxima", "error"),
 )
 
-#: (kernel, dtype, config) and its row of the compile report.
+#: (kernel, dtype, config).
 Key = tuple[str, str, Config]
+#: Rows of the compile report.
 Rows = dict[Key, dict[str, Any]]
 Compile = Callable[[Sequence[Key]], list[dict[str, Any]]]
 
@@ -54,9 +56,9 @@ def wanted(
 ) -> list[Key]:
     """The `keep` most promising configurations of a kernel that are not known to be bad.
 
-    Bad are errors, spills, too much shared memory, a lack of tensor cores, and fewer than
-    CTAS_PER_SM programs on a multiprocessor; `reports` holds what is known. With `spare` one more
-    for each that is known to be bad, as the next ones may be no better.
+    A configuration is bad if its row of `reports` has a problem (`compile_report.problems`): an
+    error, spills, too much shared memory, no tensor cores, or fewer than CTAS_PER_SM programs on a
+    multiprocessor. With `spare`, one more for each bad one, as the next ones may be bad too.
     """
     found: list[Key] = []
     count = keep
@@ -80,9 +82,9 @@ def pruned(
     reports: Rows,
     compiled: Compile,
 ) -> list[dict[str, Any]]:
-    """Rows of the compile report of what is `wanted`, most promising first, all of them good.
+    """Rows of the compile report of the `keep` most promising good configurations, in that order.
 
-    reports: rows that are known; others are asked of `compiled`, and added.
+    reports: known rows. Missing rows come from `compiled`, and are added to it.
     """
     while True:
         keys = wanted(kernel, problem, arch, multiprocessors, keep, reports)
@@ -110,7 +112,7 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 
 def sources() -> str:
-    """The fingerprint of the kernels that are installed."""
+    """Fingerprint of the installed kernels."""
     folder = Path(aot.__file__).parent
     return fingerprint((folder / name).read_text(encoding="utf-8") for name in SOURCES)
 
@@ -129,7 +131,7 @@ def _row(arch: str, version: str, key: Key, found: Sequence[Any]) -> dict[str, A
 def listed(arch: str, version: str, path: Path | None = None) -> Rows:
     """Rows of the file of `arch` (or `path`) for a version of Triton.
 
-    Empty where there is no file, or the kernels have changed since it was made.
+    Empty if there is no file, or if the kernels have changed since it was made.
     """
     path = path or FOLDER / f"{arch}.json"
     if not path.is_file():
@@ -147,7 +149,7 @@ def listed(arch: str, version: str, path: Path | None = None) -> Rows:
 
 
 def text_of(arch: str, keeps: Sequence[int], reports: dict[str, Rows]) -> str:
-    """The file of `arch` with the rows of each version of Triton, a line for each configuration."""
+    """Text of the file of `arch`: a line for each configuration, with a row for each Triton."""
     head = {"schema": SCHEMA, "arch": arch, "fields": list(Config._fields), "found": list(FOUND)}
     head |= {"sources": sources(), "kept": list(keeps)}
     lines = []
@@ -163,12 +165,12 @@ def text_of(arch: str, keeps: Sequence[int], reports: dict[str, Rows]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Making them
+# Making files
 # ---------------------------------------------------------------------------------------------
 def met(arch: str, dtype: str, keeps: Sequence[int], reports: Rows, compiled: Compile) -> None:
-    """Add to `reports` all rows that tuning every shape for `arch` would ask for.
+    """Add to `reports` all rows that tuning every shape on `arch` would need.
 
-    keeps: how many configurations of a kernel are measured, for each way of tuning.
+    keeps: numbers of configurations of a kernel that are measured, one for each way of tuning.
     """
     for shape in SHAPES:
         for kernel in shape.kernels:
@@ -181,7 +183,7 @@ def met(arch: str, dtype: str, keeps: Sequence[int], reports: Rows, compiled: Co
 def made(
     arch: str, dtypes: Sequence[str], keeps: Sequence[int], folders: Sequence[Path | None]
 ) -> Iterator[dict[str, Rows]]:
-    """Rows by version of Triton, after each folder that holds one; None is the installed one."""
+    """Yield the rows by version of Triton, after each folder with one; None: the installed one."""
     reports: dict[str, Rows] = {}
     by_version: dict[str, Compile] = {}
     for folder in folders:
@@ -194,7 +196,7 @@ def made(
             met(arch, dtype, keeps, rows, compiled)
         version = next(iter(rows.values()))["triton"]
         reports[version], by_version[version] = rows, compiled
-        # All of them know the same configurations, so that they can be compared.
+        # Every version gets all configurations, so that the versions can be compared.
         every = dict.fromkeys(key for rows in reports.values() for key in rows)
         for version, rows in reports.items():
             missing = [key for key in every if key not in rows]
@@ -205,7 +207,7 @@ def made(
 
 
 def summary(arch: str, reports: dict[str, Rows]) -> str:
-    """A Markdown table: how many of each kernel are good by each Triton, and where they differ."""
+    """Markdown table: number of good configurations by kernel and Triton, and the differences."""
     versions = sorted(reports, reverse=True)
     rows: dict[str, Rows] = {version: reports[version] for version in versions}
     heads = ["kernel", "dtype", "compiled", *(f"good by {version}" for version in versions)]
@@ -224,7 +226,7 @@ def summary(arch: str, reports: dict[str, Rows]) -> str:
 
 
 def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
-    """A configuration, and what is wrong with it by which Triton."""
+    """A configuration in words, with its problems by version of Triton."""
     config = key[2]
     parts = [f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}", f"{config.num_warps} warps"]
     parts += [f"{config.num_stages} stages"]
@@ -238,7 +240,7 @@ def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
 def _write(
     arch: str, keeps: Sequence[int], reports: dict[str, Rows], document: Path | None
 ) -> None:
-    """Write the file of `arch`, and the summary into a document."""
+    """Write the file of `arch`, and its summary into a document."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
     if document:
@@ -248,7 +250,7 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files, or say which are out of date; exit code 1 for --check, 2 for an error."""
+    """Write the files; returns the exit code: 0, or 2 for an error."""
     parser = argparse.ArgumentParser(
         prog="negtome_fast.tuner.candidates",
         description=__doc__,
@@ -256,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=aot.TARGETS, default=["sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=tuning.DTYPES, default=["bfloat16"])
-    parser.add_argument("--quick", action="store_true", help="only what tuning in little time asks")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the configurations of quick tuning"
+    )
     parser.add_argument("--also", nargs="+", type=Path, metavar="FOLDER", default=[])
     parser.add_argument("--write", type=Path, metavar="FILE", help="also a summary in a document")
     options = parser.parse_args(arguments)

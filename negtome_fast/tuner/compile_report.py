@@ -3,7 +3,7 @@
     python -m negtome_fast.tuner.compile_report [--targets sm_90 gfx942] [--kernels tiles]
     python -m negtome_fast.tuner.compile_report --write docs/kernels.md       (or --check)
 
-`--also FOLDER` compiles with the Triton in that folder, too, and says where the two differ.
+`--also FOLDER` also compiles with the Triton in that folder, and shows where the two differ.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ MATCHING = ("fused", "tiles", "pairs", "score")
 def compile_all(
     targets: Iterable[str] = tuple(TARGETS), kernels: Iterable[str] = tuning.KERNELS
 ) -> list[dict[str, Any]]:
-    """Compile every shipped configuration; one row each, see `aot.compile_row`.
+    """Compile every shipped configuration; returns one row each, see `aot.row_of`.
 
-    Needs kernels that are not interpreted. Raises RuntimeError without Triton.
+    Needs kernels that are not interpreted.
+
+    Raises:
+        RuntimeError: Triton is not installed.
     """
     aot.require_triton()
     kernels = set(kernels)
@@ -56,7 +59,7 @@ def _compile_given(target: str, text: str) -> list[dict[str, Any]]:
 def _in_process(
     arguments: Sequence[str], given: str | None = None, triton: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Rows that this file prints with `--json`, where kernels are not interpreted."""
+    """Rows that `main` prints with `--json`, in a process whose kernels are not interpreted."""
     module = f"{__package__}.compile_report"
     rows: list[dict[str, Any]] = json.loads(
         run_compiling(module, ["--json", *arguments], given, triton)
@@ -69,12 +72,14 @@ def report(
     kernels: Sequence[str] | None = None,
     triton: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """`compile_all`, a process for each target; so it also works where kernels are interpreted.
+    """Compile every shipped configuration, in one process for each target.
 
-    triton: a folder that holds the Triton to compile with; default: the installed one.
+    Unlike `compile_all` it also works in a process whose kernels are interpreted. triton: a folder
+    with the Triton to compile with; default: the installed one.
 
-    Raises ValueError for an unknown target or kernel, RuntimeError without Triton or if a process
-    fails.
+    Raises:
+        ValueError: a target or kernel is unknown.
+        RuntimeError: Triton is not installed, or a process failed.
     """
     aot.require_triton()
     targets = list(TARGETS) if targets is None else list(targets)
@@ -96,9 +101,9 @@ def report_configurations(
     configurations: Sequence[tuple[str, str, tuning.Config]],
     triton: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows for (kernel, dtype, config), shipped or not, each in its first variant; in their order.
+    """Compile each (kernel, dtype, config), shipped or not, in its first variant; rows in order.
 
-    Compiled in as many processes as there are processors. Raises as `report`.
+    Compiles in as many processes as there are processors. Raises as `report`.
     """
     aot.require_triton()
     if target not in TARGETS:
@@ -115,7 +120,7 @@ def report_configurations(
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """Faults of one row of the report; empty where the configuration may ship."""
+    """Faults of one row of the report, in words; empty if the configuration may ship."""
     if row["error"]:
         return [row["error"]]
     found = []
@@ -196,9 +201,10 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 def differences(
     lines: Iterable[tuple[str, ...]], others: Iterable[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
-    """Lines of `cells` that two compilers made differently: `this -> other` where they differ.
+    """Lines of `cells` that differ between two compilers; a cell that differs is `this -> other`.
 
-    Raises ValueError where the two are not lines of the same kernels in the same order.
+    Raises:
+        ValueError: the two are not lines of the same kernels in the same order.
     """
     found = []
     named = 1 + len(_NAMED)
@@ -214,16 +220,17 @@ def differences(
 def comparison(
     lines: Sequence[tuple[str, ...]], others: Sequence[tuple[str, ...]], versions: str
 ) -> str:
-    """The same kernels by another Triton: a sentence, and Markdown of `differences`."""
+    """Sentence on two versions of Triton, and `differences` as a Markdown table."""
     different = differences(lines, others)
     text = f"Triton {versions}: {len(different)} of {len(lines)} differ."
     return f"{text}\n\n{_markdown([_HEADER, *different])}" if different else text
 
 
 def in_document(text: str, name: str, content: str) -> str:
-    """`text` with what is between the two markers called `name` replaced by `content`.
+    """Replace the part of `text` between the two markers called `name` by `content`.
 
-    Raises ValueError where the markers are missing.
+    Raises:
+        ValueError: the markers are missing.
     """
     begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
     if begin not in text or end not in text:
@@ -236,7 +243,7 @@ def in_document(text: str, name: str, content: str) -> str:
 def documented(
     text: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """`text` with the tables of all targets in `rows`, and of what `others` have differently."""
+    """`text` with the tables of all targets in `rows`, and those of differences to `others`."""
     for target in dict.fromkeys(row["target"] for row in rows):
         own = [row for row in rows if row["target"] == target]
         text = in_document(text, target, markdown(own))
@@ -278,7 +285,12 @@ def _print(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; exit code 1 where a configuration may not ship, 2 without Triton."""
+    """Print the report, write it into a document, or check the document.
+
+    Returns:
+        The exit code: 0; 1 if a configuration may not ship or the document is out of date; 2 for an
+        error.
+    """
     options = _parser().parse_args(arguments)
     document = options.write or options.check
     others: list[dict[str, Any]] = []

@@ -1,9 +1,9 @@
-"""Compile kernels as they are launched, in parallel, before any of them is launched.
+"""Compile kernels in parallel, exactly as they are launched, before any of them is launched.
 
-`noting` runs the operator with launches that only note what Triton would compile; `compile_all`
-hands the notes to processes, which fill Triton's cache on disk and report what came out. The launch
-then finds its code there: every configuration is compiled once. A process gets signature, constants
-and options exactly as the launch has them, since the cache is asked by all of them.
+`noting` runs the operator, but its launches only note what Triton would compile. `compile_all`
+gives the notes to processes, which fill Triton's cache on disk and report the compiled code. The
+launch then finds its code there, so every configuration is compiled once. A process gets the
+signature, constants and options of the launch, because all of them are part of the cache's key.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..kernels import aot
 from ..kernels.tuning import Config
 from .candidates import Key
 
-#: The function that a tuned kernel is, by the name that Triton gives it.
+#: Name of the Triton function of each tuned kernel.
 FUNCTIONS = {
     "fused": "fused_kernel",
     "tiles": "tiled_match_kernel",
     "pairs": "tiled_match_kernel",
     "push_from_keys": "push_from_keys_kernel",
 }
-#: Where their functions are, those that are called first.
+#: Modules of their functions; a module comes after those that it calls.
 MODULES = ("division", "shared", "match", "fused", "push")
 
 
@@ -41,11 +41,11 @@ def target() -> list[Any]:
 
 
 def settle() -> None:
-    """Let Triton give all functions of the kernels their keys, in one order in every process.
+    """Compute the cache keys of all kernel functions, in the same order in every process.
 
-    The key of a function has the constants of those it calls only where these have theirs already,
-    so keys depend on which kernel is launched first, and what one process compiles another may not
-    find. Has no effect on kernels that were launched before.
+    The key of a function contains the constants of a called function only if that one's key exists
+    already. Otherwise keys would depend on which kernel is launched first, and one process would
+    not find the code that another compiled. No effect on kernels that were launched before.
     """
     from triton.runtime import JITFunction
 
@@ -58,7 +58,7 @@ def settle() -> None:
 
 @contextlib.contextmanager
 def not_launching() -> Iterator[None]:
-    """Inside, launches end when the kernel is compiled; what is compiled already does nothing."""
+    """Context in which launches only compile; a launch of compiled code does nothing."""
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction
 
@@ -78,10 +78,10 @@ def not_launching() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noting(notes: list[str]) -> Iterator[None]:
-    """Inside, no kernel is launched; what Triton would have to compile for it is added to `notes`.
+    """Context in which launches add to `notes` what Triton would compile, and launch nothing.
 
-    A note is Triton's own description of a specialisation, JSON that holds name, signature,
-    constants, attributes and options. Kernels that this process has compiled leave none.
+    A note is Triton's own description of a specialisation: JSON with name, signature, constants,
+    attributes and options. Kernels that this process has already compiled leave no note.
     """
     from triton import knobs
 
@@ -100,7 +100,7 @@ def noting(notes: list[str]) -> Iterator[None]:
 
 
 def compiled(note: dict[str, Any], device: Sequence[Any]) -> Any:
-    """Compile a note for a device, by the same call as at the launch."""
+    """Compile a note for a device, as the launch does."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -122,13 +122,18 @@ def compiled(note: dict[str, Any], device: Sequence[Any]) -> Any:
 def compile_all(
     arch: str, jobs: Sequence[tuple[Key, Callable[[], object]]]
 ) -> list[dict[str, Any] | None]:
-    """Compile what each job launches, all in one go; a row of the compile report for each job.
+    """Compile the launches of all jobs in parallel.
 
-    arch: whose limits count (`aot.TARGETS`). jobs: (kernel, dtype, config), and a call that runs
-    the operator with that configuration. A row is None where the call launches nothing of `kernel`
-    that this process has not compiled before.
+    Args:
+        arch: the target of `aot.TARGETS` whose limits count.
+        jobs: (kernel, dtype, config), and a call that runs the operator with this configuration.
 
-    Raises RuntimeError where a process fails.
+    Returns:
+        A row of the compile report for each job. None if the call launches no `kernel`, or only one
+        that this process has already compiled.
+
+    Raises:
+        RuntimeError: a process failed.
     """
     owners: dict[str, list[int]] = {}
     for number, ((kernel, *_), call) in enumerate(jobs):
@@ -136,7 +141,7 @@ def compile_all(
         with noting(notes):
             call()
         for note in notes:
-            # Others are compiled along, such as the scales; they are nobody's.
+            # Other kernels, such as the scales, are compiled too; they belong to no job.
             own = json.loads(note)["name"].endswith(f".{FUNCTIONS[kernel]}")
             owners.setdefault(note, []).extend([number] if own else [])
     given = [
@@ -161,7 +166,7 @@ def compile_all(
 
 
 def main() -> int:
-    """Compile the jobs on the standard input; print a row for each, None for nobody's, as JSON."""
+    """Compile the jobs on the standard input; print a row for each as JSON, or null."""
     request = json.load(sys.stdin)
     rows: list[dict[str, Any] | None] = []
     for kernel, dtype, fields, note in request["jobs"]:
@@ -170,7 +175,7 @@ def main() -> int:
             return compiled(note, request["device"])
 
         if kernel is None:
-            with contextlib.suppress(Exception):  # its launch tells
+            with contextlib.suppress(Exception):  # the launch will show the error
                 compile_note()
             rows.append(None)
             continue

@@ -1,4 +1,4 @@
-"""Which configuration is right on random tokens, and with which one the operator is fastest."""
+"""Measure configurations: check them on random tokens, then time the whole operator."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..kernels.tuning import Config, Problem
 from .space import TokenShape
 
 Mode = Literal["first", "others"]
-#: Of every set of rotating inputs together, so that no input stays in a cache between two uses.
+#: Bytes of all rotating inputs together, so that no input stays in a cache between two uses.
 ROTATION_BYTES = 256 * 2**20
 
 
 def random_tokens(shape: TokenShape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Tokens of which about half resemble a token of their group's first item."""
+    """Random tokens; every other one resembles a token of its group's first item."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.items, shape.tokens, shape.channels)
     x = torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
@@ -35,7 +35,7 @@ def random_tokens(shape: TokenShape, dtype: torch.dtype, device: torch.device, s
 
 @contextmanager
 def forced(kind: str, **configurations: Config) -> Iterator[None]:
-    """Inside, every launch is of this kind, with these configurations in place of the table's."""
+    """Context in which every launch is of this kind, with these configurations, not the table's."""
     original = tuning.plan
 
     def plan(*problem: Any) -> tuning.Plan:
@@ -49,10 +49,10 @@ def forced(kind: str, **configurations: Config) -> Iterator[None]:
 
 
 def wrong(x: Tensor, reference: Mode, groups: int, expected: Tensor) -> str | None:
-    """What is wrong with the Triton backend's result on `x`; None where it is right.
+    """Fault of the Triton backend's result on `x`, in words; None if it is right.
 
-    expected: (B, 1, N) the best cosines. The chosen token's must be as good to rounding, and the
-    output must be the push that was reported.
+    expected: (B, 1, N), the best cosines. The cosine of the chosen token must equal them up to
+    rounding, and the output must be the push that was reported.
     """
     from ..functional import guide_tokens
 
@@ -84,7 +84,7 @@ def wrong(x: Tensor, reference: Mode, groups: int, expected: Tensor) -> str | No
 
 
 def seconds_of(calls: Sequence[Callable[[], object]], budget: float = 0.2) -> float:
-    """Median seconds of one call, replayed in a CUDA graph that holds one of each of `calls`."""
+    """Median seconds of one call, from replays of a CUDA graph that holds all `calls` once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -108,7 +108,7 @@ def seconds_of(calls: Sequence[Callable[[], object]], budget: float = 0.2) -> fl
 
 
 class Bench:
-    """Random inputs of one shape, what is right for them, and how long a call takes."""
+    """Random inputs of one shape, with a check of the results and a timer of the operator."""
 
     def __init__(
         self, shape: TokenShape, dtype: str, device: torch.device, reference: Mode
@@ -147,9 +147,9 @@ def fastest(
 ) -> tuple[Config, float] | None:
     """The candidate of `kernel` with which the whole operator is fastest, and its seconds.
 
-    Takes at most a quarter of the seconds that are left, once it has one candidate, so that what
-    comes later has its turn. A candidate that fails or is wrong is told and passed over; None where
-    none is left, or no time.
+    After its first result it stops when it has used a quarter of the time that was left, so that
+    later kernels get their share. It reports and skips candidates that fail or are wrong. Returns
+    None if no candidate is right, or if there is no time.
     """
     end = time.monotonic() + left() / 4
     best: tuple[Config, float] | None = None
@@ -160,7 +160,7 @@ def fastest(
             try:
                 reason = bench.wrong()
                 seconds = float("inf") if reason else bench.seconds()
-            except Exception as error:  # the driver or compiler may refuse in any way; it is told
+            except Exception as error:  # drivers and compilers raise any type of error
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason:
             say(f"  {kernel} {list(config)}: left out, {reason}")
@@ -180,10 +180,10 @@ def tune_shape(
     say: Callable[[str], None],
     left: Callable[[], float],
 ) -> dict[str, Any] | None:
-    """The measured entry of one shape; None where time ran out before tiles were measured.
+    """Measure one shape; returns its entry of the table, or None if time ends before tiles.
 
-    bench: (shape, reference) -> what has `wrong()` and `seconds()`. What was not measured keeps the
-    configuration of `base`, and its kind where only one kind was measured.
+    bench: makes the `Bench` of a shape and a reference. Kernels that were not measured keep the
+    configuration of `base`; so does the kind, unless tiles and fused were both measured.
     """
     problem = shape.problem(dtype)
     chosen = {kernel: base.configuration(kernel) for kernel in tuning.TUNED}
@@ -203,11 +203,11 @@ def tune_shape(
     if "tiles" not in seconds:
         return None
     if left() > 0:
-        # The push of one item beside the matching of the next: tried once the rest is known.
+        # Try the push of some items beside the matching of others, with the best tiles.
         best = chosen["tiles"]
         both = [best, best._replace(OVERLAP=1 - best.OVERLAP)]
         choose(first, "tiles", "tiles", both)
-    del first  # its inputs, before those of the other mode
+    del first  # frees its inputs before those of the other mode are made
     if left() > 0 and "pairs" in shape.kernels:
         tried = candidates("pairs", shape.problem(dtype, others=True))
         choose(bench(shape, "others"), "tiles", "pairs", tried)

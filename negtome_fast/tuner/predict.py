@@ -1,11 +1,11 @@
-"""In which order configurations are measured: a model of what a multiprocessor is busy with.
+"""Order the configurations to measure, by a model of the clocks that a multiprocessor needs.
 
     clocks = tiles of a multiprocessor * (steps * step + exposed)
     step    = the slowest of products, L2 reads, shared memory, latency / loads in flight; and issue
     exposed = latency, the first load, the epilogue
 
-Figures are those of data sheets and of the machine code (docs/kernels.md); none was measured. The
-order is all that is used, and measuring has the last word.
+The figures come from data sheets and from the machine code (docs/kernels.md); none was measured.
+Only the order is used, and measuring has the last word.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from .space import fits, is_hopper, shared_bytes, space
 
 
 class Rates(NamedTuple):
-    """Peak rates of one multiprocessor in a clock, and how many there are.
+    """Peak rates of one multiprocessor per clock, and the number of multiprocessors.
 
-    Multiply-adds of 2-byte elements (tensor cores) and of fp32; bytes from the L2 cache; bytes from
-    memory, where all multiprocessors read.
+    Attributes:
+        half, single: multiply-adds of 2-byte elements (tensor cores), and of fp32.
+        cache, memory: bytes from the L2 cache, and from memory while all multiprocessors read.
     """
 
     half: float
@@ -42,7 +43,7 @@ RATES = {
     "sm_100": Rates(4096, 128, 64, 29, 148),
     "gfx942": Rates(1024, 128, 64, 8, 304),
 }
-#: Bytes of shared memory that are read or written in a clock.
+#: Bytes of shared memory that are read or written per clock.
 SHARED_MEMORY = 128
 #: Clocks until a load from the L2 cache arrives.
 LATENCY = 700
@@ -50,16 +51,16 @@ LATENCY = 700
 BARRIER = 30
 #: Instructions for every 16 bytes that pointers load: address, mask, the copy itself.
 POINTER_INSTRUCTIONS = 4
-#: Instructions of the epilogue for every accumulator, and how many warps a scheduler needs so that
-#: each hides the others' latency.
+#: Instructions of the epilogue for every accumulator, and the number of warps of a scheduler that
+#: hide each other's latency.
 EPILOGUE = {"fused": 5.0, "tiles": 5.0, "pairs": 30.0}
 HIDING_WARPS = 3.4
-#: How much of what runs beside the slowest shows all the same.
+#: Share of the work beside the slowest part that is not hidden.
 NOT_HIDDEN = 0.1
 
 
 class Tile(NamedTuple):
-    """Clocks of one tile: while others keep the multiprocessor busy, alone, and what is exposed."""
+    """Clocks of one tile: beside other programs, alone, and the part that nothing hides."""
 
     busy: float
     alone: float
@@ -67,7 +68,7 @@ class Tile(NamedTuple):
 
 
 def _shared_traffic(config: Config, size: int) -> float:
-    """Bytes to and from shared memory in one step: loads written, operands of every product read.
+    """Bytes to and from shared memory in one step: loads are written, operands of products read.
 
     A warpgroup multiplies 64 rows by up to 256 columns, and reads both from shared memory.
     """
@@ -87,12 +88,12 @@ def tile(
     size = tuning.element_size(problem.dtype)
     area, edge = config.BLOCK_M * config.BLOCK_N, config.BLOCK_M + config.BLOCK_N
     products = area * config.BLOCK_K / (rates.half if size == 2 else rates.single)
-    # A token's part that is shorter than a line of 128 bytes takes a request all the same.
+    # A part of a token below 128 bytes, a line of the cache, takes a whole request.
     loads = edge * 128 * math.ceil(config.BLOCK_K * size / 128) / rates.cache
     beside = [products, loads]
     if is_hopper(target) and size == 2:
         beside.append(_shared_traffic(config, size) / SHARED_MEMORY)
-    # Programs that run together read GROUP_M blocks of rows and what columns they need from memory.
+    # Programs that run together read GROUP_M blocks of rows and the columns they need from memory.
     together = multiprocessors * residents
     rows = min(config.GROUP_M, -(-problem.N // config.BLOCK_M))
     columns = min(-(-together // rows), -(-problem.M // config.BLOCK_N))
@@ -118,7 +119,7 @@ def tile(
 
 
 def _residents(config: Config, dtype: str, arch: str) -> int:
-    """How many programs of the kernel `fused` may fit a multiprocessor."""
+    """Estimate of the programs of the kernel `fused` that fit a multiprocessor."""
     target = aot.TARGETS[arch]
     threads = config.num_warps * target.warp_size
     registers = min(config.BLOCK_M * config.BLOCK_N // threads + 96, 255)
@@ -143,10 +144,10 @@ def _push_from_keys(config: Config, problem: Problem, arch: str, multiprocessors
 def predicted(
     kernel: str, config: Config, problem: Problem, arch: str, multiprocessors: int
 ) -> float:
-    """Clocks that order the configurations of a kernel, fewer is better.
+    """Predicted clocks of a configuration; only their order is used.
 
-    The busiest multiprocessor counts. Programs that share it hide what is exposed in each other,
-    and their tiles take as long as all of them together.
+    The busiest multiprocessor counts. Programs that share it hide each other's exposed clocks, and
+    their tiles take as long as all of them together.
     """
     if kernel == "push_from_keys":
         return _push_from_keys(config, problem, arch, multiprocessors)
@@ -165,10 +166,9 @@ def predicted(
 
 
 def _varied(configurations: Sequence[Config], keep: int) -> list[Config]:
-    """In the same order, but a third of `keep` of each block size before more of the same.
+    """The same order, but at most a third of `keep` of a block size before other sizes follow.
 
-    Most variants of one block size are predicted alike; the first few would otherwise be all there
-    is to measure.
+    Most variants of one block size are predicted alike; they would otherwise fill the whole list.
     """
     met: Counter[tuple[int, int]] = Counter()
     turns: list[int] = []
@@ -184,9 +184,9 @@ def _varied(configurations: Sequence[Config], keep: int) -> list[Config]:
 def ordered(
     kernel: str, problem: Problem, arch: str, multiprocessors: int, keep: int
 ) -> tuple[Config, ...]:
-    """All configurations of `kernel` that can fit, in the order in which to try them."""
+    """All configurations of `kernel` that can fit, most promising first."""
     possible = [config for config in space(kernel) if fits(config, kernel, problem.dtype, arch)]
-    # Of those that are predicted alike, the one that needs least shared memory.
+    # On a tie the configuration with least shared memory comes first.
     possible.sort(
         key=lambda config: (
             predicted(kernel, config, problem, arch, multiprocessors),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..kernels import aot, tuning
 from ..kernels.tuning import Config, Problem
 
-#: Tokens up to which mode "others" is tuned.
+#: Most tokens of a shape for which mode "others" is tuned.
 MOST_FOR_OTHERS = 16384
 
 
@@ -24,14 +24,14 @@ class TokenShape:
     groups: int = 1
 
     def problem(self, dtype: str, others: bool = False) -> Problem:
-        """The problem that tables are asked for: in mode "first", or "others"."""
+        """Problem of the tables for this shape, in mode "first" or "others"."""
         size = self.items // self.groups
         products = self.groups * (size * (size - 1) if others else size - 1)
         return Problem(dtype, products, self.tokens, self.tokens, self.channels)
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels to tune for it: mode "others" only where a comparison is affordable."""
+        """Kernels to tune; `pairs`, for mode "others", only where comparing it is affordable."""
         return tuple(k for k in tuning.TUNED if k != "pairs" or self.tokens <= MOST_FOR_OTHERS)
 
     def __str__(self) -> str:
@@ -52,7 +52,11 @@ SHAPES = (
 
 
 def parse_shape(text: str) -> TokenShape:
-    """`"4x4096x640"`, or `"8x4096x640/2"` with two groups. Raises ValueError otherwise."""
+    """Read `"4x4096x640"`, or `"8x4096x640/2"` with two groups.
+
+    Raises:
+        ValueError: the text is not such a shape, or a group has fewer than two items.
+    """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
     if not found:
         raise ValueError(f"shape {text!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
@@ -63,7 +67,7 @@ def parse_shape(text: str) -> TokenShape:
 
 
 def space(kernel: str) -> Iterator[Config]:
-    """All configurations of a kernel that are thought of, before any pruning."""
+    """All configurations of a kernel before any pruning."""
     if kernel == "push_from_keys":
         for rows, channels, warps in itertools.product((1, 4, 8, 16), (256, 512, 1024), (4, 8)):
             yield Config(rows, 0, channels, warps, 1)
@@ -81,7 +85,7 @@ def space(kernel: str) -> Iterator[Config]:
 
 
 def is_hopper(target: aot.Target) -> bool:
-    """Whether the tensor cores read both operands from shared memory: Hopper and later."""
+    """Return True if tensor cores read both operands from shared memory: Hopper and later."""
     return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
 
 
@@ -94,12 +98,12 @@ def shared_bytes(config: Config, dtype: str, arch: str) -> int:
 
 
 def fits(config: Config, kernel: str, dtype: str, arch: str) -> bool:
-    """Whether a configuration can be worth compiling, by arithmetic alone.
+    """Return True if a configuration can be worth compiling, by arithmetic alone.
 
-    Shared memory of all stages, also of CTAS_PER_SM programs together; accumulators in at most half
-    of the registers, at least 4 of them a thread; at least 64 bytes of a token at a time; for tiles
-    on tensor cores 32 multiply-adds or more for each element read; descriptors where the hardware
-    has them, with blocks that fit their 128-byte swizzle.
+    Conditions: all stages, also of CTAS_PER_SM programs together, fit shared memory. A thread has
+    at least 4 accumulators, and they take at most half of its registers. A step reads at least 64
+    bytes of a token. Tiles on tensor cores do at least 32 multiply-adds for each element read.
+    Descriptors need hardware that has them, and blocks that fit their 128-byte swizzle.
     """
     target = aot.TARGETS[arch]
     threads = config.num_warps * target.warp_size

@@ -1,4 +1,4 @@
-"""The table of an architecture: measured entries merged into it, written in one step."""
+"""Tuning table of an architecture: merge measured entries into it, and write it in one step."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def merge(table: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """`table` with `entry` in place of those of the same problem; other entries stay."""
+    """`table` with `entry` instead of entries of the same problem; other entries stay."""
 
     def key(some: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(some[name] for name in Problem._fields)
 
     kept = [other for other in table["entries"] if key(other) != key(entry)]
-    # Measured entries come first: of equally near ones the first serves.
+    # Measured entries come first, because the first of equally near entries serves.
     entries = sorted([entry, *kept], key=lambda some: not some["measured"])
     return {**table, "entries": entries}
 
@@ -71,7 +71,8 @@ def write(path: Path, table: dict[str, Any]) -> None:
     """Replace the file in one step, so that no reader meets half of it.
 
     Raises:
-        ValueError: a table that is not right. OSError: a folder that cannot be written to.
+        ValueError: the table has a fault.
+        OSError: the folder cannot be written to.
     """
     tuning.check(table, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 
 def start_table(path: Path, arch: str) -> dict[str, Any]:
-    """The table that results are merged into: the file's own, else the one that serves `arch`."""
+    """Table that results are merged into: that of the file, else the one that serves `arch`."""
     table = tuning.load(path if path.is_file() else tuning.table_path(arch))
     if table["arch"] != arch:
         entries = [{**entry, "measured": False} for entry in table["entries"]]

@@ -183,12 +183,12 @@ def test_bad_input_is_one_clear_line(
     assert "repo_id must be owner/name, got 'no name'" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("")
     assert main([str(tmp_path)]) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "has files of something else" in capsys.readouterr().err
     other = tmp_path / "other"
     (other / "tests").mkdir(parents=True)
     (other / "build.toml").write_text('[general]\nname = "another-kernel"\n')
     assert main([str(other)]) == 2
-    assert "holds something else" in capsys.readouterr().err and (other / "tests").is_dir()
+    assert "has files of something else" in capsys.readouterr().err and (other / "tests").is_dir()
     assert main([str(tmp_path / "b")]) == 0
     assert "files in" in capsys.readouterr().out
     monkeypatch.setattr(hf_kernel, "_OPERATORS", 4)

@@ -75,7 +75,7 @@ def test_only_what_the_compile_report_accepts_is_measured() -> None:
 def test_the_first_candidates_for_sm_90_are_what_the_analysis_says(
     shape: space.TokenShape, kernel: str
 ) -> None:
-    """docs/kernels.md, "What the tuner tries first"."""
+    """docs/kernels.md, "The tuner's first candidates"."""
     problem = shape.problem("bfloat16", others=kernel == "pairs")
     first = predict.ordered(kernel, problem, "sm_90", 132, candidates.QUICK)[: candidates.QUICK]
     for config in first:

@@ -1,7 +1,7 @@
-"""Process that compiles the kernels of an `Operator` and writes all files of the export.
+"""Process that compiles the kernels of operators and writes the files of their exports.
 
-Reads `[[fields of Operator, folder], ...]` as JSON from its standard input and prints the paths of
-the files, a list for each operator.
+Reads `[[fields of Operator, folder], ...]` as JSON from its standard input, and prints the paths of
+the files as JSON: a list for each operator.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZES = {
     "multiprocessors": "of the device",
 }
 
-#: What Triton appends to the arguments of every kernel; null where they need no memory.
+#: Pointers that Triton appends to the arguments of every kernel; null if it needs no such memory.
 SCRATCH = ("global_scratch", "profile_scratch")
 _TYPES = {"i32": "int32", "i64": "int64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TYPES |= {"u8": "uint8"}
@@ -52,12 +52,12 @@ def _argument(name: str, kind: str, divisible: bool) -> dict[str, Any]:
         entry |= {"to": _TYPES[kind[1:]], "bytes": 8}
     else:
         entry["bytes"] = 8 if kind == "i64" else 4
-    # A promise that the caller makes: of a pointer its address, of a number its value.
+    # The caller promises it: for a pointer of its address, for a number of its value.
     return entry | ({"multiple_of": 16} if divisible else {})
 
 
 def describe(launch: KernelLaunch, compiled: Any, file: str) -> dict[str, Any]:
-    """One kernel of the description, from what the compiler was told and made."""
+    """One kernel of the description: its file, arguments, constants, grid, block and memory."""
     source, metadata = compiled.src, compiled.metadata
     if getattr(metadata, "global_scratch_size", 0) or metadata.profile_scratch_size:
         raise RuntimeError(f"{launch.name} needs scratch memory that the header does not allocate")
@@ -140,7 +140,7 @@ def write(operator: Operator, folder: Path, assembly: bool) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """See the module's docstring; 2 and one line where it fails."""
+    """Run the process; returns the exit code: 0, or 2 after one line on the error."""
     parser = argparse.ArgumentParser(
         prog="negtome_fast.integrations.export.compile", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""The C header of an exported operator: template.h, with what this one's kernels need filled in."""
+"""The C header of an exported operator: template.h with its constants and launch functions."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ def _constants(operator: Operator, description: dict[str, Any]) -> str:
 
 
 def _wrapper(kernel: dict[str, Any]) -> str:
-    """A function with the kernel's arguments by name, which launches it.
+    """C function that launches a kernel, with the kernel's arguments by name.
 
-    Pointers that are compiled in as null are taken and left out, so that calls read alike.
+    It also takes pointers that are compiled in as null and ignores them, so that calls of all
+    exports are the same.
     """
     scratch = kernel["arguments"][-2:]
     given = {entry["name"]: _C_TYPES[entry["type"]] for entry in kernel["arguments"][:-2]}

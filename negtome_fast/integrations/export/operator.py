@@ -17,22 +17,23 @@ KINDS = {"auto": None, "rows": "fused", "tiles": "tiles"}
 
 @dataclass(frozen=True)
 class Operator:
-    """What is compiled; choices that `negtome_fast.negtome` makes at run time are fixed here.
+    """The operator to compile. It fixes choices that `negtome_fast.negtome` makes at run time.
 
     Attributes:
         target: `"sm_80"`, `"sm_89"`, `"sm_90"`, `"sm_100"` or `"gfx942"`.
         dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"bf16"`, `"fp16"`, `"fp32"`.
-        channels: the configuration is chosen for these D. Kernels run with any other D, or with any
-            multiple of 16 where this one is a multiple of 16.
+        channels: the D that the configuration is chosen for. Kernels run with any other D; if this
+            one is a multiple of 16, with any multiple of 16.
         reference: `"first"`, `"others"`, or `"external"` for a tensor of references.
         matching, combine: as in `negtome_fast.negtome`.
         inplace: write into `x`, only the tokens that move; not with `reference="others"`.
-        reference_mask, source_mask: whether calls hand over these masks.
-        kind: `"tiles"`, `"rows"` (match and push in one launch), or `"auto"`: as the tuning table
-            says for `items` of `tokens`.
+        reference_mask, source_mask: True if calls pass this mask.
+        kind: `"tiles"`, `"rows"` (match and push in one launch, the kind "fused" of tuning tables),
+            or `"auto"` (default): the kind of the tuning table for `items` of `tokens`.
+        items, tokens: the problem that the tuning table is asked for, 4 of 4,096 by default.
 
     Raises:
-        ValueError: says which of them cannot be, and what can.
+        ValueError: names an attribute that has no such value, and its valid values.
     """
 
     target: str

@@ -12,12 +12,20 @@ from .operator import Operator
 
 
 def export(operator: Operator, folder: Path | str, assembly: bool = False) -> list[Path]:
-    """Compile `operator` into `folder` (made if missing); the files that were written.
+    """Compile `operator` into `folder`, which is created if missing.
 
-    assembly: also write the PTX or the AMD assembly of every kernel, as text.
+    Args:
+        operator: the operator and its target.
+        folder: for the kernels, the header and the description.
+        assembly: also write the PTX or the AMD assembly of every kernel, as text.
 
-    Raises ValueError where the target's shared memory does not suffice, RuntimeError without Triton
-    or where the compiler fails, OSError where the folder cannot be written.
+    Returns:
+        The files that were written.
+
+    Raises:
+        RuntimeError: Triton is not installed, the compiler failed, or a kernel needs more shared
+            memory than the target has.
+        OSError: the folder cannot be written to.
     """
     return export_all([(operator, Path(folder))], assembly)[0]
 
@@ -25,10 +33,10 @@ def export(operator: Operator, folder: Path | str, assembly: bool = False) -> li
 def export_all(
     operators: Sequence[tuple[Operator, Path]], assembly: bool = False
 ) -> list[list[Path]]:
-    """`export` for several operators, each with its folder, in one process."""
+    """Export several operators, each into its folder, in one process. Raises as `export`."""
     for _, folder in operators:
         folder.mkdir(parents=True, exist_ok=True)
-    # In a process of its own: kernels that were imported under TRITON_INTERPRET cannot be compiled.
+    # A new process, because kernels that were imported under TRITON_INTERPRET cannot be compiled.
     given = [[asdict(operator), str(folder.resolve())] for operator, folder in operators]
     options = ["--assembly"] if assembly else []
     printed = aot.run_compiling(f"{__package__}.compile", options, json.dumps(given))

@@ -1,8 +1,8 @@
-"""A Hugging Face kernel made of this package: what `kernels.get_kernel` loads.
+"""Assemble a Hugging Face kernel from this package, for `kernels.get_kernel`.
 
 `assemble` copies the operator (Triton kernels, their tables, the launcher, the torch fallback, the
-functions) into the layout that kernel-builder reads, and into the build variants that it would
-make of it. docs/hf-kernels.md says how to use and how to publish them.
+functions) into the layout that kernel-builder reads, and into the build variants that
+kernel-builder would make. docs/hf-kernels.md says how to use and publish them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...kernels import tuning
 FILES = Path(__file__).parent / "files"
 PACKAGE = Path(__file__).parents[2]
 KERNELS = Path(kernels.__file__).parent
-#: Names with dashes on the Hub, with underscores in Python; the major version of the kernel.
+#: Name of the kernel on the Hub, its major version, and its license.
 NAME, VERSION, LICENSE = "negtome-fast", 0, "Apache-2.0"
 PYTHON_NAME = NAME.replace("-", "_")
 BACKENDS = ("cpu", "cuda", "rocm")
@@ -45,7 +45,7 @@ _OPERATORS = 3
 
 
 def sources(repo_id: str) -> dict[str, str]:
-    """Files of the Python package by their path in it, as kernel-builder wants them."""
+    """Text of the files of the Python package, by their path in the layout of kernel-builder."""
     found = {name: (PACKAGE / name).read_text(encoding="utf-8") for name in MODULES}
     for name in BACKEND_MODULES:
         found[f"backends/{name}"] = (PACKAGE / "backends" / name).read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def sources(repo_id: str) -> dict[str, str]:
 
 
 def _with_own_names(text: str) -> str:
-    """ops.py, whose operators are registered under the namespace of the build."""
+    """Text of ops.py with its operators registered under the namespace of the build."""
     text, count = _OPERATOR.subn(r'add_op_namespace_prefix("\1")', text)
     anchor = "from .backends import torch_backend\n"
     if count != _OPERATORS or text.count(anchor) != 1:
@@ -83,7 +83,7 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def _variant(files: dict[str, str], backend: str, repo_id: str) -> dict[str, str]:
-    """A build variant: the package, its namespace, and what describes it."""
+    """Files of a build variant: the package, its namespace and metadata.json."""
     content = json.dumps(files, sort_keys=True).encode()
     identifier = f"_{PYTHON_NAME}_{backend}_{hashlib.sha256(content).hexdigest()[:7]}"
     built = files | {
@@ -107,7 +107,7 @@ def _variant(files: dict[str, str], backend: str, repo_id: str) -> dict[str, str
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether an earlier call wrote it; folders of other kernels have a build.toml, too."""
+    """Return True if the build.toml of a folder names this kernel, not another one."""
     path = folder / "build.toml"
     if not path.is_file():
         return False
@@ -116,23 +116,24 @@ def _is_ours(folder: Path) -> bool:
 
 
 def assemble(folder: Path | str, repo_id: str = f"OWNER/{NAME}") -> list[Path]:
-    """Write the kernel into `folder`: sources for kernel-builder, and build variants as they are.
+    """Write the kernel into `folder`: sources for kernel-builder, and complete build variants.
 
     Args:
-        folder: made if missing; what an earlier call wrote there is replaced.
-        repo_id: where it is to be published, `owner/name`, for the card and build.toml.
+        folder: created if missing; files of an earlier call are replaced.
+        repo_id: repository that it will be published in, `owner/name`, for the card and build.toml.
 
     Returns:
-        the files, sorted.
+        The files, sorted.
 
     Raises:
-        ValueError: a repo_id that is none, or a folder that holds something else.
+        ValueError: repo_id is not `owner/name`, or the folder has other files.
+        RuntimeError: ops.py has changed, so that its operators cannot be renamed.
     """
     folder = Path(folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
     if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ValueError(f"{folder} holds something else; hand over an empty folder")
+        raise ValueError(f"{folder} has files of something else; use an empty folder")
     for name in ("torch-ext", "build", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
     files = sources(repo_id)

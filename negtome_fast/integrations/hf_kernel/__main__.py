@@ -11,12 +11,14 @@ from . import NAME, assemble
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 and one line where the folder or the name is not right."""
+    """Assemble the kernel; returns the exit code: 0, or 2 after one line on the error."""
     parser = argparse.ArgumentParser(
         prog="python -m negtome_fast.integrations.hf_kernel", description=__doc__
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--repo-id", default=f"OWNER/{NAME}", help="where it is to be published")
+    parser.add_argument(
+        "--repo-id", default=f"OWNER/{NAME}", help="repository that it will be published in"
+    )
     options = parser.parse_args(argv)
     try:
         written = assemble(options.folder, options.repo_id)
