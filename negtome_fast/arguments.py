@@ -28,7 +28,7 @@ class MatchProblem:
     """Which tokens are matched with which.
 
     Attributes:
-        reference: reference tokens `(P, M, D)`; None where they are those of the batch.
+        reference: reference tokens `(P, M, D)`; None if they are those of the batch.
         mask: bool `(P, M)`, True where a reference token may be matched, or None.
         pairing: which source item meets which reference item.
         small_elements: `small.elements` where `small.guide_from_first` could serve, else 0.
@@ -181,7 +181,7 @@ def _mask(
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, got {kind}; pass {name} > 0.5, say")
+        raise TypeError(f"{name} must be a bool tensor, got {kind}; pass {name} > 0.5, for example")
     if mask.device != x.device:
         raise TypeError(f"{name} is on {mask.device}, x is on {x.device}")
     if tuple(mask.shape) not in shapes:

@@ -2,7 +2,7 @@
 
 Every mode of the operator is one table `(items, slots) -> reference item`:
 `first` has one slot (item 0 of the group), `others` one for each other item of the group,
-`external` one for each reference handed over.
+`external` one for each reference that the caller passes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The coarse int8 product of the torch backend leaves every match as exact as without it.
 
-All cases are forced through it, on processors without int8 instructions too, where it is slow.
+All cases are forced through it, even on processors without int8 instructions, where it is slow.
 """
 
 from __future__ import annotations

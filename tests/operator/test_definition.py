@@ -1,7 +1,7 @@
 """The oracle itself, against the definition written once more as plain loops.
 
-Nothing of the project's own argument handling is used here: a mask in the wrong order or a wrong
-reference item would otherwise be wrong in the oracle and in every backend alike.
+It uses none of the project's argument handling: a mask in the wrong order or a wrong reference item
+would otherwise be wrong in the oracle and in every backend alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The kernels as they run: large shapes, poisoned outputs, repetition, in place, CUDA graphs.
 
-On a GPU with the shapes of models, compiled; without one with tiny shapes, interpreted. Checked
-against fp64 by the rule of the benchmarks: the best token, or one as good to rounding.
+On a GPU, kernels are compiled and shapes are those of models; without one, they are interpreted and
+shapes are tiny. Results are checked against fp64 by the rule of the benchmarks: the best token, or
+one as good to rounding.
 """
 
 from __future__ import annotations

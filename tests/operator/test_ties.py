@@ -1,7 +1,7 @@
 """Equal tokens tie, however their cosines are rounded: the first copy is chosen.
 
-The tokens are random, so that a product which rounds by its place in a tile would break the ties.
-The reference backend is left out: its product is one call of a library, which may do so.
+The tokens are random, so that a product whose rounding depends on the place in a tile would break
+ties. The reference backend is left out: its product is one call of a library, which may do that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FAST = [backend for backend in BACKENDS if backend != "reference"]
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("matching", ["paper", "official"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# The second makes the copies start at every place in a tile, and the last tile incomplete.
+# With the second, copies start at every place in a tile, and the last tile is incomplete.
 @pytest.mark.parametrize(("distinct", "copies"), [(64, 8), (37, 9)])
 def test_the_first_of_equal_tokens_is_chosen(
     distinct: int, copies: int, dtype: torch.dtype, matching: str, backend: str

@@ -1,7 +1,7 @@
 """Kind "coarse" of the Triton backend chooses what kind "tiles" chooses, bit for bit.
 
-Interpreted, both add up in fp64, so that keys do not depend on the order; what the int8 bounds
-leave out can only show as another choice. Configurations are small: few tokens make many tiles.
+When interpreted, both add up in fp64, so that keys do not depend on the order; a token that the
+int8 bounds lose would show as another choice. Configurations are small: few tokens make many tiles.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mistakes that only Triton kernels can make: blocks, strides, offsets, dtypes, in-place writes.
 
-The table of cases that every backend runs through is in test_operator.py, with the launches that
-the tuning table chooses; here it goes through each kind of launch.
+test_operator.py runs the table of cases with the launches that the tuning table chooses; here the
+table runs with each kind of launch.
 """
 
 from __future__ import annotations
