@@ -120,7 +120,7 @@ def run(
     seconds: float | None,
     say: Callable[[str], None],
 ) -> Path:
-    """Tune on the current GPU; the table is written after every shape.
+    """Tune on the current GPU; write the table after every shape, and return its path.
 
     Args:
         shapes: most important first, as time may end before the last.
@@ -128,10 +128,7 @@ def run(
         quick: measure `candidates.QUICK` configurations of a kernel, not `candidates.MEASURED`.
         out: file of the table; default: the package's own.
         seconds: time after which no measurement starts; default: no limit.
-        say: is called with each line of the progress.
-
-    Returns:
-        The path of the table.
+        say: called with each line of the progress.
 
     Raises:
         RuntimeError: there is no GPU that the Triton backend can use.
@@ -142,7 +139,7 @@ def run(
     device = _usable_device()
     launches.settle()  # before anything is launched
     arch = runtime.architecture(device.index)
-    # An architecture without limits of its own is pruned by those of its family.
+    # Limits of an architecture without its own: those of its family.
     target = arch if arch in aot.TARGETS else tuning.family(arch)
     path = out or tuning.FOLDER / f"{arch}.json"
     table = tables.start_table(path, arch)
@@ -164,8 +161,8 @@ def run(
             say(f"{shape}: no time left")
             continue
         say(f"{shape} {dtype}")
-        base = tuning.plan(arch, *shape.problem(dtype))
-        entry = tune_shape(shape, dtype, chosen, base, bench, say, left)
+        plan = tuning.plan(arch, *shape.problem(dtype))
+        entry = tune_shape(shape, dtype, chosen, plan, bench, say, left)
         if entry is None:
             say(f"{shape}: not enough was measured, the table keeps what it had")
             continue

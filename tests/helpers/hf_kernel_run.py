@@ -1,7 +1,7 @@
-"""Run in a process of its own by test_hf_kernel.py, outside of the repository: FOLDER PAGE.
+"""Program of test_hf_kernel.py, run outside of the repository: hf_kernel_run.py FOLDER PAGE.
 
-There `kernels` is the package from PyPI, not the folder of this repository. Prints one line of JSON
-for each check.
+Outside of the repository `kernels` is the package from PyPI, not the folder `kernels/`. Prints one
+line of JSON for each check.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kernels  # the package from PyPI
 import negtome_fast as nf
@@ -31,8 +32,32 @@ def report(check: str, **facts: object) -> None:
 def main(folder: Path, page: Path) -> None:
     kernel = kernels.get_local_kernel(folder)
     report("loaded", name=kernel.__name__, public=list(kernel.__all__), file=str(kernel.__file__))
+    check_cases(kernel)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 50, 24, generator=generator) + torch.randn(50, 24, generator=generator)
+    expected = push(nf, x)
+    same = torch.equal(bits(push(kernel, x)), bits(expected))
+    own = getattr(torch.ops, kernel._ops._NAMESPACE)
+    report("beside", same=same, own=own is not torch.ops.negtome_fast, has=hasattr(own, "guide_"))
 
-    # The table of cases, by the Triton kernels under the interpreter.
+    # Loaded by its name on the Hub, which LOCAL_KERNELS maps to the folder.
+    os.environ["LOCAL_KERNELS"] = f"{REPO}={folder}"
+    report("by name", same=kernels.get_kernel(REPO, version=0) is kernel)
+    check_layer(kernel, folder, x, expected)
+    leaf, other = (x.clone().requires_grad_() for _ in range(2))
+    push(kernel, leaf).square().sum().backward()
+    push(nf, other).square().sum().backward()
+    report("gradient", same=torch.equal(leaf.grad, other.grad))
+    check_nested(folder, x, expected)
+    check_page(page)
+
+
+def push(package: Any, x: Tensor) -> Tensor:
+    return package.negtome(x, alpha=0.7, threshold=0.3, backend="torch")
+
+
+def check_cases(kernel: Any) -> None:
+    """All cases of the operator, by the Triton kernels under the interpreter."""
     passed = 0
     for case in CASES:
         if case.slow:
@@ -43,21 +68,9 @@ def main(folder: Path, page: Path) -> None:
         passed += 1
     report("cases", passed=passed)
 
-    # Beside the package that it was made of: the same bits, other operators.
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 50, 24, generator=generator) + torch.randn(50, 24, generator=generator)
-    expected = nf.negtome(x, alpha=0.7, threshold=0.3, backend="torch")
-    same = torch.equal(
-        bits(kernel.negtome(x, alpha=0.7, threshold=0.3, backend="torch")), bits(expected)
-    )
-    own = getattr(torch.ops, kernel._ops._NAMESPACE)
-    report("beside", same=same, own=own is not torch.ops.negtome_fast, has=hasattr(own, "guide_"))
 
-    # By its name on the Hub, found by LOCAL_KERNELS.
-    os.environ["LOCAL_KERNELS"] = f"{REPO}={folder}"
-    report("by name", same=kernels.get_kernel(REPO, version=0) is kernel)
-
-    # A layer of a model, replaced.
+def check_layer(kernel: Any, folder: Path, x: Tensor, expected: Tensor) -> None:
+    """A layer of a model is replaced by that of the kernel."""
     kernels.replace_kernel_forward_from_hub(nf.NegToMe, "NegToMe")
     model = nn.Sequential(nf.NegToMe(alpha=0.7, threshold=0.3, backend="torch"))
     layer = kernels.LocalLayerRepository(folder, layer_name="NegToMe")
@@ -73,23 +86,23 @@ def main(folder: Path, page: Path) -> None:
         compiled=torch.equal(bits(compiled(x)), bits(expected)),
     )
 
-    # Gradients.
-    leaf = x.clone().requires_grad_()
-    kernel.negtome(leaf, alpha=0.7, threshold=0.3, backend="torch").square().sum().backward()
-    other = x.clone().requires_grad_()
-    nf.negtome(other, alpha=0.7, threshold=0.3, backend="torch").square().sum().backward()
-    report("gradient", same=torch.equal(leaf.grad, other.grad))
 
-    # As old versions of `kernels` import a variant; another one, as each has its own operators.
+def check_nested(folder: Path, x: Tensor, expected: Tensor) -> None:
+    """Old versions of `kernels` import the folder inside a variant.
+
+    Another variant than before, because each registers operators of its own.
+    """
     path = folder / "build" / "torch-cuda" / "negtome_fast" / "__init__.py"
     spec = importlib.util.spec_from_file_location("nested", path)
     assert spec is not None and spec.loader is not None
     nested = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nested)
-    y = nested.negtome(x, alpha=0.7, threshold=0.3, backend="torch")
-    report("nested", public=sorted(nested.__all__), same=torch.equal(bits(y), bits(expected)))
+    same = torch.equal(bits(push(nested, x)), bits(expected))
+    report("nested", public=sorted(nested.__all__), same=same)
 
-    # The page in the documentation.
+
+def check_page(page: Path) -> None:
+    """The code of the page in the documentation runs."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:

@@ -39,7 +39,7 @@ _C_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes
 
 
 def memory(address: int, dtype: str, elements: int = 1) -> Tensor | None:
-    """What lies at an address. The interpreter follows offsets from it, whatever its size."""
+    """A tensor at an address. The interpreter follows offsets beyond its size."""
     if not address:
         return None
     size = elements * _DTYPES[dtype].itemsize
@@ -142,7 +142,7 @@ ITEMS, TOKENS, LONGER, REFERENCE_TOKENS = 4, 41, 50, 37
 
 
 def make_problem(operator: Operator, channels: int) -> tuple[CProblem, dict[str, Any]]:
-    """A problem on host memory, the image part of longer rows, and what it consists of."""
+    """A problem on host memory, the image part of longer items, and its tensors by name."""
     generator = torch.Generator().manual_seed(7)
     dtype = getattr(torch, operator.dtype)
     external, official = operator.reference == "external", operator.matching == "official"

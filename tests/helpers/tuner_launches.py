@@ -1,7 +1,8 @@
-"""Launches of a GPU that is not there: run by test_tuner_launches.py in a process of its own.
+"""Program of test_tuner_launches.py: compile launches for a GPU that is not there.
 
-Triton is told of a device of sm_90, the backend that tokens on the CPU are on it. Nothing is
-launched. Prints what was compiled in parallel, and whether the launch then found it in the cache.
+Triton sees a device of sm_90, and the backend takes tokens on the CPU for tokens on it. Nothing is
+launched. Prints the rows that were compiled in parallel, and whether each launch then found its
+code in the cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHAPE = TokenShape(4, 64, 128)
 
 
 class Device:
-    """As much of Triton's driver as a launch asks before it launches."""
+    """The part of Triton's driver that a launch calls before it launches."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -64,7 +65,7 @@ def checked(shape: TokenShape, reference: Any) -> object:
 
 
 def noted(keys: Any, call: Any) -> list[str]:
-    """Notes of what the launches of all configurations compile."""
+    """Notes of the launches of all configurations."""
     notes: list[str] = []
     for key in keys:
         with launches.noting(notes):
@@ -73,7 +74,7 @@ def noted(keys: Any, call: Any) -> list[str]:
 
 
 def found_in_cache(job: Any) -> list[bool]:
-    """For each kernel that a launch compiles: whether Triton found it in its cache on disk."""
+    """For each kernel that a launch compiles: True if Triton found it in its cache on disk."""
     hits: list[bool] = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     with launches.not_launching():

@@ -68,7 +68,7 @@ torch.save([package(x, alpha) for x, alpha in cases], sys.argv[3])
 def test_package_runs_in_another_process(
     program: torch.export.ExportedProgram, tmp_path: Path
 ) -> None:
-    """Compiled once, for any number of items and tokens, and any alpha."""
+    """The package, compiled once for any number of items and tokens, and any alpha."""
     package = torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(tmp_path / "block.pt2"),
@@ -100,7 +100,7 @@ def test_package_runs_in_another_process(
 
 
 def test_a_guidance_is_not_exported() -> None:
-    """Its window is open or not when the program is made; a program would keep that for ever."""
+    """A program would keep the window as it was when the program was made."""
     guidance = nf.Guidance(nf.NegToMeConfig(alpha=0.8, threshold=0.2, t_end=0))
 
     class Guided(nn.Module):

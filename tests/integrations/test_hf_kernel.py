@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python_in(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Python where `kernels` cannot be the folder of this repository."""
+    """Run Python in a folder where `kernels` cannot be the folder of this repository."""
     environment = {k: v for k, v in os.environ.items() if k != "LOCAL_KERNELS"}
     environment |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(HERE.parent)
@@ -54,7 +54,7 @@ def python_in(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str
 
 
 def has_kernels() -> bool:
-    """Whether the package of PyPI is there; this process may see the repository's folder."""
+    """Return True if the package from PyPI is installed; this process may see the folder."""
     code = "import sys, kernels; sys.exit(not hasattr(kernels, 'get_local_kernel'))"
     return python_in(ROOT / "docs", ["-c", code]).returncode == 0
 

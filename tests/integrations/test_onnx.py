@@ -57,7 +57,7 @@ def quiet() -> Iterator[None]:
 
 
 class Guide(nn.Module):
-    """`guide_tokens`; what numpy has no type for enters and leaves as fp32, which is exact."""
+    """`guide_tokens`; types that numpy lacks enter and leave as fp32, which is exact."""
 
     def __init__(self, dtype: torch.dtype, **options: Any) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ def split(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def signature(x: Tensor, arguments: dict[str, Any]) -> tuple[object, ...]:
-    """Cases of one signature are served by one model."""
+    """Key of a case; one model serves all cases of a key."""
     tensors, options = split(arguments)
     shapes = tuple((k, v.shape, v.dtype) for k, v in tensors.items())
     return x.shape, x.dtype, shapes, tuple(sorted((k, str(v)) for k, v in options.items()))
 
 
 def domains(graph: Any) -> set[str]:
-    """Of all operators in a graph and in the bodies of its loops."""
+    """Domains of all operators in a graph and in the bodies of its loops."""
     found = {node.domain for node in graph.node}
     for node in graph.node:
         for attribute in node.attribute:
@@ -107,7 +107,7 @@ def domains(graph: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_cases_of_the_operator(name: str) -> None:
-    """One model each, for all cases of its shapes: ties, NaN, zeros, thresholds, masks."""
+    """One model serves all cases of its shapes: ties, NaN, zeros, thresholds, masks."""
     made = {case.name: case.make() for case in CASES if not case.slow}
     x, arguments = made[name]
     tensors, options = split(arguments)
@@ -169,7 +169,7 @@ class Match(nn.Module):
 
 
 def test_one_model_for_any_number_of_items_and_tokens(tmp_path: Path) -> None:
-    """Of both sides of a batch, too, and with alpha as an input."""
+    """With two groups that share the batch, and with alpha as an input."""
     items = torch.export.Dim("half", min=2, max=8) * 2
     length = torch.export.Dim("tokens", min=2, max=8192)
     module = block(groups=2, reference="others")
@@ -196,7 +196,7 @@ def test_one_model_for_any_number_of_items_and_tokens(tmp_path: Path) -> None:
 
 
 def test_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but AOTInductor, which another test compiles."""
+    """The code of the page, except AOTInductor, which another test compiles."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     numpy.random.seed(0)

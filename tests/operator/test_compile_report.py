@@ -78,7 +78,7 @@ def section(name: str) -> str:
 
 
 def test_the_other_triton_compiles_sm_90_well() -> None:
-    """Other targets by `make compile-check`, as compiling takes long."""
+    """`make compile-check` compiles the other targets, which takes long."""
     if triton.__version__ == OTHER:
         pytest.skip(f"Triton {OTHER} is the installed one")
     if not (OTHER_FOLDER / "complete").is_file():
@@ -153,7 +153,7 @@ def test_tables_of_a_target_are_replaced_in_the_document() -> None:
 @pytest.mark.parametrize(
     ("target", "registers", "shared", "warps", "programs"),
     [
-        # As NVIDIA's occupancy calculator has it: limited by registers, shared memory, warps.
+        # From NVIDIA's occupancy calculator: limited by registers, shared memory, warps.
         ("sm_90", 128, 96 * 1024, 8, 2),
         ("sm_90", 129, 0, 8, 1),
         ("sm_90", 32, 113 * 1024, 4, 2),
@@ -174,7 +174,7 @@ def test_resident_programs(
 
 #: `python -m negtome_fast.tuner.compile_report`, also in a checkout: `bench` makes it importable.
 PROGRAM = (
-    "import bench, sys; from negtome_fast.kernels import compile_report as report;"
+    "import bench, sys; from negtome_fast.tuner import compile_report as report;"
     "sys.exit(report.main())"
 )
 

@@ -1,4 +1,4 @@
-"""Division by multiplication, as the tile kernel divides its tile numbers."""
+"""Division by multiplication with a reciprocal, as tiled_match_kernel divides tile numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 2**31 - 1
 
 
 def divide(number: int, divisor: int) -> int:
-    """`quotient` in whole numbers of any size."""
+    """`quotient` with Python integers."""
     code = reciprocal(divisor)
     return (number * (code >> 6)) >> (code & 63)
 

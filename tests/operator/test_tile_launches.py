@@ -1,4 +1,4 @@
-"""Launches of tiles: overlap with the push, flattened loops, the second stream, what is kept."""
+"""Launches of tiles: overlap with the push, flattened loops, the second stream, kept launches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Match by tiles, with fields of the configuration replaced."""
+    """Match by tiles with other fields of the configuration."""
     unforced = tuning.plan
 
     def force(**fields: int) -> None:
@@ -104,7 +104,7 @@ def test_overlap_matches_the_last_items_beside_the_push_of_the_others(
 def test_the_second_stream_is_forked_and_joined_by_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By stand-ins for streams: each push waits for what is matched, the end for all pushes."""
+    """By stand-ins for streams: each push waits for its matches, the caller for all pushes."""
     order: list[str] = []
 
     class Stream:

@@ -1,4 +1,4 @@
-"""Lists of what compiles well: what they keep, when they serve, what the tuner makes of them."""
+"""Lists of configurations that compile well: their content, their validity, and their use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMAND = "make candidates"
 
 
 def row_of(key: candidates.Key, triton: str, **found: Any) -> dict[str, Any]:
-    """A row of the compile report without a compiler: good unless `found` says otherwise."""
+    """A row of the compile report without a compiler: good, except for the fields `found`."""
     kernel, dtype, config = key
     row = {"triton": triton, "target": "sm_90", "kernel": kernel, "dtype": dtype}
     row |= {"config": list(config), "variant": "paper", "error": None, "spills": 0, "shared": 0}
@@ -68,7 +68,7 @@ def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
             }
             assert compile_report.cells(row) and row["triton"] == version
     assert candidates.listed("sm_90", "3.5.0") == {} == candidates.listed("sm_80", "3.7.1")
-    # Of other kernels, or other fields, nothing is known.
+    # A list does not serve other kernels or other fields.
     for field, value in (("sources", "0" * 16), ("fields", ["BLOCK_M"]), ("schema", 0)):
         table = json.loads(candidates.text_of("sm_90", [6], reports)) | {field: value}
         path.write_text(json.dumps(table))
@@ -90,13 +90,13 @@ def test_the_fingerprint_is_of_what_is_compiled() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# What is shipped
+# Shipped lists
 # ---------------------------------------------------------------------------------------------
 SHIPPED = sorted({"sm_90", *(path.stem for path in candidates.FOLDER.glob("*.json"))})
 
 
 def shipped(arch: str) -> tuple[list[int], dict[str, candidates.Rows]]:
-    """How many configurations of a kernel a list was made for, and its rows by compiler."""
+    """Numbers of configurations of a kernel that a list was made for, and its rows by compiler."""
     path = candidates.FOLDER / f"{arch}.json"
     assert path.is_file(), f"no list for {arch}; run {COMMAND}"
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def test_a_sample_of_a_list_compiles_to_what_it_says(arch: str) -> None:
 # On a GPU, by stubs
 # ---------------------------------------------------------------------------------------------
 class Compiler:
-    """In the place of `launches.compile_all`: which configurations spill, and what was asked."""
+    """Stand-in for `launches.compile_all`: some configurations spill; `rounds` keeps the calls."""
 
     def __init__(self, spilling: Any) -> None:
         self.spilling, self.rounds = spilling, []
@@ -205,7 +205,7 @@ def test_with_a_list_nothing_is_compiled_that_is_left_out(
 
 
 class Bench:
-    """In the place of a GPU's clock: 3 stages are fastest, and with overlap still faster."""
+    """Stand-in for timing on a GPU: 3 stages are fastest, and with overlap faster still."""
 
     def __init__(self, shape: Any, dtype: str, device: torch.device, reference: str) -> None:
         self.problem = shape.problem(dtype, others=reference == "others")

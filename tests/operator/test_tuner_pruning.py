@@ -32,7 +32,7 @@ def test_arithmetic_leaves_a_small_part_that_holds_what_is_shipped(
 
 
 def report_row(key: candidates.Key, **found: Any) -> dict[str, Any]:
-    """A row of the compile report without a compiler: good unless `found` says otherwise."""
+    """A row of the compile report without a compiler: good, except for the fields `found`."""
     kernel, dtype, config = key
     row = {"target": "sm_90", "kernel": kernel, "dtype": dtype, "config": list(config)}
     row |= {
@@ -62,7 +62,7 @@ def test_only_what_the_compile_report_accepts_is_measured() -> None:
     before = len(compiled)
     again = candidates.pruned("tiles", FLUX, "sm_90", 132, 10, reports, report)
     assert again == rows and len(compiled) == before
-    # Of several block sizes, each the most promising first, and nothing that was not compiled.
+    # Several block sizes, most promising first, and only configurations that were compiled.
     chosen = [Config(*row["config"]) for row in rows]
     assert set(chosen) <= set(compiled) and len({config[:2] for config in chosen}) >= 3
     alike = [config for config in chosen if config[:2] == chosen[0][:2]]
@@ -75,7 +75,7 @@ def test_only_what_the_compile_report_accepts_is_measured() -> None:
 def test_the_first_candidates_for_sm_90_are_what_the_analysis_says(
     shape: space.TokenShape, kernel: str
 ) -> None:
-    """docs/kernels.md, "The tuner's first candidates"."""
+    """See docs/kernels.md, "The tuner's first candidates"."""
     problem = shape.problem("bfloat16", others=kernel == "pairs")
     first = predict.ordered(kernel, problem, "sm_90", 132, candidates.QUICK)[: candidates.QUICK]
     for config in first:

@@ -1,4 +1,4 @@
-"""Tables of launch configurations: what they may hold, which entry serves, how they are made."""
+"""Tables of launch configurations: valid content, the entry that serves, and measured entries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLUX = Problem("bfloat16", 3, 4096, 4096, 3072)
 
 @pytest.fixture
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose tables come before the shipped ones."""
+    """A folder whose tables replace the shipped ones."""
     monkeypatch.setenv(tuning.FOLDER_VARIABLE, str(tmp_path))
     tuning.forget()
     yield tmp_path
@@ -38,7 +38,7 @@ def shipped(arch: str = "sm_90") -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What tables hold
+# Content of tables
 # ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", aot.TARGETS)
 def test_shipped_tables_say_what_was_measured(arch: str) -> None:
@@ -93,7 +93,7 @@ def test_a_table_that_is_not_json_is_named(own_tables: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Which entry serves
+# The entry that serves
 # ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, tuning.INTERPRETED])
 def test_every_architecture_and_size_has_a_plan(arch: str) -> None:
@@ -143,7 +143,7 @@ def test_the_nearest_entry_serves(own_tables: Path) -> None:
 # Choosing, without a clock
 # ---------------------------------------------------------------------------------------------
 class FakeBench:
-    """Seconds by configuration; which ones are wrong or refused."""
+    """Stand-in for `measure.Bench`: seconds by configuration; some are wrong or refused."""
 
     def __init__(self, seconds: dict[Config, float], bad: dict[Config, str | Exception]) -> None:
         self.times, self.bad = seconds, bad
@@ -214,7 +214,7 @@ def test_a_measured_shape_is_merged_written_and_served(own_tables: Path) -> None
     tables.write(path, merged)
     assert [file.name for file in own_tables.iterdir()] == ["sm_90.json"]
     assert tuning.plan("sm_90", *FLUX).pairs == candidates["pairs"][0]
-    # What was not measured is still there, and says so.
+    # Entries that were not measured stay, and say so.
     again = tables.start_table(path, "sm_90")
     assert sum(e["measured"] for e in again["entries"]) == 1
 
