@@ -119,8 +119,8 @@ class TokenShards:
         everywhere = x.new_empty(()).expand(x.shape[0], sum(self.sizes), x.shape[2])
         problem = check_problem(everywhere, reference, reference_mask, matching, groups)
         check_combine(combine)
-        strength = parameter_tensor("alpha", alpha, x, problem.pairing.slots)
-        limit = parameter_tensor("threshold", threshold, x, problem.pairing.slots)
+        alpha = parameter_tensor("alpha", alpha, x, problem.pairing.slots)
+        threshold = parameter_tensor("threshold", threshold, x, problem.pairing.slots)
         source_mask = draw_source_mask(everywhere, source_mask, dropout, generator)
         source_mask = None if source_mask is None else source_mask[:, self.own]
 
@@ -129,7 +129,7 @@ class TokenShards:
         similarity = x.new_full(shape, NOTHING, dtype=compute_dtype(x.dtype))
         pushed = x.new_full(shape, -1, dtype=torch.int64)
         pieces, done = [], 0
-        settings: dict[str, Any] = {"alpha": strength, "threshold": limit, "combine": combine}
+        settings: dict[str, Any] = {"alpha": alpha, "threshold": threshold, "combine": combine}
         settings |= {"inplace": inplace, "backend": backend}
         guide = guide_tokens if matching == "paper" else self._guide_official
         for items, references, allowed in self._parts(x, problem, groups):
