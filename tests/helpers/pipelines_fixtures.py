@@ -5,105 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from torch import Tensor, nn
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 
+from helpers import families
+from helpers.families.core import TEXT, denoiser
 from negtome_fast.config import NegToMeConfig
-
-TEXT = 5
-"""Number of text tokens of a prompt."""
 
 ALWAYS = NegToMeConfig(threshold=0.1, t_end=0)
 """Guides every step, with a threshold that random tokens exceed."""
 
 
+def pipeline(name: str, part: str, seed: int) -> Any:
+    """Return a family's pipeline whose denoiser has the weights that diffusers gives it."""
+    family = families.FAMILIES[name]
+    torch.manual_seed(seed)
+    model = family.denoiser.cls(**family.denoiser.config()).eval()
+    return family.build(**{part: model})
+
+
 def flux_pipeline(seed: int = 0) -> FluxPipeline:
-    torch.manual_seed(seed)
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _unet(seed: int, **settings: Any) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        **settings,
-    ).eval()
+    return pipeline("flux", "transformer", seed)
 
 
 def sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=_unet(seed),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline("sd15", "unet", seed)
 
 
 def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
-    unet = _unet(
-        seed,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-        use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
-    )
-    pipe = StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline("sdxl", "unet", seed)
 
 
 def generate(
@@ -117,7 +47,7 @@ def generate(
     equal_latents: bool = False,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Latents of a run; `size` is (height, width) in pixels, 8 to a latent."""
+    """Return the latents of a run; `size` is (height, width) in pixels, 8 to a latent."""
     random = torch.Generator().manual_seed(3)
     embeds = torch.randn(1, TEXT, 16, generator=random).repeat(images, 1, 1)
     pooled = torch.randn(1, 16, generator=random).repeat(images, 1)
@@ -159,18 +89,14 @@ _plain: dict[Any, Tensor] = {}
 
 
 def built(family: str) -> Any:
-    """The pipeline of a family, built once for all tests, which leave it unguided."""
+    """Return the pipeline of a family. It is built once for all tests, which leave it unguided."""
     if family not in _pipelines:
         _pipelines[family] = FAMILIES[family]()
     return _pipelines[family]
 
 
-def denoiser(pipe: Any) -> nn.Module:
-    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-
-
 def plain(family: str, **arguments: Any) -> Tensor:
-    """The unguided latents, computed once for all tests."""
+    """Return the unguided latents. They are computed once for all tests."""
     key = (family, *sorted(arguments.items()))
     if key not in _plain:
         _plain[key] = generate(FAMILIES[family](), **arguments)
@@ -183,6 +109,6 @@ def hook_count(pipe: Any) -> int:
 
 
 def reference_latents(pipe: Any, seed: int = 11) -> Tensor:
-    """Clean latents for runs of 64 x 96 pixels."""
+    """Return clean latents for runs of 64 x 96 pixels."""
     shape = (1, 24, 16) if "Flux" in type(pipe).__name__ else (1, 4, 8, 12)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

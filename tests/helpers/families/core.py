@@ -194,6 +194,12 @@ class Run:
 Encoded = dict[str, Callable[[Run], Any]]
 """Name of a pipeline's argument -> function that returns its value for a run."""
 
+TEXT_ONLY: Encoded = {"prompt_embeds": Run.text}
+POOLED: Encoded = {"prompt_embeds": Run.text, "pooled_prompt_embeds": Run.pooled}
+MASKED: Encoded = {"prompt_embeds": Run.text, "prompt_attention_mask": Run.mask}
+MASKED_EMBEDS: Encoded = {"prompt_embeds": Run.text, "prompt_embeds_mask": Run.mask}
+TRUE_CFG = ("true_cfg_scale", 1.0)
+
 
 def negative(value: Any) -> Any:
     """Return the negative prompt that belongs to an argument with the positive one.

@@ -11,23 +11,21 @@ from torch import Tensor
 
 from helpers.families.core import (
     EVEN_PACKED,
+    MASKED,
+    MASKED_EMBEDS,
     PACKED_32,
+    POOLED,
     TEXT,
+    TEXT_ONLY,
+    TRUE_CFG,
     TWO_RESOLUTIONS,
     Denoiser,
-    Encoded,
     Family,
     Part,
     PipelineFamily,
     Run,
     embeddings,
 )
-
-TEXT_ONLY: Encoded = {"prompt_embeds": Run.text}
-POOLED: Encoded = {"prompt_embeds": Run.text, "pooled_prompt_embeds": Run.pooled}
-MASKED: Encoded = {"prompt_embeds": Run.text, "prompt_attention_mask": Run.mask}
-MASKED_EMBEDS: Encoded = {"prompt_embeds": Run.text, "prompt_embeds_mask": Run.mask}
-TRUE_CFG = ("true_cfg_scale", 1.0)
 
 FLUX = {"in_channels": 16, "out_channels": None}
 FLUX2 = FLUX | {"axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 16}

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from helpers.families.core import (
     EVEN_PACKED,
+    MASKED,
+    MASKED_EMBEDS,
     TEXT,
+    TEXT_ONLY,
+    TRUE_CFG,
     TWO_RESOLUTIONS,
     Denoiser,
     Family,
@@ -22,7 +26,6 @@ from helpers.families.core import (
     Run,
     embeddings,
 )
-from helpers.families.images import MASKED, MASKED_EMBEDS, TEXT_ONLY, TRUE_CFG
 
 FRAMES = 3
 """Number of frames in the latents."""
