@@ -1,17 +1,17 @@
-/* negtome: one operator, compiled ahead of time, and how to launch it. Generated; C99 or C++11.
+/* negtome: loads and launches one operator that was compiled ahead of time. Generated; C99, C++11.
  *
- *     negtome_operator op;                          load once, with a context current
+ *     negtome_operator op;                          load once, in a current context
  *     negtome_load(&op, "folder of the kernels");
  *     negtome_problem p = {0};                      sizes, pointers; see below
- *     const char *wrong = negtome_check(&p);        NULL, or what is wrong
+ *     const char *wrong = negtome_check(&p);        NULL, or the fault in words
  *     size_t bytes = negtome_workspace_bytes(&p);   scratch memory on the device
  *     negtome_launch(&op, &p, workspace, bytes, stream);
  *     negtome_unload(&op);
  *
  *     y_i = x_i + alpha * (x_i - r_j)  where  j = argmax_j cos(x_i, r_j)  and  cos > threshold
  *
- * Nothing here allocates memory on the device or waits for it. Functions are static: include this
- * in one source file for each exported operator.
+ * No function allocates memory on the device or waits for it. Functions are static: include the
+ * header of each exported operator in one source file of its own.
  */
 #ifndef NEGTOME_H
 #define NEGTOME_H
@@ -51,10 +51,10 @@ typedef CUdeviceptr negtome_pointer;
 #define NEGTOME_LAUNCH cuLaunchKernel
 #endif
 
-/* A problem on the device. Zero means: contiguous, one, or not wanted.
+/* A problem on the device. A field that is zero means: contiguous, one, or not wanted.
  *
- * B items of N tokens of D channels of NEGTOME_DTYPE, in G groups that never see each other. Tokens
- * have unit stride over the channels; strides are counted in elements.
+ * B items of N tokens of D channels of NEGTOME_DTYPE, in G groups that never see each other.
+ * Channels have unit stride; other strides are numbers of elements.
  */
 typedef struct negtome_problem {
     int32_t items;    /* B */
@@ -67,22 +67,22 @@ typedef struct negtome_problem {
     negtome_pointer out; /* (B, N, D), or x with its strides where NEGTOME_INPLACE */
     int64_t out_item_stride, out_token_stride;
 
-    /* Of NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) with a set for each item. */
+    /* With NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) if per_item, a set for each item. */
     negtome_pointer reference;
     int64_t reference_item_stride, reference_token_stride;
     int32_t references;       /* R */
     int32_t reference_tokens; /* M */
     int32_t per_item;
 
-    /* fp32 on the device: one value, or one for each reference an item sees. */
+    /* fp32 on the device: one value, or one for each reference that an item sees. */
     negtome_pointer alpha, threshold;
     int32_t alphas, thresholds;
 
-    /* Bytes, contiguous, 0 or 1; where NEGTOME_REFERENCE_MASK and NEGTOME_SOURCE_MASK. */
-    negtome_pointer reference_mask; /* (B, N), or of the reference's first two sides: may be matched */
+    /* Contiguous bytes, 0 or 1; with NEGTOME_REFERENCE_MASK and NEGTOME_SOURCE_MASK. */
+    negtome_pointer reference_mask; /* (B, N), or (R or B * R, M): may be matched */
     negtome_pointer source_mask;    /* (B, N): may move */
 
-    /* What was done, contiguous; S is 1, or the slots where NEGTOME_SUM. */
+    /* Results, contiguous; S is 1, or with NEGTOME_SUM the references that an item sees. */
     negtome_pointer similarity; /* (B, S, N) fp32, -inf: no match */
     negtome_pointer pushed;     /* (B, S, N) int64, slot * M + token, -1: not pushed */
 } negtome_problem;
@@ -108,7 +108,7 @@ static inline negtome_result negtome_unload(negtome_operator *op) {
     return result;
 }
 
-/* Load from memory: images[i] is the content of the file negtome_kernels[i].file. */
+/* Load kernels from memory: images[i] is the content of the file negtome_kernels[i].file. */
 static inline negtome_result negtome_load_images(
     negtome_operator *op, const void *const images[NEGTOME_KERNEL_COUNT]) {
     negtome_result result;
@@ -132,7 +132,7 @@ static inline negtome_result negtome_load_images(
             result = NEGTOME_DRIVER(ModuleGetFunction)(
                 &op->functions[i], op->modules[i], negtome_kernels[i].symbol);
 #if !NEGTOME_HIP
-        /* More than this has to be asked for. */
+        /* A kernel may use more than 48 KiB only after this call. */
         if (result == CUDA_SUCCESS && negtome_kernels[i].shared > 48 * 1024)
             result = cuFuncSetAttribute(op->functions[i],
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)negtome_kernels[i].shared);
@@ -161,7 +161,7 @@ static inline void *negtome_read(const char *folder, const char *file) {
     return content;
 }
 
-/* Load the files of an exported folder into the current context. */
+/* Load the kernels of an exported folder into the current context. */
 static inline negtome_result negtome_load(negtome_operator *op, const char *folder) {
     void *images[NEGTOME_KERNEL_COUNT];
     const void *views[NEGTOME_KERNEL_COUNT];
@@ -197,12 +197,12 @@ typedef struct negtome_sizes {
 
 static inline int64_t negtome_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Scales of `tokens` tokens, in whole blocks. */
+/* Number of scales of `tokens` tokens, rounded up to whole blocks. */
 static inline int64_t negtome_scale_room(int64_t tokens) {
     return negtome_ceil(tokens, NEGTOME_SCALE_ROOM) * NEGTOME_SCALE_ROOM;
 }
 
-/* What a kernel divides by `divisor` with, in [1, 2^31): n / d = (n * m) >> (31 + ceil(log2 d)). */
+/* Code of a divisor d in [1, 2^31): kernels compute n / d as (n * m) >> (31 + ceil(log2 d)). */
 static inline int64_t negtome_reciprocal(int64_t divisor) {
     int shift = 31;
     while (((int64_t)1 << (shift - 31)) < divisor) shift++;
@@ -227,18 +227,13 @@ static inline negtome_sizes negtome_sizes_of(const negtome_problem *p) {
     s.reference_items = p->per_item ? p->items * s.slots : s.slots;
     s.reference_step = p->per_item ? s.slots : 0;
     s.products = (int64_t)p->items * s.slots;
-#elif NEGTOME_OTHERS
-    s.slots = s.group_size - 1;
-    s.columns = p->tokens;
-    s.reference_items = p->items;
-    s.reference_step = 0;
-    s.products = (int64_t)groups * s.group_size * (s.group_size - 1) / 2;
 #else
-    s.slots = 1;
+    s.slots = NEGTOME_OTHERS ? s.group_size - 1 : 1;
     s.columns = p->tokens;
     s.reference_items = p->items;
     s.reference_step = 0;
-    s.products = p->items - groups;
+    s.products = NEGTOME_OTHERS ? (int64_t)groups * s.group_size * (s.group_size - 1) / 2
+                                : p->items - groups;
 #endif
     s.rows = NEGTOME_SUM ? s.slots : 1;
     s.xn = negtome_stride(p->x_token_stride, token);
@@ -267,7 +262,7 @@ static inline int negtome_bad_stride(int64_t given, int64_t contiguous) {
     return stride < 0 || stride > INT32_MAX || stride % NEGTOME_DIVISOR != 0;
 }
 
-/* NULL, or what is wrong with the problem. Looks at no memory of the device. */
+/* NULL, or the fault of the problem in words. Reads no memory of the device. */
 static inline const char *negtome_check(const negtome_problem *p) {
     int32_t groups = p->groups ? p->groups : 1;
     negtome_sizes s;
@@ -337,7 +332,7 @@ static inline const char *negtome_check(const negtome_problem *p) {
     return NULL;
 }
 
-/* Where scratch memory lies in the workspace, in bytes. */
+/* Offsets of scratch memory in the workspace, in bytes. */
 typedef struct negtome_layout {
     size_t scale, source_scale, keys, similarity, index, row_similarity, row_pushed, bytes;
 } negtome_layout;
@@ -396,7 +391,7 @@ static inline negtome_result negtome_launch_kernel(const negtome_operator *op, i
 
 /* @wrappers */
 
-/* Launch the operator; the workspace, aligned to 16 bytes, must live until the stream is done. */
+/* Launch the operator. The workspace, aligned to 16 bytes, must live until the stream is done. */
 static inline negtome_result negtome_launch(const negtome_operator *op, const negtome_problem *p,
     negtome_pointer workspace, size_t workspace_bytes, negtome_stream stream) {
     negtome_sizes s;
@@ -421,7 +416,7 @@ static inline negtome_result negtome_launch(const negtome_operator *op, const ne
     source_mask_stride = p->source_mask ? s.tokens : 0;
     key_count = NEGTOME_TILES ? s.items * (NEGTOME_RESOLVE ? s.slots : s.rows) * s.tokens : 0;
 
-    /* Column scales; the same launch empties the keys. */
+    /* Scales of the reference; the same launch empties the keys. */
     result = negtome_launch_scale(op,
         negtome_ceil(negtome_scale_room(s.columns), NEGTOME_SCALE_BLOCK_M),
         negtome_ceil(s.reference_items, item_step), stream, reference, p->reference_mask, scale,
@@ -457,7 +452,7 @@ static inline negtome_result negtome_launch(const negtome_operator *op, const ne
 #endif
     circle_code = negtome_reciprocal(s.group_size);
 #if NEGTOME_OFFICIAL
-    /* Source and reference swap their roles: the columns are source tokens. */
+    /* Source and reference are exchanged: the columns are source tokens. */
     column_scale = negtome_at(workspace, l.source_scale);
     result = negtome_launch_source_scale(op,
         negtome_ceil(negtome_scale_room(s.tokens), NEGTOME_SCALE_BLOCK_M),
