@@ -89,8 +89,6 @@ setup(
             "tiny_flux_avatars/**/*.json",
             "tiny_flux_avatars/**/*.safetensors",
             "tiny_flux_avatars/**/*.md",
-            "tiny_flux_avatars/**/*.txt",
-            "tiny_flux_avatars/**/NOTICE",
         ],
         "negtome_fast.integrations.comfyui": ["pyproject.toml", "example_workflows/*.json"],
         "negtome_fast.kernels": ["tuned/*.json"],

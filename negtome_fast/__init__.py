@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from .config import NegToMeConfig
     from .guidance import Guidance
     from .nudging import ReferenceBank, generate_with_nudging, nudge
-    from .pipelines import Reference, apply_negtome, negtome_guidance, remove_negtome
+    from .pipelines import (
+        Reference,
+        apply_negtome,
+        negtome_guidance,
+        register_layout,
+        remove_negtome,
+    )
 
 __version__ = "0.1.0"
 

@@ -46,7 +46,7 @@ def measure(
     `alike` is the share of source tokens for which both kinds choose the same token; it is below 1
     only if two cosines differ by less than the rounding of a sum.
     """
-    from negtome_fast.backends.coarse_statistics import coarse_statistics
+    from ..compared.coarse_statistics import coarse_statistics
 
     inputs = rotating_inputs(shape, dtype, device)
     chosen = {kind: _call(kind, shape, inputs[0])[2] for kind in KINDS}

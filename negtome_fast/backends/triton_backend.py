@@ -138,18 +138,18 @@ def _match_and_push(
     if shape.by_slot:
         steps.append((shape.from_matches, (aligned, x, reference, found, index, *results)))
         return steps, similarity, pushed
-    keys = None if shape.by_rows else torch.empty_like(pushed)
+    keys = None if shape.by_fused else torch.empty_like(pushed)
     scale = x.new_empty(shape.reference_scales, dtype=torch.float32)
     steps.append((shape.scale, (tokens_aligned, reference, _bytes(mask), scale, keys)))
     if keys is None:
-        steps.append((shape.rows, (aligned, x, reference, scale, *results)))
+        steps.append((shape.fused, (aligned, x, reference, scale, *results)))
         return steps, similarity, pushed
-    for part, finish in enumerate(shape.finish):
+    for part, push in enumerate(shape.push_from_keys):
         if shape.coarse:
             steps.append((triton_coarse.raise_keys, (call, scale, keys, shape.plan)))
         else:
             steps += _tiles(shape, call, tokens_aligned, scale, keys, part)
-        steps.append((finish, (aligned, x, reference, scale, keys, *results)))
+        steps.append((push, (aligned, x, reference, scale, keys, *results)))
     return steps, similarity, pushed
 
 
@@ -216,7 +216,7 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
         else:
             with SideStream(x) as side:
                 for launch, arguments in steps:
-                    with side.following() if launch in shape.finish else nullcontext():
+                    with side.following() if launch in shape.push_from_keys else nullcontext():
                         launch(*arguments)
         if hazard:
             out.copy_(target)

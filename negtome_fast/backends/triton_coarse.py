@@ -39,7 +39,7 @@ TERM_ERROR = 2.0**-24 * 1.02
 # Memory layout
 # ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _CoarseLayout:
+class CoarseLayout:
     """Sizes of a call: S source items, Q reference items that are rounded, C centres."""
 
     pairing: Pairing
@@ -103,14 +103,14 @@ class _CoarseLayout:
         return cdiv(rows, self.score.BLOCK_M)
 
 
-class _Int8Tokens(NamedTuple):
+class Int8Tokens(NamedTuple):
     """Rounded tokens: values (Q, K, width) int8 and stats (., Q, K) fp32, see round_kernel."""
 
     values: Tensor
     stats: Tensor
 
 
-class _SourcePart(NamedTuple):
+class SourcePart(NamedTuple):
     """Source tokens `first` to `first + K - 1` of S items, and what is in question for them.
 
     bias (Q, M), blocks (2, Q, column blocks), upper and listed (lists, K), lower (S, K), counts
@@ -118,7 +118,7 @@ class _SourcePart(NamedTuple):
     """
 
     first: int
-    rounded: _Int8Tokens
+    rounded: Int8Tokens
     bias: Tensor
     blocks: Tensor
     upper: Tensor
@@ -131,7 +131,7 @@ class _SourcePart(NamedTuple):
 class _PartScratch:
     """Memory of one part, which the next part uses again."""
 
-    def __init__(self, layout: _CoarseLayout, device: torch.device) -> None:
+    def __init__(self, layout: CoarseLayout, device: torch.device) -> None:
         rows, sources, lists = layout.rows, layout.sources, layout.lists
         sizes: dict[str, tuple[int, torch.dtype]] = {
             "values": (sources * rows * layout.width, torch.int8),
@@ -149,7 +149,7 @@ class _PartScratch:
             for name, (size, dtype) in sizes.items()
         }
 
-    def part(self, layout: _CoarseLayout, first: int) -> _SourcePart:
+    def part(self, layout: CoarseLayout, first: int) -> SourcePart:
         rows = min(layout.rows, layout.tokens - first)
         sources, lists = layout.sources, layout.lists
 
@@ -159,9 +159,9 @@ class _PartScratch:
                 size *= length
             return self._whole[name][:size].view(shape)
 
-        return _SourcePart(
+        return SourcePart(
             first,
-            _Int8Tokens(
+            Int8Tokens(
                 view("values", sources, rows, layout.width), view("stats", 3, sources, rows)
             ),
             view("bias", layout.rounded, layout.columns),
@@ -174,12 +174,12 @@ class _PartScratch:
         )
 
 
-def _layout(call: Call, plan: tuning.Plan) -> _CoarseLayout:
+def coarse_layout(call: Call, plan: tuning.Plan) -> CoarseLayout:
     (_, tokens, channels), (references, columns, _) = call.x.shape, call.reference.shape
     score = plan.score
     if score.BLOCK_N > plan.bound.BLOCK_N:
         score = score._replace(BLOCK_N=plan.bound.BLOCK_N)
-    return _CoarseLayout(
+    return CoarseLayout(
         call.pairing,
         tokens=tokens,
         references=references,
@@ -207,7 +207,7 @@ def column_scales(call: Call) -> Tensor:
     return scale
 
 
-def _centres(reference: Tensor, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan) -> Tensor:
+def _centres(reference: Tensor, scale: Tensor, layout: CoarseLayout, plan: tuning.Plan) -> Tensor:
     """Compute the centres (C, D) fp32."""
     from ..kernels.coarse import centre_kernel
 
@@ -232,11 +232,11 @@ def _centres(reference: Tensor, scale: Tensor, layout: _CoarseLayout, plan: tuni
 def _round(
     tokens: Tensor,
     centre: Tensor,
-    into: _Int8Tokens,
-    layout: _CoarseLayout,
+    into: Int8Tokens,
+    layout: CoarseLayout,
     plan: tuning.Plan,
     scale: Tensor | None = None,
-    part: _SourcePart | None = None,
+    part: SourcePart | None = None,
 ) -> None:
     """Round reference tokens, whose `scale` is known, or the source tokens of a part."""
     from ..kernels.coarse import round_kernel
@@ -269,9 +269,7 @@ def _round(
     )
 
 
-def _bound(
-    part: _SourcePart, columns: _Int8Tokens, layout: _CoarseLayout, plan: tuning.Plan
-) -> None:
+def _bound(part: SourcePart, columns: Int8Tokens, layout: CoarseLayout, plan: tuning.Plan) -> None:
     """Fill in `upper` and `lower` of a part."""
     from ..kernels.coarse import bias_kernel, bound_kernel
 
@@ -318,7 +316,7 @@ def _bound(
     )
 
 
-def _select(part: _SourcePart, layout: _CoarseLayout, plan: tuning.Plan) -> None:
+def _select(part: SourcePart, layout: CoarseLayout, plan: tuning.Plan) -> None:
     """List the rows of every block of columns that may hold their best one."""
     from ..kernels.coarse_scores import select_kernel
 
@@ -340,9 +338,7 @@ def _select(part: _SourcePart, layout: _CoarseLayout, plan: tuning.Plan) -> None
     )
 
 
-def _score(
-    call: Call, scale: Tensor, keys: Tensor, part: _SourcePart, layout: _CoarseLayout
-) -> None:
+def _score(call: Call, scale: Tensor, keys: Tensor, part: SourcePart, layout: CoarseLayout) -> None:
     """Raise `keys` to the best candidates of the listed rows and blocks of columns."""
     from ..kernels.coarse_scores import score_kernel
 
@@ -378,13 +374,13 @@ def _score(
     )
 
 
-def _parts(
-    call: Call, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan
-) -> Iterator[tuple[_SourcePart, _Int8Tokens]]:
+def source_parts(
+    call: Call, scale: Tensor, layout: CoarseLayout, plan: tuning.Plan
+) -> Iterator[tuple[SourcePart, Int8Tokens]]:
     """Yield all source tokens part by part, after listing what is in question for them."""
     x, reference = call.x, call.reference
     shape = layout.rounded, layout.columns
-    columns = _Int8Tokens(
+    columns = Int8Tokens(
         torch.empty((*shape, layout.width), dtype=torch.int8, device=x.device),
         torch.empty((4, *shape), dtype=torch.float32, device=x.device),
     )
@@ -408,8 +404,8 @@ def raise_keys(call: Call, scale: Tensor, keys: Tensor, plan: tuning.Plan) -> No
         keys: (B, 1, N) int64, emptied; tokens are slot * M + token.
         plan: configurations of the kernels in `tuning.COARSE`.
     """
-    layout = _layout(call, plan)
+    layout = coarse_layout(call, plan)
     if layout.lists == 0 or layout.tokens == 0:
         return
-    for part, _ in _parts(call, scale, layout, plan):
+    for part, _ in source_parts(call, scale, layout, plan):
         _score(call, scale, keys, part, layout)

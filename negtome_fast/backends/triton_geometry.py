@@ -122,7 +122,7 @@ class Geometry:
         # Matches of every slot by itself are wanted: official matching, and the sum of all pushes.
         self.by_slot = push is None or self.official or self.total
         # A key of the union of all slots has 31 bits for slot and token.
-        self.by_rows = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
+        self.by_fused = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
         self.coarse = plan.kind == "coarse" and coarse_serves(self.mode, self.D)
         step = reference_step(pairing)
         self._sizes = (self.N, self.M, self.D, self.slots, self.group_size, step)
@@ -175,7 +175,7 @@ class Geometry:
     def scale(self) -> Launch:
         """Scales of the references; the launch also empties the keys."""
         keys = 0
-        if not self.by_rows:
+        if not self.by_fused:
             keys = self.items * (self.slots if self.by_slot else 1) * self.N
         step = self.group_size if self.mode == "first" else 1
         return self._scale(self.reference, self.mask, step, keys)
@@ -287,7 +287,7 @@ class Geometry:
         )
 
     @functools.cached_property
-    def rows(self) -> Launch:
+    def fused(self) -> Launch:
         """Match and push in one launch: every program owns some rows."""
         from ..kernels.fused import fused_kernel
 
@@ -295,7 +295,7 @@ class Geometry:
         return self._pushing(fused_kernel, config, self.items, columns=(config.BLOCK_N,))
 
     @functools.cached_property
-    def finish(self) -> tuple[Launch, ...]:
+    def push_from_keys(self) -> tuple[Launch, ...]:
         """The push after tiles: a launch for each part."""
         from ..kernels.push import push_from_keys_kernel
 

@@ -10,12 +10,8 @@ from .references import Reference
 
 del _families  # importing it fills the table
 
-Encoder = ReferenceEncoder
-"""`ReferenceEncoder` under its name of version 0.1.0."""
-
 __all__ = [
     "BlockRow",
-    "Encoder",
     "GuidanceSummary",
     "ImageTokens",
     "Layout",

@@ -159,7 +159,7 @@ def test_launches_are_kept_for_calls_alike_and_remade_for_another_plan(tiles: An
     tiles(OVERLAP=1)
     results({})
     (remade,) = triton_geometry._known.values()
-    assert remade is not kept and len(remade.finish) == 2
+    assert remade is not kept and len(remade.push_from_keys) == 2
 
 
 def test_compiled_kernels_are_launched_only_for_aligned_pointers(

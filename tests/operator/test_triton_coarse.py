@@ -24,9 +24,9 @@ from helpers.oracle import Problem, bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from bench.compared import coarse_statistics as statistics
 from bench.compared.shapes import Shape, random_tokens
 from bench.suites import coarse_columns
-from negtome_fast.backends import coarse_statistics as statistics
 from negtome_fast.backends import triton_backend, triton_coarse, triton_geometry
 from negtome_fast.backends.triton_geometry import plan_of
 from negtome_fast.call import Call
@@ -221,11 +221,11 @@ def bounded(x: Tensor, **configurations: Config) -> Iterator[tuple[Any, ...]]:
     with forced("coarse", **configurations):
         plan = plan_of(x, x.shape[1], pairing)
     call = Call(x, x, pairing)
-    layout = triton_coarse._layout(call, plan)
+    layout = triton_coarse.coarse_layout(call, plan)
     scale = triton_coarse.column_scales(call)
     centre = triton_coarse._centres(x, scale, layout, plan).double()
     columns = x[0].double() * scale[0, : x.shape[1]].clamp_min(0).double()[:, None]
-    for part, rounded in triton_coarse._parts(call, scale, layout, plan):
+    for part, rounded in triton_coarse.source_parts(call, scale, layout, plan):
         rows = x[1:, part.first : part.first + part.lower.shape[1]].double()
         # The scale is the kernel's own, since its bounds refer to that.
         norm = rows.float().square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-12).double()
@@ -363,7 +363,7 @@ def test_who_takes_this_kind(
 def test_memory_of_long_videos_is_bounded() -> None:
     video = torch.empty(1, 1, 1).expand(2, 75600, 5120)
     plan = tuning.plan("sm_90", "bfloat16", 1, 75600, 75600, 5120)
-    layout = triton_coarse._layout(Call(video, video, Pairing("first", 2)), plan)
+    layout = triton_coarse.coarse_layout(Call(video, video, Pairing("first", 2)), plan)
     row = layout.width + 16 + 8 * layout.column_blocks
     assert layout.rows * row <= triton_coarse.SCRATCH_BYTES and layout.rows % 128 == 0
     # The last part is nearly as long as the others.

@@ -223,12 +223,12 @@ def test_more_candidates_than_a_key_can_number_are_matched_by_rows(launch, monke
     launched: list[str] = []
 
     def note(shape: Geometry, *_: object) -> None:
-        launched.append("rows" if shape.by_rows else "keys")
+        launched.append("fused" if shape.by_fused else "keys")
         raise InterruptedError
 
     monkeypatch.setattr(triton_backend, "_match_and_push", note)
     x = tokens(1, 3, 8)
-    for references, expected in ((2**20, "keys"), (2**29, "rows")):
+    for references, expected in ((2**20, "keys"), (2**29, "fused")):
         many = tokens(1, 4, 8).expand(references, 4, 8)
         with pytest.raises(InterruptedError):
             guide(x, many, Pairing("external", 1, references=references))

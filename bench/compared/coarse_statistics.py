@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..kernels import tuning
-from ..pairing import Pairing
-from . import triton_runtime as runtime
-from .triton_coarse import (
+from negtome_fast.backends import triton_runtime as runtime
+from negtome_fast.backends.triton_coarse import (
     TERM_ERROR,
-    _CoarseLayout,
-    _Int8Tokens,
-    _layout,
-    _parts,
-    _SourcePart,
+    CoarseLayout,
+    Int8Tokens,
+    SourcePart,
+    coarse_layout,
     column_scales,
+    source_parts,
 )
-from .triton_geometry import MOST_COARSE_CHANNELS, plan_of
+from negtome_fast.backends.triton_geometry import MOST_COARSE_CHANNELS, plan_of
+from negtome_fast.call import Call
+from negtome_fast.kernels import tuning
+from negtome_fast.pairing import Pairing
 
 #: A row counts as undecided if more than this share of its blocks is in question.
 UNDECIDED = 0.25
@@ -78,17 +78,17 @@ def coarse_statistics(
     with runtime.launch_device(x):
         plan = plan_of(x, tokens.shape[1], pairing)
         call = Call(x, tokens, pairing, reference_mask)
-        layout = _layout(call, plan)
+        layout = coarse_layout(call, plan)
         return _count(call, column_scales(call), layout, plan, sample)
 
 
 def _count(
-    call: Call, scale: Tensor, layout: _CoarseLayout, plan: tuning.Plan, sample: int
+    call: Call, scale: Tensor, layout: CoarseLayout, plan: tuning.Plan, sample: int
 ) -> dict[str, Any]:
     blocks_a_row, columns_a_row = [], []
     tasks = held = parts = 0
     step = max(1, layout.sources * layout.tokens // sample)
-    for part, columns in _parts(call, scale, layout, plan):
+    for part, columns in source_parts(call, scale, layout, plan):
         finite = part.rounded.stats[0] > 0
         in_question = in_question_of(part).view(layout.sources, -1, *part.lower.shape[1:])
         blocks_a_row.append(in_question.sum(dim=1)[finite])
@@ -118,20 +118,20 @@ def _count(
     }
 
 
-def lower_bounds(part: _SourcePart) -> Tensor:
+def lower_bounds(part: SourcePart) -> Tensor:
     """Lower bounds (S, K) fp32, from the integers of the same order; -inf without a candidate."""
     order = part.lower
     return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
 
 
-def in_question_of(part: _SourcePart) -> Tensor:
+def in_question_of(part: SourcePart) -> Tensor:
     """(lists, K) bool, True for blocks of columns that may hold a row's best one."""
     lower = lower_bounds(part).repeat_interleave(len(part.upper) // len(part.lower), dim=0)
     return (part.upper >= lower) & (part.upper > -torch.inf)
 
 
 def columns_in_question(
-    part: _SourcePart, columns: _Int8Tokens, layout: _CoarseLayout, chosen: Tensor, size: int = 4096
+    part: SourcePart, columns: Int8Tokens, layout: CoarseLayout, chosen: Tensor, size: int = 4096
 ) -> Tensor:
     """Number of columns (K,) that may be the best of the `chosen` (K, 2) = (source, row)."""
     source, row = chosen.unbind(1)
