@@ -61,7 +61,7 @@ def _authors(shape: Shape, example: Tensor) -> Call:
 
 
 def _compile(function: Callable[..., Tensor], example: Tensor) -> Callable[..., Tensor]:
-    # The mode is one without CUDA graphs, because the timing captures a graph anyway.
+    # This mode uses no CUDA graphs, because the timing captures a graph anyway.
     mode = "max-autotune-no-cudagraphs" if example.is_cuda else "default"
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 

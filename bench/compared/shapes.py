@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHARED = (0.3, 0.95)
-"""Range of the share of the reference in a token, with which about half the tokens are pushed."""
+"""Range of the reference's share in a token; with it about half of the tokens are pushed."""
 
 
 @dataclass(frozen=True)

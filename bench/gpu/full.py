@@ -61,7 +61,7 @@ def architecture() -> str:
 
 
 def run_tune(setting: SuiteRun, seconds: float) -> dict[str, Any]:
-    """Run `negtome-fast tune`; later stages find its table by the environment."""
+    """Run `negtome-fast tune`; later stages find its table through the environment."""
     if setting.rehearse:
         options = ["--dry-run", "--quick", "--shapes", "8x1024x1280/2"]
         table = setting.out / "none.json"

@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cuda_extra_bytes(function: Callable[[Tensor], Tensor], x: Tensor, result: bool) -> int:
-    """Peak of the CUDA allocator over one call, less the memory before it and the result."""
+    """Peak of the CUDA allocator over one call, minus the memory before it and the result."""
     function(x)
     gc.collect()
     torch.cuda.synchronize()

@@ -76,7 +76,7 @@ class ReferenceBank:
         size: int = 512,
         encoder: ImageEncoder | None = None,
     ) -> ReferenceBank:
-        """Build a bank from a folder (searched in depth) or from images.
+        """Build a bank from a folder (searched recursively) or from images.
 
         Args:
             images: a folder, or images: PIL, paths, uint8 arrays `(H, W, 3)`, or pairs of a name

@@ -51,8 +51,8 @@ class PipelineSchedule:
     def running(self) -> bool:
         """True if this thread is in a call of the pipeline, not of another that shares its model.
 
-        The stack is searched for it: a pipeline keeps the state of its last run, and does not say
-        when that was over.
+        The stack is searched for the call, because a pipeline keeps the state of its last run and
+        does not say when that run ended.
         """
         return self._call() is not None
 

@@ -250,7 +250,7 @@ class BootstrapPlan:
 
         Args:
             estimate: the statistic of the samples, or a difference.
-            drawn: the same for each draw, (draws,).
+            drawn: its value in each draw, (draws,).
             no_change: 0 for a difference, None for one condition.
             recentre: move the quantiles; False for statistics without bias, see `is_biased`.
         """

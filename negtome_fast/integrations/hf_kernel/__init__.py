@@ -25,7 +25,7 @@ KERNELS = Path(kernels.__file__).parent
 NAME, VERSION, LICENSE = "negtome-fast", 0, "Apache-2.0"
 PYTHON_NAME = NAME.replace("-", "_")
 BACKENDS = ("cpu", "cuda", "rocm")
-#: What is copied as it is, and the one file whose operators get a name of their own in every build.
+#: Files that are copied unchanged, and the one file whose operators are renamed in every build.
 MODULES = ("arguments.py", "call.py", "functional.py", "module.py", "naive.py", "pairing.py")
 BACKEND_MODULES = tuple(sorted(path.name for path in (PACKAGE / "backends").glob("*.py")))
 KERNEL_MODULES = (
