@@ -131,7 +131,7 @@ def _push_from_keys(config: Config, problem: Problem, arch: str, multiprocessors
     """A figure that orders configurations of `push_from_keys`, which is bound by memory.
 
     It counts what keeps memory from being busy: channels beyond the last; few bytes in flight per
-        thread; and fewer warps than memory needs, a quarter of those that a multiprocessor holds.
+    thread; and fewer warps than memory needs, a quarter of those that a multiprocessor holds.
     """
     target = aot.TARGETS[arch]
     elements = config.BLOCK_M * config.BLOCK_K / (config.num_warps * target.warp_size)
