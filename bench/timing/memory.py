@@ -80,7 +80,7 @@ def _main(candidate: str, shape_text: str, dtype_name: str, threads: str) -> Non
     torch.set_num_threads(int(threads))
     shape, dtype = parse_shape(shape_text), getattr(torch, dtype_name)
     chosen = CANDIDATES[candidate]
-    # A small call first: libraries, threads and their workspaces are no candidate's extra memory.
+    # A small call first: libraries, threads and their workspaces do not count as extra memory.
     small = Shape("small", shape.items, 64, shape.channels, shape.groups)
     chosen.prepare(small, small_tokens := random_tokens(small, dtype, "cpu"))(small_tokens)
     x = random_tokens(shape, dtype, "cpu")

@@ -163,7 +163,7 @@ def _round(
     scratch: _ThreadScratch,
     along_centre: bool,
 ) -> None:
-    """Round `tokens` `(K, D)`, each by itself, into `rounded`, which holds zeros."""
+    """Round `tokens` `(K, D)` one by one into `rounded`, which holds zeros."""
     values, scale, length, error, norm, along = rounded
     for part, unit, whole in scratch.halves(len(tokens)):
         wide = _widened(tokens[part], unit)

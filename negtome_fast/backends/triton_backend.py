@@ -157,7 +157,7 @@ def _match_and_push(
 # What the operator calls
 # ---------------------------------------------------------------------------------------------
 def match(call: Call) -> tuple[Tensor, Tensor]:
-    """Find the best reference token of every source token, in every slot by itself.
+    """Find the best reference token of every source token, separately for each slot.
 
     Args:
         call: see `Call`; the tokens are fp32, bf16 or fp16.

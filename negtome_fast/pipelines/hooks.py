@@ -183,7 +183,8 @@ class ModelHooks:
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # An interrupt is no Exception, so torch skips the post-hook of the forward that it ended.
+        # An interrupt is not an `Exception`, so torch skips the post-hook of the forward that it
+        # ended.
         self._close_forward(completed=False)
         refuse_cache(model)
         arguments = self._inputs.by_name(model, args, kwargs)

@@ -61,7 +61,7 @@ class Interval:
         samples: number of samples on each side.
         blocks: number of independent blocks among them.
         draws: number of draws.
-        bias: mean of the draws less the estimate; for a ratio, of the logarithms.
+        bias: mean of the draws minus the estimate; for a ratio, of their logarithms.
         no_change: 0 for a difference, 1 for a ratio, None for one condition.
     """
 
@@ -80,7 +80,7 @@ class Interval:
 
     @property
     def corrected(self) -> float:
-        """The estimate less its bias, which the bias of the draws estimates.
+        """The estimate minus its bias, as estimated by the bias of the draws.
 
         Report this one for a ratio of entropies; docs/measures.md says why.
         """

@@ -45,7 +45,7 @@ class Sampler:
         device: device of the pipeline and the instruments.
 
     Raises:
-        ValueError: a store for images of another device than the CPU, whose rounding differs.
+        ValueError: a store for a device other than the CPU, whose rounding differs.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ class Operator:
     Attributes:
         target: `"sm_80"`, `"sm_89"`, `"sm_90"`, `"sm_100"` or `"gfx942"`.
         dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"bf16"`, `"fp16"`, `"fp32"`.
-        channels: the D that the configuration is chosen for. Kernels run with any D, or with
-            any multiple of 16 if this D is one.
+        channels: the D that the configuration is chosen for. Kernels run with any D, or with any
+            multiple of 16 if this D is one.
         reference: `"first"`, `"others"`, or `"external"` for a tensor of references.
         matching, combine: as in `negtome_fast.negtome`.
         inplace: write into `x`, only the tokens that move; not with `reference="others"`.
