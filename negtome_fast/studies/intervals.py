@@ -9,8 +9,8 @@ Images that were guided together are not independent. The bootstrap therefore dr
 - Draws repeat samples, which biases nonlinear statistics such as entropy. The interval is moved
   back by that bias: once for a difference, where the biases of both sides mostly cancel, and twice
   for the logarithm of a ratio, whose estimate is itself too large over a small entropy. The
-  interval of a mean is not moved, since a mean has no bias. Moving it by the noise of a thousand
-  draws could carry an end that is exactly 0, as it is where few images changed, across 0.
+  interval of a mean is not moved, since a mean has no bias. Where few images changed, an end is
+  exactly 0, and the noise of a thousand draws could move it across 0.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def load_gradio() -> Any:
 
 
 def _switch_reports_off() -> None:
-    """Send no counts of use to gradio and the Hub, whose clients look at the environment."""
+    """Send no usage counts to gradio and the Hub, whose clients read the environment."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

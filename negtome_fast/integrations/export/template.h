@@ -64,10 +64,10 @@ typedef struct negtome_problem {
 
     negtome_pointer x; /* (B, N, D) */
     int64_t x_item_stride, x_token_stride;
-    negtome_pointer out; /* (B, N, D), or x with its strides where NEGTOME_INPLACE */
+    negtome_pointer out; /* (B, N, D), or x with its strides if NEGTOME_INPLACE */
     int64_t out_item_stride, out_token_stride;
 
-    /* Of NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) with a set for each item. */
+    /* With NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) with a set for each item. */
     negtome_pointer reference;
     int64_t reference_item_stride, reference_token_stride;
     int32_t references;       /* R */
@@ -78,11 +78,11 @@ typedef struct negtome_problem {
     negtome_pointer alpha, threshold;
     int32_t alphas, thresholds;
 
-    /* Bytes, contiguous, 0 or 1; where NEGTOME_REFERENCE_MASK and NEGTOME_SOURCE_MASK. */
+    /* Bytes, contiguous, 0 or 1; used with NEGTOME_REFERENCE_MASK and NEGTOME_SOURCE_MASK. */
     negtome_pointer reference_mask; /* (B, N), or of the reference's first two sides: may be matched */
     negtome_pointer source_mask;    /* (B, N): may move */
 
-    /* What was done, contiguous; S is 1, or the slots where NEGTOME_SUM. */
+    /* Results, contiguous; S is 1, or the number of slots with NEGTOME_SUM. */
     negtome_pointer similarity; /* (B, S, N) fp32, -inf: no match */
     negtome_pointer pushed;     /* (B, S, N) int64, slot * M + token, -1: not pushed */
 } negtome_problem;
@@ -132,7 +132,7 @@ static inline negtome_result negtome_load_images(
             result = NEGTOME_DRIVER(ModuleGetFunction)(
                 &op->functions[i], op->modules[i], negtome_kernels[i].symbol);
 #if !NEGTOME_HIP
-        /* More than this has to be asked for. */
+        /* More than this must be requested. */
         if (result == CUDA_SUCCESS && negtome_kernels[i].shared > 48 * 1024)
             result = cuFuncSetAttribute(op->functions[i],
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)negtome_kernels[i].shared);
@@ -191,7 +191,7 @@ typedef struct negtome_sizes {
     int32_t reference_items; /* P */
     int32_t reference_step;
     int32_t rows;     /* S: rows of similarity and pushed */
-    int64_t products; /* pairs of a source and a reference item, or with NEGTOME_OTHERS of items */
+    int64_t products; /* pairs of a source and a reference item; with NEGTOME_OTHERS, of items */
     int32_t xb, xn, rb, rm, ob, on;
 } negtome_sizes;
 
@@ -267,7 +267,7 @@ static inline int negtome_bad_stride(int64_t given, int64_t contiguous) {
     return stride < 0 || stride > INT32_MAX || stride % NEGTOME_DIVISOR != 0;
 }
 
-/* NULL, or what is wrong with the problem. Looks at no memory of the device. */
+/* Return NULL, or what is wrong with the problem. Reads no device memory. */
 static inline const char *negtome_check(const negtome_problem *p) {
     int32_t groups = p->groups ? p->groups : 1;
     negtome_sizes s;
@@ -337,7 +337,7 @@ static inline const char *negtome_check(const negtome_problem *p) {
     return NULL;
 }
 
-/* Where scratch memory lies in the workspace, in bytes. */
+/* Offsets of scratch memory in the workspace, in bytes. */
 typedef struct negtome_layout {
     size_t scale, source_scale, keys, similarity, index, row_similarity, row_pushed, bytes;
 } negtome_layout;
