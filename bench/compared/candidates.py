@@ -19,9 +19,9 @@ OURS = "ours"
 SPLIT_ROWS = (512, 2048, 8192)
 """Rows of scores among which the split version takes the fastest."""
 SPLIT_BYTES = 2**30
-"""Most bytes of scores."""
+"""Maximum bytes of scores."""
 MOST_CHUNKS = 32
-"""Most chunks of rows; `torch.compile` unrolls the loop over them."""
+"""Maximum number of chunks of rows; `torch.compile` unrolls the loop over them."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .smoke import ON_TRITON, benchmark, compiled_first, find_tool, module
 from .suite import Stage
 
 MOST_WORKERS = 14
-"""Most processes of pytest-xdist; compiling takes most of the time."""
+"""Maximum number of processes of pytest-xdist; compiling takes most of the time."""
 TEST_SECONDS = 120
 """Limit of a test; most take seconds, the slowest compile for half a minute."""
 KERNEL_TESTS = (

@@ -14,8 +14,8 @@ from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 DOMAIN = Opset("negtome_fast", 1)
-#: Reference tokens of a block, at most, and what a block is a multiple of. All blocks of a problem
-#: have one size, so that equal tokens in two blocks are rounded alike and tie.
+#: Maximum number of reference tokens of a block, and the number whose multiple it is. All blocks of
+#: a problem have one size, so that equal tokens in two blocks are rounded alike and tie.
 BLOCK, RUN = 256, 64
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])  # noqa: UP007, onnxscript knows no other form
 _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto

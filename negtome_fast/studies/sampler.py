@@ -40,8 +40,8 @@ class Sampler:
 
     Args:
         store: folder of the results; None stores nothing.
-        batch: most images per forward. It is part of the identity of results, since rounding
-            depends on it.
+        batch: maximum number of images per forward. It is part of the identity of results, since
+            rounding depends on it.
         device: device of the pipeline and the instruments.
 
     Raises:

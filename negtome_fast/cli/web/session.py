@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 16
 MOST_WORDS = 1000
-"""Most characters of a prompt."""
+"""Maximum number of characters in a prompt."""
 
 MODES = {
     "others": "all other images",

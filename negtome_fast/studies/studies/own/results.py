@@ -28,7 +28,7 @@ SCHEMA = 2
 """Version of the file of results; version 1 had one guided condition."""
 
 _ROWS = 36
-"""Most rows of the sheet; more would be too many to look at."""
+"""Maximum number of rows of the sheet; more would be too many to look at."""
 
 
 def table(result: Mapping[str, Any]) -> str:
