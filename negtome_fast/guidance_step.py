@@ -19,10 +19,10 @@ class ShardedTokens(Protocol):
     """
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """Return the tokens of all ranks (B, N, D), given those of this rank (B, n, D)."""
+        """Returns the tokens of all ranks (B, N, D), given those of this rank (B, n, D)."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over the ranks."""
+        """Returns the sum of a tensor over the ranks."""
 
     @property
     def guide_tokens(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
