@@ -22,7 +22,7 @@ def image_place(layout: Any) -> str:
 
 
 def tested_as(tests: Sequence[Any]) -> str:
-    """What tests run of one class: whole pipelines, the denoiser alone, or both, with notes."""
+    """Say what tests run of one class: whole pipelines, the denoiser alone, or both, with notes."""
     kinds = {
         kind: ", ".join(dict.fromkeys(test.note for test in tests if test.whole is whole))
         for kind, whole in (("whole pipeline", True), ("denoiser alone", False))
