@@ -37,7 +37,7 @@ class NudgeRun:
 
     Attributes:
         settings: model, prompts, images, seed and the pipeline's arguments.
-        undesired, desired: folders of images, or banks; None is allowed for the embedded model.
+        undesired, desired: folders of images, or saved banks; may be None for the embedded model.
         filters: `NAME:THRESHOLD`, in order; empty for the defaults.
         method: one of `METHODS`.
         max_attempts: maximum number of generations of an image.

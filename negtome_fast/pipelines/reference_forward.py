@@ -126,7 +126,7 @@ def with_latents(
         frame_axis: axis of the frames, in latents (B, ...) of 5 dimensions.
     """
     if isinstance(value, (list, tuple)):
-        # An item that is a list holds its conditions first and the generated image last.
+        # If an item is a list, its conditions come first and the generated image last.
         return [
             [*item[:-1], with_latents(item[-1][None], [own])[0]]
             if isinstance(item, (list, tuple))

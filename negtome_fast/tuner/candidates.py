@@ -57,7 +57,8 @@ def wanted(
 
     A configuration is bad if its row of `reports` has a problem (`compile_report.problems`): an
     error, spills, too much shared memory, no tensor cores, or fewer than CTAS_PER_SM programs on a
-    multiprocessor. With `spare`, one more for each bad one, as the next ones may be bad too.
+    multiprocessor. With `spare`, one more is added for each bad one, as the next ones may be bad
+    too.
     """
     found: list[Key] = []
     count = keep

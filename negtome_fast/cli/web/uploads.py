@@ -22,7 +22,7 @@ def check_picture(source: Path | bytes) -> None:
     """Check an upload before its pixels are read.
 
     Raises:
-        ValueError: it is too large or no picture; says what is allowed.
+        ValueError: it is too large or not a picture; says what is allowed.
     """
     from PIL import Image
 

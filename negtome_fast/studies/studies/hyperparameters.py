@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 TIE = 0.05
-"""Settings whose score lies within this share of the best are nearly equal."""
+"""Settings are nearly equal if their score lies within this share of the best."""
 
 
 @dataclass(frozen=True)

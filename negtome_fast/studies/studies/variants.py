@@ -215,7 +215,7 @@ def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
 
 
 def with_named_attributes(run: StudyRun) -> tuple[Samples, float]:
-    """People whose attributes are all in the prompt, and the share of attributes they show."""
+    """People whose prompt names all attributes, and the share of images that show them all."""
     images = run.sizes.images
     condition = Condition("all attributes named, scale 2.5")
     one = run.drawn([condition], named_groups(images))[condition.name]
