@@ -4,7 +4,7 @@
 
 It needs torch and negtome_fast only. `begin_step` and `end_step` are in the loop, `apply` is in the
 block; `record` is for references from outside of the batch. The weights are random, so the results
-are no pictures. The script prints the summaries of the guidance and how far it moved the results.
+are not pictures. The script prints the summaries of the guidance and how far it moved the results.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class MatchProblem:
     """Which tokens are matched with which.
 
     Attributes:
-        reference: reference tokens `(P, M, D)`; None if they are those of the batch.
+        reference: reference tokens `(P, M, D)`; None if they come from the batch.
         mask: bool `(P, M)`, True where a reference token may be matched, or None.
         pairing: which source item meets which reference item.
         small_elements: `small.elements` where `small.guide_from_first` could serve, else 0.
@@ -54,7 +54,7 @@ def check_tokens(x: Tensor) -> None:
 
 
 def check_combine(combine: str) -> None:
-    """Raise `ValueError` unless `combine` is one of the two ways."""
+    """Raise `ValueError` unless `combine` is "nearest" or "sum"."""
     if combine not in ("nearest", "sum"):
         raise ValueError(f'combine must be "nearest" or "sum", got {combine!r}')
 
@@ -62,7 +62,7 @@ def check_combine(combine: str) -> None:
 def check_problem(
     x: Tensor, reference: ReferenceTokens, mask: Tensor | None, matching: str, groups: int
 ) -> MatchProblem:
-    """Check all arguments that say what is matched; see `negtome_fast.negtome` for them."""
+    """Check the arguments that select what is matched; see `negtome_fast.negtome`."""
     check_tokens(x)
     items, tokens, _ = x.shape
     if matching not in ("paper", "official"):
@@ -100,8 +100,8 @@ def find_problem(
     groups: int,
     skips_dispatcher: bool,
 ) -> MatchProblem:
-    """Return what `check_problem` returns, from a cache if shapes alone decide it."""
-    # Exact types only: True equals 1, but is no number of groups.
+    """Return the result of `check_problem`, cached if shapes alone determine it."""
+    # Exact types only: True equals 1, but is not a number of groups.
     plain = type(reference) is str and type(matching) is str and type(groups) is int
     if plain and skips_dispatcher and mask is None:
         return _known_problem(x.shape, x.dtype, reference, matching, groups)
@@ -192,7 +192,7 @@ def _mask(
 
 
 def mark_checked(value: Tensor) -> Tensor:
-    """Mark a finite `alpha` or `threshold` that its owner never changes: checked once for all."""
+    """Mark a finite `alpha` or `threshold` that its owner never changes, so it is checked once."""
     value._negtome_checked = True  # type: ignore[attr-defined]
     return value
 
@@ -200,7 +200,7 @@ def mark_checked(value: Tensor) -> Tensor:
 def find_parameter(
     name: str, value: float | Tensor, x: Tensor, slots: int, skips_dispatcher: bool
 ) -> Tensor:
-    """Return what `parameter_tensor` returns, or a tensor that was made or checked before."""
+    """Return the result of `parameter_tensor`; reuse a tensor that was made or checked before."""
     if not skips_dispatcher:
         return parameter_tensor(name, value, x, slots)
     if type(value) is float:
@@ -216,7 +216,7 @@ def find_parameter(
 def _known_number(name: str, value: float, dtype: torch.dtype) -> Tensor:
     """Cached tensor of a number, in host memory whatever the device of x.
 
-    Backends take a number of the host without a fill on the device. They only read it.
+    Backends can use a number on the host without filling a tensor on the device. They only read it.
     """
     with torch.inference_mode(False):
         return parameter_tensor(name, value, torch.empty((), dtype=dtype, device="cpu"), 1)
@@ -254,7 +254,7 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
         if not all(math.isfinite(number) for number in value.reshape(-1).tolist()):
             raise ValueError(f"{name} must be finite in fp32, got {given.tolist()}")
         if x.device.type != "cpu" and value.dim() == 0:
-            # The host knows the number: a fill takes it; a copy would wait for the device.
+            # The host knows the number, so fill the tensor: a copy would wait for the device.
             return torch.full((), float(value), dtype=value.dtype, device=x.device)
     return value.to(x.device)
 
@@ -269,7 +269,7 @@ def _is_real(value: Tensor) -> bool:
 def draw_source_mask(
     x: Tensor, source_mask: Tensor | None, dropout: float, generator: torch.Generator | None
 ) -> Tensor | None:
-    """Return the mask `(B, N)` of tokens that may move: the caller's, less what dropout spares."""
+    """Return the mask `(B, N)` of tokens that may move: the caller's mask, minus dropped tokens."""
     items, tokens = x.shape[:2]
     source_mask = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
     if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:

@@ -58,8 +58,8 @@ def negtome(
             authors' default. A tensor never recompiles a `torch.compile`d caller; a number may,
             once. No gradient flows to it. Values on an accelerator are not checked, since that
             would wait for the device.
-        threshold: cosine similarity that a match must exceed, strictly; given like `alpha`. 0.65 is
-            what the authors use for FLUX.
+        threshold: cosine similarity that a match must exceed, strictly; given like `alpha`. The
+            authors use 0.65 for FLUX.
         reference_mask: bool, True where a reference token may be matched: `(M,)` or `(R, M)`; for
             references per item also `(B, R, M)`; for in-batch references `(N,)` or `(B, N)`.
             With `matching="official"` it gates output positions instead, as in the authors' code.
@@ -84,7 +84,7 @@ def negtome(
         the choice of match as constant. Arithmetic is fp32 (fp64 for fp64), rounded once.
 
     Raises:
-        ValueError, TypeError: an argument cannot be right; the message has shapes and values.
+        ValueError, TypeError: an argument is invalid; the message names shapes and values.
         RuntimeError: `backend="triton"`, but Triton cannot run here.
     """
     return guide_tokens(

@@ -246,8 +246,8 @@ class Guidance:
         Args:
             image_tokens: (B, N, D), any strides, the image tokens of one block.
             block: the block's name, for the filter and the statistics.
-            grid: (height, width) with N = height * width, if not that of the step.
-            inplace: write into `image_tokens`, which then nobody else may hold.
+            grid: (height, width) with N = height * width, if it differs from the step's.
+            inplace: write into `image_tokens`, which no other code may then hold.
             shards: how the tokens are distributed, if this rank holds only `image_tokens` of them.
                 All ranks must make the same calls; the summary of each counts all tokens.
 

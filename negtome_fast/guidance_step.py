@@ -19,10 +19,10 @@ class ShardedTokens(Protocol):
     """
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """Return the tokens of all ranks (B, N, D), given those of this rank (B, n, D)."""
+        """Returns the tokens of all ranks (B, N, D), given those of this rank (B, n, D)."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over the ranks."""
+        """Returns the sum of a tensor over the ranks."""
 
     @property
     def guide_tokens(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -44,7 +44,7 @@ class GuidanceStep:
         calls: by block, number of its calls in the references' forward that is running.
         reference_tokens: by block and call, the references' tokens (groups, R, M, D).
         matches: what the calls found, not yet counted; `kept_tokens` is their size.
-        shares: counts of this rank in blocks whose tokens are distributed, and `shards`, how.
+        shares: this rank's counts in blocks whose tokens are distributed as `shards` describes.
     """
 
     active: bool
@@ -85,7 +85,7 @@ class GuidanceStep:
         kept[call][:, recording] = image_tokens.detach().unflatten(0, (groups, count))
 
     def take_reference(self, block: str, references: int) -> Tensor:
-        """Returns the tokens (groups, R, M, D) that the same call of the references' forward left.
+        """Returns the tokens (groups, R, M, D) that the same call kept in the references' forward.
 
         Raises:
             RuntimeError: there are none.

@@ -58,7 +58,7 @@ def match_pair(
 
 
 def match(call: Call) -> tuple[Tensor, Tensor]:
-    """Find the best reference token of every source token, in every slot by itself.
+    """Find the best reference token of every source token, separately for each slot.
 
     Returns:
         Similarity (fp32, fp64 for fp64) and token index (int64), each `(B, slots, N)`; -inf and -1

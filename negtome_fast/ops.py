@@ -98,7 +98,7 @@ _nothing = nullcontext()
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which autocast, which would round what must be exact, is off."""
+    """Context without autocast, which would round what must be exact."""
     if not torch.is_autocast_enabled(x.device.type):
         return _nothing
     return torch.autocast(x.device.type, enabled=False)
@@ -121,7 +121,7 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 def can_skip_dispatcher(*tensors: Any) -> bool:
     """Return True if an operator may run without torch's dispatcher.
 
-    The dispatcher costs more than a small match. Nobody misses it if nothing is compiled, traced,
+    The dispatcher costs more than a small match. It is not needed if nothing is compiled, traced,
     differentiated or transformed, no mode is on, and all arguments that are not None are plain
     tensors with values.
     """

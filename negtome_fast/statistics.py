@@ -125,7 +125,7 @@ class CallMatches(NamedTuple):
         similarity, pushed: (B, S, N), as `guide_tokens` returns them.
         threshold: () or (S,).
         matched: bool (B, N), the tokens that exceeded a threshold, if `similarity` and `threshold`
-            do not tell them; else None.
+            do not determine them; else None.
     """
 
     block: str

@@ -27,7 +27,7 @@ def warmup(
     Args:
         shapes: `(B, N, D)` of the image tokens of later calls. Sizes are not compiled in, but they
             choose the configuration.
-        dtype: dtype of the tokens; bf16, as most models compute.
+        dtype: dtype of the tokens; default bf16, in which most models compute.
         device: device of the tokens; None is the current CUDA device, or the CPU without one.
         arguments: keyword arguments of `negtome`, such as `reference="others"` or `groups=2`.
 

@@ -19,9 +19,9 @@ OURS = "ours"
 SPLIT_ROWS = (512, 2048, 8192)
 """Rows of scores among which the split version takes the fastest."""
 SPLIT_BYTES = 2**30
-"""Most bytes of scores."""
+"""Maximum bytes of scores."""
 MOST_CHUNKS = 32
-"""Most chunks of rows; `torch.compile` unrolls the loop over them."""
+"""Maximum number of chunks of rows; `torch.compile` unrolls the loop over them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _authors(shape: Shape, example: Tensor) -> Call:
 
 
 def _compile(function: Callable[..., Tensor], example: Tensor) -> Callable[..., Tensor]:
-    # The mode is one without CUDA graphs, because the timing captures a graph anyway.
+    # This mode uses no CUDA graphs, because the timing captures a graph anyway.
     mode = "max-autotune-no-cudagraphs" if example.is_cuda else "default"
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 

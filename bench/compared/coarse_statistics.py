@@ -48,15 +48,15 @@ def coarse_statistics(
         groups: equal contiguous groups of items; 1 with external references.
         reference_mask: (P, M) bool, True where a token may be matched; P is R, or B without
             external references.
-        sample: rows, spread evenly over all, whose columns are counted one by one.
+        sample: number of rows, spread evenly over all, whose columns are counted one by one.
 
     Returns:
         `rows` (source tokens that are finite), `columns` (that each of them meets) and
-        `block_columns` (columns of a block); `blocks_mean`, `blocks_max`: blocks in question a row,
-        each of which is scored exactly; `columns_mean`, `columns_max`: columns in question a row,
-        of the sample; `scored`: share of all exact scores that are computed; `undecided`: share of
-        the rows of which more than a quarter of the blocks is in question; `parts`: into how many
-        the source tokens were cut; `scratch_bytes`: memory of values, bounds and lists.
+        `block_columns` (columns of a block); `blocks_mean`, `blocks_max`: blocks in question per
+        row, each of which is scored exactly; `columns_mean`, `columns_max`: columns in question per
+        row of the sample; `scored`: share of all exact scores that are computed; `undecided`: share
+        of rows with more than a quarter of their blocks in question; `parts`: number of parts that
+        the source tokens were cut into; `scratch_bytes`: memory of values, bounds and lists.
 
     Raises:
         ValueError: another dtype, more than MOST_COARSE_CHANNELS channels, or nothing to match.
@@ -133,7 +133,7 @@ def in_question_of(part: SourcePart) -> Tensor:
 def columns_in_question(
     part: SourcePart, columns: Int8Tokens, layout: CoarseLayout, chosen: Tensor, size: int = 4096
 ) -> Tensor:
-    """Number of columns (K,) that may be the best of the `chosen` (K, 2) = (source, row)."""
+    """Number of columns (K,) that may be best for each of `chosen` (K, 2) = (source, row)."""
     source, row = chosen.unbind(1)
     scale, length, error = (field[source, row].double() for field in part.rounded.stats)
     values = part.rounded.values[source, row].double()

@@ -89,7 +89,7 @@ def _position_ids(height: int, width: int, device: torch.device) -> torch.Tensor
 
 
 def flux(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Workload:
-    """FLUX.1-dev at 1024 px: 4,096 image and 512 text tokens of 3,072 channels; 12 billion."""
+    """FLUX.1-dev (12 billion weights) at 1024 px: 4,096 image and 512 text tokens."""
     from diffusers import FluxTransformer2DModel
 
     side, text, joint, pooled = (8, 6, 16, 16) if tiny else (64, 512, 4096, 768)
@@ -132,7 +132,7 @@ def flux(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Worklo
 
 
 def sdxl(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Workload:
-    """SDXL at 1024 px with classifier-free guidance: two halves of 4 images; 2.6 billion."""
+    """SDXL (2.6 billion weights) at 1024 px, classifier-free guidance: two halves of 4 images."""
     from diffusers import UNet2DConditionModel
 
     settings: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHARED = (0.3, 0.95)
-"""Range of the share of the reference in a token, with which about half the tokens are pushed."""
+"""Range of the reference's share in a token; with it about half of the tokens are pushed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of matching, N * N * D for each product; references are no sources.
+        """Multiply-adds of matching, N * N * D for each product; references are not sources.
 
         With `others` one product could serve both directions of a pair; both are counted.
         """
@@ -80,7 +80,7 @@ def parse_shape(text: str) -> Shape:
     """Parse `"4x4096x640"`, or `"8x4096x640/2"` for two groups; then `,independent`, `,others`.
 
     Raises:
-        ValueError: the text is no shape, or a group would be unequal or hold a single item.
+        ValueError: the text is not a shape, or a group would be unequal or hold a single item.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?(,independent)?(,others)?", text)
     if not found:

@@ -20,7 +20,7 @@ from . import tables
 
 TOLERANCE = 0.03
 MEMORY_NOISE = 4 * 2**20
-"""Bytes by which the memory of a process differs from run to run."""
+"""Bytes by which the memory of a process varies from run to run."""
 
 
 @dataclass(frozen=True)

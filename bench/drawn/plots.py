@@ -146,7 +146,7 @@ def _rates(axes: Axes, cases: Sequence[dict[str, Any]], scale: float) -> list[fl
                 axes.scatter(x, rate, s=30, label=label, zorder=2, **style)
                 continue
             axes.scatter(x, rate, s=46, label=label, zorder=3, **style)
-            # Shapes with equally many tokens lie above each other: their numbers take turns.
+            # Shapes with equally many tokens lie above each other, so labels alternate sides.
             right = number % 2
             axes.annotate(
                 str(number),

@@ -157,7 +157,7 @@ def write(files: Sequence[Path], out: Path) -> list[Path]:
     """Write the page and the plots, and return their paths.
 
     Raises:
-        ValueError: a file is no result.
+        ValueError: a file is not a result.
         ImportError: matplotlib is not installed.
     """
     sections: list[str] = []

@@ -19,7 +19,7 @@ from .smoke import ON_TRITON, benchmark, compiled_first, find_tool, module
 from .suite import Stage
 
 MOST_WORKERS = 14
-"""Most processes of pytest-xdist; compiling takes most of the time."""
+"""Maximum number of processes of pytest-xdist; compiling takes most of the time."""
 TEST_SECONDS = 120
 """Limit of a test; most take seconds, the slowest compile for half a minute."""
 KERNEL_TESTS = (
@@ -61,7 +61,7 @@ def architecture() -> str:
 
 
 def run_tune(setting: SuiteRun, seconds: float) -> dict[str, Any]:
-    """Run `negtome-fast tune`; later stages find its table by the environment."""
+    """Run `negtome-fast tune`; later stages find its table through the environment."""
     if setting.rehearse:
         options = ["--dry-run", "--quick", "--shapes", "8x1024x1280/2"]
         table = setting.out / "none.json"

@@ -1,9 +1,9 @@
 """pytest plugin (`-p bench.gpu.pytest_outcomes`): writes each outcome down as it comes.
 
-An outcome is a line of JSON, so that a run that is cut short keeps them. Loaded first, the
-plugin also makes the project importable where it is not installed, because importing the package
-`bench` does. After a failed test it asks whether the GPU still answers. After a device fault
-nothing else can run in the same process, so the process ends, and pytest-xdist starts another
+Each outcome is a line of JSON, so that a run that is cut short keeps its outcomes. Loaded first,
+the plugin also makes the project importable where it is not installed, because importing the
+package `bench` does. After a failed test it asks whether the GPU still answers. After a device
+fault nothing else can run in the same process, so the process ends, and pytest-xdist starts another
 worker for the tests that are left.
 """
 

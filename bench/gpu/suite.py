@@ -29,7 +29,7 @@ class Stage:
 
 
 def tests_failed(tests: dict[str, Any]) -> bool:
-    """Return True if a test failed or none passed; a run that was cut short is no failure."""
+    """Return True if a test failed or none passed; a run that was cut short is not a failure."""
     # 5: no test was selected.
     ended_badly = any(code not in (0, 5, None) for code in tests.get("exit_codes", {}).values())
     return ended_badly or bool(tests.get("failed")) or not tests.get("passed")

@@ -1,8 +1,8 @@
 """`python -m bench.gpu.warm DEVICE SHAPE [TIMES] [KIND...]`: compiles the kernels of a shape.
 
-Calls the operator TIMES times, default once, as it is timed and as it is checked, without the kinds
-that failed. Processes for several shapes fill Triton's cache on disk together. The profiler watches
-this program too.
+Calls the operator TIMES times (default: once), both as it is timed and as it is checked, and skips
+the kinds that failed. Processes for several shapes fill Triton's cache on disk together. The
+profiler watches this program too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`python -m bench coarse-columns`: kind "coarse" against kind "tiles".
 
-For each shape it prints seconds of a call of either kind, in turns on the same inputs, their ratio,
-and the number of columns and blocks of columns that the int8 bounds leave in question. On a CPU,
-with TRITON_INTERPRET=1, small shapes rehearse it, and their times tell nothing about a GPU.
+For each shape it prints the seconds of a call of either kind, taken in turns on the same inputs,
+their ratio, and the number of columns and blocks of columns that the int8 bounds leave in question.
+On a CPU, with TRITON_INTERPRET=1, small shapes rehearse it, and their times tell nothing about a
+GPU.
 """
 
 from __future__ import annotations

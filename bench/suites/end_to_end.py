@@ -145,7 +145,7 @@ def _timed(
 
 
 def _peaks(workload: Workload, call: Callable[[], Any], methods: Sequence[str]) -> dict[str, int]:
-    """Peak CUDA memory of one call under each method, less the memory before it."""
+    """Peak CUDA memory of one call under each method, minus the memory in use before it."""
     peaks = {}
     for method in methods:
         with guided(workload, method), torch.no_grad():
@@ -200,7 +200,7 @@ def _bare(workload: Workload) -> Workload:
 
 
 def added_up(step: dict[str, Any], steps: int, guided_steps: int) -> dict[str, Any]:
-    """Times of a run, added up from equal steps and the addition of a step inside the window.
+    """Times of a run, added up from equal steps and the time added to each step in the window.
 
     Text encoders and the VAE are left out, so the shares are a little too large.
     """

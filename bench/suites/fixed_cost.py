@@ -62,8 +62,8 @@ def _mean(call: Callable[[], object], calls: int) -> clock.Sampler:
 def _block(x: Tensor, reference: Any, groups: int, masked: bool) -> clock.Sampler:
     """Seconds of one block of a guided step, its share of the step's own work included.
 
-    As the hook calls it where nobody else holds the block's output: in place, on a copy that is
-    made before the clock runs.
+    The call works in place on a copy that is made before the clock runs. The hook does the same
+    with a block's output that no other code holds.
     """
     from negtome_fast.config import NegToMeConfig
     from negtome_fast.guidance import Guidance

@@ -50,7 +50,7 @@ CONTESTANTS = {
 }
 """Name in the result -> (candidate, threads); None is the number from the options."""
 TARGETS = {"ours, 1 thread": 1.5, "authors": 2.0}
-"""Most time over that of one thread, and least time of the authors' over ours."""
+"""Upper limit of our time over one thread's, and lower limit of the authors' time over ours."""
 MIN_ROUNDS = 3
 LONGEST = 600
 """Seconds after which a busy process ends."""

@@ -31,7 +31,7 @@ from .plan import Entry
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUND_COST = 5
-"""Multiply-adds of a round of all candidates, over those of ours."""
+"""Multiply-adds of a round of all candidates, divided by those of ours."""
 LONGEST_SHAPE = 120.0
 """Seconds that a shape may take on a CPU; a longer one is skipped with the reason."""
 CPU_DEADLINE = 480.0

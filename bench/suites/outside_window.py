@@ -23,7 +23,7 @@ from ..timing import clock
 
 TARGET = 1.01
 FORWARDS = 5
-"""Forwards of a sample, which is their mean."""
+"""Number of forwards whose mean time is one sample."""
 
 
 def _sampler(workload: Workload, method: Callable[[], AbstractContextManager[Any]]) -> Any:

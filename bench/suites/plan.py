@@ -13,7 +13,7 @@ SERIES = {
     "tokens": "2 items of 640 channels, 256 to 65,536 tokens",
     "batch": "1,024 tokens of 640 channels, 2 to 32 items",
     "channels": "2 items of 2,048 tokens, 64 to 5,120 channels",
-    "independent": "shapes of models with tokens of which none resembles another, on a CPU",
+    "independent": "shapes of models whose tokens do not resemble each other, on a CPU",
 }
 SWEPT = ("authors", "split", "matmul")
 """Rivals in a sweep, which shows how cost grows; the shapes of models have all rivals."""

@@ -22,7 +22,7 @@ GRAPH_SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, 20th and 80th percentile, and number of some samples."""
+    """Median, 20th and 80th percentiles, and number of samples."""
 
     median: float
     p20: float

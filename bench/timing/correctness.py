@@ -34,7 +34,7 @@ def check(
     seed: int = 0,
     matches: bool = True,
 ) -> dict[str, float | int]:
-    """Compare random tokens of every source item with fp64.
+    """Compare results for random tokens of every source item with fp64.
 
     Args:
         function: computes the result; default: the operator. The matches of another function are

@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cuda_extra_bytes(function: Callable[[Tensor], Tensor], x: Tensor, result: bool) -> int:
-    """Peak of the CUDA allocator over one call, less the memory before it and the result."""
+    """Peak of the CUDA allocator over one call, minus the memory before it and the result."""
     function(x)
     gc.collect()
     torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def _main(candidate: str, shape_text: str, dtype_name: str, threads: str) -> Non
     torch.set_num_threads(int(threads))
     shape, dtype = parse_shape(shape_text), getattr(torch, dtype_name)
     chosen = CANDIDATES[candidate]
-    # A small call first: libraries, threads and their workspaces are no candidate's extra memory.
+    # A small call first: libraries, threads and their workspaces do not count as extra memory.
     small = Shape("small", shape.items, 64, shape.channels, shape.groups)
     chosen.prepare(small, small_tokens := random_tokens(small, dtype, "cpu"))(small_tokens)
     x = random_tokens(shape, dtype, "cpu")

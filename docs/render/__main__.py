@@ -1,6 +1,6 @@
 """`python -m docs.render [--check] [PAGE ...]`: writes the generated parts of README.md and docs/.
 
-Tables come from the files in bench/results, and the figures of those results are drawn anew. The
+Tables come from the files in bench/results, and the figures of those results are drawn again. The
 tables of docs/kernels.md are not among them: `make compile-tables` writes those. With --check
 nothing is written, and the exit code is 1 if a page differs from what would be written.
 """

@@ -22,7 +22,7 @@ def image_place(layout: Any) -> str:
 
 
 def tested_as(tests: Sequence[Any]) -> str:
-    """The parts of the pipelines of one class that tests run; notes tell them apart."""
+    """Say what tests run of one class: whole pipelines, the denoiser alone, or both, with notes."""
     kinds = {
         kind: ", ".join(dict.fromkeys(test.note for test in tests if test.whole is whole))
         for kind, whole in (("whole pipeline", True), ("denoiser alone", False))
@@ -35,7 +35,7 @@ def tested_as(tests: Sequence[Any]) -> str:
 
 
 def table() -> str:
-    """The known classes of denoisers, one a row, in the order of the code."""
+    """The known classes of denoisers, one per row, in the order of the code."""
     from negtome_fast.pipelines import known_layouts
 
     sys.path.insert(0, str(ROOT / "tests"))

@@ -20,7 +20,7 @@ class Part:
     """A generated part of a page.
 
     Attributes:
-        text: gives the text, from the content of each file.
+        text: function from the content of the files to the text.
         files: JSON files below bench/results.
     """
 

@@ -55,7 +55,7 @@ def effect_row(record: dict[str, Any]) -> str:
 
 
 FILES = ("cpu.json", "end-to-end-cpu.json", "eval/diversity.json")
-"""Files below bench/results that `table` takes the content of."""
+"""Files below bench/results whose content `table` takes."""
 
 
 def table(speed: dict[str, Any], cost: dict[str, Any], effect: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Matching on a CPU with int8 instructions: a coarse product, then fp32 cosines of what it leaves.
+"""Matching on a CPU with int8 instructions: a coarse product, then fp32 cosines of candidates.
 
 Around a common centre c, unit tokens are a = c + s p + e and b = c + t q + f, where p and q are
 integers of at most 127, and e and f are their rounding errors. For the columns b of a row a,
@@ -29,26 +29,28 @@ FP32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
 #: Size of a block of rounded columns: 16 MB.
 BLOCK_ELEMENTS = 2**24
 BLOCK_COLUMNS = 4096
-#: Rows of a product, and of the first one, which shows if coarse scores tell columns apart.
+#: Rows of each product, and of the first one, which tests whether coarse scores tell columns apart.
 ROWS, FIRST_ROWS = 512, 64
-#: Largest share of its rows that a product may leave undecided; else it is given up.
+#: Largest share of its rows that a coarse product may leave undecided before it is given up.
 UNDECIDED = 0.25
-#: A row is decided by fp32 scores of single pairs if at most one in so many columns, or at most a
-#: few columns, are in question: a product in fp32 makes some 32 scores in the time of one pair.
+#: A row is decided by fp32 scores of single pairs if at most one in `COLUMNS_PER_PAIR` columns, or
+#: at most `FEW` columns, are in question: an fp32 product computes some 32 scores in the time of
+#: one pair.
 COLUMNS_PER_PAIR, FEW = 128, 4
-#: Fewest channels, tokens (rows and columns) and multiply-adds of all searches for which coarse
-#: products are used: then products take most of the time, and a first one in vain takes little.
+#: Coarse products are used from this many channels, tokens (rows and columns) and multiply-adds of
+#: all searches on: products then take most of the time, and a failed first one costs little.
 LEAST_CHANNELS, LEAST_TOKENS, LEAST_WORK = 256, 512, 3 * 2**30
-#: 127^2 times this number fits into int32, and the fp32 norm of so many channels is right to 2^-10.
+#: Largest number of channels: 127^2 times it fits into int32, and an fp32 norm over that many
+#: channels is accurate to 2^-10.
 MOST_CHANNELS = 2**15 - 1
 #: Number of tokens whose mean is the centre. Any centre is right; a good one leaves few questions.
 SAMPLE = 64
-#: Relative error of a norm in fp32, and what fp32 rounds off a unit token (a few 2^-24).
+#: Relative error of an fp32 norm, and rounding error of a unit token in fp32 (a few times 2^-24).
 NORM_ERROR, UNIT_ERROR = 2.0**-9, 2.0**-20
-#: Relative error of a term of a sum in fp32, for each term of the sum and any order of them.
+#: Relative error of an fp32 sum for each of its terms, whatever their order.
 TERM_ERROR = 2.0**-24 * (1 + 2.0**-8)
-#: What fp32 rounds off a coarse score, its offset and its bound: each of them is less than 8, and
-#: there are less than 20 operations, of 2^-24 each.
+#: Rounding error in fp32 of a coarse score with its offset and its bound: each of them is less than
+#: 8, and fewer than 20 operations have a relative error of 2^-24 each.
 SCORE_ERROR = 2.0**-16
 
 
@@ -131,7 +133,7 @@ class _ThreadScratch:
         self.products = torch.empty(ROWS * columns, dtype=torch.int32, device=CPU)
 
     def halves(self, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield the place of each piece of `count` tokens, and two memories `(K, D)` for it."""
+        """Yield the slice of each piece of `count` tokens, and two tensors `(K, D)` for it."""
         for part in slices(count, self.pieces.shape[1]):
             one, other = self.pieces[:, : part.stop - part.start].unbind(0)
             yield part, one, other
@@ -148,7 +150,7 @@ def _widened(tokens: Tensor, memory: Tensor) -> Tensor:
 
 
 def _gathered(tokens: Tensor, numbers: Tensor, memory: Tensor) -> Tensor:
-    """The tokens of these numbers, copied to `memory`."""
+    """The tokens with these indices, copied to `memory`."""
     if tokens.dtype == torch.float32:
         return torch.index_select(tokens, 0, numbers, out=memory)
     return memory.copy_(tokens.index_select(0, numbers))
@@ -161,7 +163,7 @@ def _round(
     scratch: _ThreadScratch,
     along_centre: bool,
 ) -> None:
-    """Round `tokens` `(K, D)`, each by itself, into `rounded`, which holds zeros."""
+    """Round `tokens` `(K, D)` one by one into `rounded`, which holds zeros."""
     values, scale, length, error, norm, along = rounded
     for part, unit, whole in scratch.halves(len(tokens)):
         wide = _widened(tokens[part], unit)
@@ -187,14 +189,14 @@ def _round(
 def _rounded(
     tokens: Tensor, centre: Tensor, count: int, scratch: _ThreadScratch, along_centre: bool
 ) -> _RoundedTokens:
-    """Round `tokens` `(K, D)`; zeros follow, up to `count`."""
+    """Round `tokens` `(K, D)`, and pad them with zeros up to `count`."""
     rounded = _RoundedTokens.zeros(count, tokens.shape[1])
     _round(tokens, centre, rounded.part(slice(len(tokens))), scratch, along_centre)
     return rounded
 
 
 class _RoundedColumns(NamedTuple):
-    """A block of columns: tokens `(M, D)`, and the rest padded to whole runs, `(M', ...)`."""
+    """A block of columns: tokens `(M, D)`; other fields are padded to whole runs, `(M', ...)`."""
 
     tokens: Tensor
     centre: Tensor
@@ -293,14 +295,14 @@ def _best_of_pairs(
 
 
 class _Product(NamedTuple):
-    """Rows of a search that are multiplied at once, and the place of that search among all."""
+    """Rows of a search that are multiplied together, and the index of that search."""
 
     place: int
     part: slice
 
 
 def _products(searches: list[Search]) -> list[_Product]:
-    """Split all rows of all searches; the first product, and those beside it, have few rows."""
+    """Split the rows of all searches into products; the first, and those beside it, are small."""
     longest = len(searches[0].rows)
     first, next_few = min(FIRST_ROWS, ROWS), min(3 * FIRST_ROWS, ROWS)
     ends = [0, min(first, longest), min(first + next_few, longest)]
@@ -312,7 +314,7 @@ def _products(searches: list[Search]) -> list[_Product]:
 
 
 class _Decided(NamedTuple):
-    """Best score in a block and its index, `(K,)`; and the numbers of rows left undecided."""
+    """Best score in a block and its index, `(K,)`; and the indices of undecided rows."""
 
     best: Tensor
     at: Tensor
@@ -322,7 +324,7 @@ class _Decided(NamedTuple):
 def _decide(
     rows: Tensor, norm: Tensor, block: _RoundedColumns, scratch: _ThreadScratch
 ) -> _Decided:
-    """Decide what can be decided by scores of pairs; also fill in the norm of the rows."""
+    """Decide the rows that scores of pairs can decide; also fill in the norms of the rows."""
     rounded = _rounded(rows, block.centre, len(rows), scratch, along_centre=False)
     norm.copy_(rounded.norm)
     row, column, undecided = _candidates(rounded, block, scratch)
@@ -338,7 +340,7 @@ def _search_block(
     team: Team,
     scratch: list[_ThreadScratch],
 ) -> tuple[list[tuple[Search, Tensor | slice]], bool]:
-    """Fill in the searches from the block of columns that starts at `start`.
+    """Update the searches with the block of columns that starts at `start`.
 
     The first product that leaves too many rows is the last one that counts, even if another thread
     has finished a later one: no result depends on the threads.
@@ -387,7 +389,7 @@ def _score_again(
     team: Team,
     scratch: list[_ThreadScratch],
 ) -> None:
-    """Compute the scores of `(row, at)` once more as those of pairs: comparable between blocks."""
+    """Recompute the scores of `(row, at)` as scores of pairs, which compare between blocks."""
     chosen = (at >= 0).nonzero()[:, 0]
     parts = slices(len(chosen), scratch[0].pieces.shape[1])
 
@@ -410,7 +412,7 @@ def _search_rest(
 ) -> None:
     """Fill in the given rows of searches by a product in fp32.
 
-    `again`: compute the scores found once more as those of pairs, to compare with other blocks.
+    `again`: recompute the scores found as scores of pairs, to compare them with other blocks.
     """
     found = []
     for entry, which in rest:

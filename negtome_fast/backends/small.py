@@ -89,7 +89,7 @@ def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Place
         first, second = [one for one, _ in products], [other for _, other in products]
         number = {pair: place for place, pair in enumerate(products)}
         number |= {(b, a): place + len(products) for (a, b), place in number.items()}
-        # The rows of a product are the tokens of the source, or with "official" of the reference.
+        # The rows of a product are the source's tokens, or the reference's with "official".
         order = [number[(s, o) if matching == "paper" else (o, s)] for s, o in pairs]
 
     def constant(values: object) -> Tensor:
@@ -277,7 +277,7 @@ def _match(
 
 
 def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Tensor:
-    """Extend results `(P, S, N)` of the items that move to all items, `(B, S, N)`, by `fill`."""
+    """Extend results `(P, S, N)` of items that move to all items, `(B, S, N)`, using `fill`."""
     if pairing.mode != "first":
         return values.contiguous()
     if pairing.groups == 1:
@@ -326,7 +326,7 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Flat(NamedTuple):
-    """Constants of `guide_from_first`, for the tokens `(N,)` of item 0 and those `(K,)` after.
+    """Constants of `guide_from_first`, for tokens `(N,)` of item 0 and `(K,)` after it.
 
     Attributes:
         sizes: N and K.
@@ -406,7 +406,7 @@ class _Choice(NamedTuple):
 
     Attributes:
         pushed: bool, True if the match exceeds the threshold.
-        number: int64, number of the match among the reference tokens that its item meets.
+        number: int64, index of the match among the reference tokens that its item meets.
         row: int64, row of the match among all reference tokens.
         alpha: `()`, or a value for each match.
     """

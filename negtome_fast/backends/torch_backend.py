@@ -262,7 +262,7 @@ def _guide(call: Call, out: Tensor, team: Team) -> tuple[Tensor, Tensor]:
 
 
 def _parts(x: Tensor, items: Iterable[int]) -> list[tuple[int, slice]]:
-    """Parts of some items, `(item, tokens)`, whose work needs three times their memory."""
+    """Split items into parts `(item, tokens)`; working on a part takes three times its memory."""
     size = piece_rows(2 * x.shape[2]) if x.device.type == "cpu" else PUSH_ROWS
     return [(item, part) for item in items for part in slices(x.shape[1], size)]
 

@@ -36,7 +36,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _per_slot(values: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """`alpha` and `threshold` in the form of a launch, and their strides over the slots.
+    """`alpha` and `threshold` as launch arguments, and their strides over the slots.
 
     Numbers that the host knows are arguments of the launch; others are read on the device.
     """
@@ -157,7 +157,7 @@ def _match_and_push(
 # What the operator calls
 # ---------------------------------------------------------------------------------------------
 def match(call: Call) -> tuple[Tensor, Tensor]:
-    """Find the best reference token of every source token, in every slot by itself.
+    """Find the best reference token of every source token, separately for each slot.
 
     Args:
         call: see `Call`; the tokens are fp32, bf16 or fp16.
@@ -183,8 +183,8 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         call: see `Call`; the tokens are fp32, bf16 or fp16.
-        out: (B, N, D), any strides, written completely; or `x` itself, of which only the tokens
-            that move are written.
+        out: (B, N, D), any strides, written completely; or `x` itself, where only the tokens that
+            move are written.
 
     Returns:
         similarity (B, S, N) fp32, -inf where nothing matches; and pushed (B, S, N) int64, slot * M

@@ -2,9 +2,9 @@
 
 kernels/coarse.py says what is computed and why no best token is lost. Memory, for D channels
 rounded up to whole steps: a reference token takes D + 20 bytes, half of its size in bf16. A source
-token takes D + 16 bytes, and 8 bytes for each block of columns that it meets; as many of them are
-taken at a time as fit into SCRATCH_BYTES. The values of item 0 of 75,600 tokens of 5,120 channels
-take 388 MB.
+token takes D + 16 bytes, and 8 bytes for each block of columns that it meets; as many as fit into
+SCRATCH_BYTES are taken at a time. The values of a reference item take 388 MB for 75,600 tokens of
+5,120 channels.
 
 Nothing waits for the device: what is in question is counted, listed and processed there.
 """
@@ -62,7 +62,7 @@ class CoarseLayout:
 
     @property
     def item_step(self) -> int:
-        """Distance of the reference items that are met: with "first", the heads of the groups."""
+        """Distance between reference items that are met; with "first" they head their groups."""
         return self.pairing.group_size if self.pairing.mode == "first" else 1
 
     @property
@@ -317,7 +317,7 @@ def _bound(part: SourcePart, columns: Int8Tokens, layout: CoarseLayout, plan: tu
 
 
 def _select(part: SourcePart, layout: CoarseLayout, plan: tuning.Plan) -> None:
-    """List the rows of every block of columns that may hold their best one."""
+    """For every block of columns, list the rows whose best column it may hold."""
     from ..kernels.coarse_scores import select_kernel
 
     config, count = plan.select, part.lower.shape[1]

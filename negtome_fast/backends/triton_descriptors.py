@@ -66,14 +66,14 @@ def descriptor(tokens: Tensor, rows: int, channels: int) -> Any:
 
 
 def with_tokens(made: Any, tokens: Tensor) -> Any:
-    """The descriptor of `tokens` by their template. They must begin at a multiple of 16 bytes."""
+    """Fill a template with `tokens`, which must begin at a multiple of 16 bytes."""
     found = object.__new__(type(made))
     found.__dict__.update(made.__dict__, base=tokens)
     return found
 
 
 def descriptors(rows: Tensor, columns: Tensor, config: Config) -> tuple[Any, Any]:
-    """Descriptors of the two sides of a product; None twice if one of them has none."""
+    """Descriptors of both sides of a product; (None, None) if either has none."""
     if not config.DESCRIPTORS:
         return None, None
     row = descriptor(rows, config.BLOCK_M, config.BLOCK_K)

@@ -21,9 +21,9 @@ from . import triton_runtime as runtime
 from .triton_descriptors import template
 from .triton_launch import Launch
 
-#: For OVERLAP: the ratio of the time of a token's push to that of its matching, times the number of
-#: reference tokens. A push moves 6 bytes a channel at 3 TB/s; matching takes 2 operations a channel
-#: and reference token at 700 TFLOP/s.
+#: For OVERLAP: the time of a token's push, divided by that of its matching and multiplied by the
+#: number of reference tokens. A push moves 6 bytes a channel at 3 TB/s; matching takes 2 operations
+#: a channel and reference token at 700 TFLOP/s.
 PUSH_BY_MATCHING = 700
 #: kernels/coarse.py bounds the errors of sums of fewer channels than this.
 MOST_COARSE_CHANNELS = 2**15 - 1
@@ -87,7 +87,7 @@ def plan_of(x: Tensor, M: int, pairing: Pairing) -> tuning.Plan:
 
 
 def coarse_serves(mode: str, channels: int) -> bool:
-    """Return True if kind "coarse" can take a call for which the tuning table asks for it.
+    """Return True if kind "coarse" can serve a call when the tuning table asks for it.
 
     It does not take "others": kind "pairs" computes half of the products, so int8 at twice the rate
     gains nothing.
@@ -119,7 +119,7 @@ class Geometry:
         self.group_size = pairing.group_size
         self.products = len(pairing.sources) * pairing.slots
         self.pairs = self.mode == "others"
-        # Matches of every slot by itself are wanted: official matching, and the sum of all pushes.
+        # Official matching and the sum of all pushes need the match of each slot separately.
         self.by_slot = push is None or self.official or self.total
         # A key of the union of all slots has 31 bits for slot and token.
         self.by_fused = not self.by_slot and (plan.kind == "fused" or self.slots * self.M >= 2**31)
@@ -199,7 +199,7 @@ class Geometry:
 
     @functools.cached_property
     def templates(self) -> tuple[Any, Any]:
-        """Descriptors of rows and columns without their tokens; None twice if there are none."""
+        """Descriptors of rows and columns without their tokens; (None, None) if there are none."""
         config = self.config
         rows, columns = (self.reference, self.x) if self.official else (self.x, self.reference)
         if not config.DESCRIPTORS:
@@ -326,7 +326,7 @@ def geometry(call: Call, push: Push | None = None) -> Geometry:
         *(None if mask is None else mask.stride(), call.pairing),
         *(call.matching, call.combine, push),
     )
-    # The plan is asked for every time: a table may have changed.
+    # Ask for the plan every time: the table may have changed.
     plan = plan_of(x, other[1], call.pairing)
     known = _known.get(key)
     if known is None or known.plan != plan:

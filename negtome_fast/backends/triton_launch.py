@@ -42,7 +42,7 @@ class Launch:
         """Launch on the current stream.
 
         Args:
-            aligned: True if all pointers are multiples of 16 bytes. Others compile other code.
+            aligned: True if all pointers are multiples of 16 bytes. Other pointers need other code.
             pointers: tensors, tensor descriptors, fp32 numbers or None. Dtypes, the blocks of
                 descriptors and the places of None are the same in every call.
         """

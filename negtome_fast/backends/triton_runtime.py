@@ -98,7 +98,7 @@ _nothing = contextlib.nullcontext()
 
 
 def launch_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which Triton launches on the device of `x`: it launches on the current one."""
+    """Context in which the device of `x` is the current one, on which Triton launches."""
     if not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return _nothing
     return torch.cuda.device(x.device)

@@ -17,7 +17,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class SideStream:
-    """Context that runs some launches on a second stream, each behind earlier work of the current.
+    """Context that runs launches on a second stream, each after earlier work of the current one.
 
     On exit, the current stream waits for the second one, so that nothing launched or freed later
     interferes with its work. Streams are joined by events alone: a CUDA graph captures both. Each
@@ -33,7 +33,7 @@ class SideStream:
         self._side = _side_stream(x.device) if x.is_cuda else None
 
     def following(self) -> AbstractContextManager[Any]:
-        """Context of launches on the second stream, behind earlier work of the current one."""
+        """Context of launches on the second stream, after earlier work of the current one."""
         if self._side is None or self._main is None:
             return nullcontext()
         self._side.wait_stream(self._main)

@@ -13,7 +13,7 @@ ALIASES = {"references": ("image",), "folder": ("output", "out")}
 """Fields that are set under another name: `references` by the option that begins a reference."""
 
 
-# Parts of paths are no fields, and NAME=VALUE stays as the library writes it.
+# Parts of paths are not fields, and NAME=VALUE stays as the library writes it.
 _LONG = r"(?<![\w/.'-])([a-z]+(?:_[a-z]+)+)(?![\w/'=-]|\.\w)"
 _FIELD = re.compile(rf"`([a-z_]+)`|{_LONG}|^([a-z]+)(?=:? )")
 

@@ -46,8 +46,8 @@ class NegtomeArgs:
         rag_assets: `[(image, mask)]`, PIL images. White in the mask says which tokens may move
             (`matching="official"`) or be matched (`"paper"`); a mask of None is all white.
         matching: `"official"` computes what their code does, `"paper"` what their paper says. Not
-            a key of theirs.
-        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`. Not a key of theirs.
+            one of their keys.
+        backend: `"auto"`, `"triton"`, `"torch"` or `"reference"`. Not one of their keys.
     """
 
     use_negtome: bool = False

@@ -195,7 +195,7 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
         seed: int = 0,
         **kwargs: Any,
     ) -> Any:
-        """Calls `StableDiffusionXLPipeline`; `seed` is used if no generator is given, as in theirs.
+        """Calls `StableDiffusionXLPipeline`; their `seed` is used if no generator is given.
 
         Raises:
             ValueError, TypeError: `negtome_args` has an unknown key or a wrong value; and whatever

@@ -12,7 +12,7 @@ from .settings import DTYPES, EMBEDDED, Settings
 
 
 def load_pipeline(settings: Settings) -> Any:
-    """Load the pipeline of `settings.model` onto its device, with its ways to save memory.
+    """Load the pipeline of `settings.model` onto its device, with the settings that save memory.
 
     Raises:
         ValueError: there is no such model, it cannot be loaded, or a setting does not fit it.
@@ -87,7 +87,7 @@ def _from_pretrained(settings: Settings, dtype: torch.dtype) -> Any:
 
 
 def default_device() -> str:
-    """Return `"cuda"`, `"mps"` or `"cpu"`, the first that is there."""
+    """Return `"cuda"`, `"mps"` or `"cpu"`, the first one available."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -94,11 +94,11 @@ def _protected_share() -> Callable[[Tensor], Tensor]:
 
 
 def load_bank(path: Path, size: int = 512) -> ReferenceBank:
-    """Load a saved bank, or build one of the images of a folder.
+    """Load a saved bank, or build one from the images of a folder.
 
     Args:
         path: the folder.
-        size: pixels a side of a bank that is built.
+        size: side in pixels of the images of a bank that is built.
 
     Raises:
         FileNotFoundError: no such folder.

@@ -37,14 +37,14 @@ class NudgeRun:
 
     Attributes:
         settings: model, prompts, images, seed and the pipeline's arguments.
-        undesired, desired: folders of images, or banks; None is allowed for the embedded model.
+        undesired, desired: folders of images, or saved banks; may be None for the embedded model.
         filters: `NAME:THRESHOLD`, in order; empty for the defaults.
         method: one of `METHODS`.
-        max_attempts: generations of an image at most.
+        max_attempts: maximum number of generations of an image.
         parsed: names and thresholds of the filters.
 
     Raises:
-        ValueError: a value that cannot be right; names the field to change.
+        ValueError: a value is invalid; names the field to change.
     """
 
     settings: Settings
@@ -118,7 +118,7 @@ def nudge_images(
 
     Raises:
         FileExistsError: the folder holds another run.
-        ValueError, TypeError, FileNotFoundError: settings that cannot be right.
+        ValueError, TypeError, FileNotFoundError: invalid settings.
         ImportError: a package is missing; names the extra to install.
     """
     output = RunFolder(folder, overwrite=overwrite)

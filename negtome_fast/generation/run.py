@@ -67,8 +67,8 @@ def generate(
 
     Raises:
         FileExistsError: the folder holds another run.
-        ValueError, TypeError, FileNotFoundError: settings that cannot be right, for this pipeline
-            or at all, before anything is written.
+        ValueError, TypeError, FileNotFoundError: settings that are invalid for this pipeline, or
+            for any; raised before anything is written.
         ImportError: a package is missing; names the extra to install.
     """
     settings.check()

@@ -205,7 +205,7 @@ class Settings:
         """Check the settings before anything is loaded.
 
         Raises:
-            ValueError, TypeError: a value that cannot be right; names the field to change.
+            ValueError, TypeError: a value is invalid; names the field to change.
             FileNotFoundError: the file of a reference or mask does not exist.
         """
         if not self.prompts:

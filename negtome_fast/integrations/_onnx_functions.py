@@ -14,8 +14,8 @@ from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 DOMAIN = Opset("negtome_fast", 1)
-#: Reference tokens of a block, at most, and what a block is a multiple of. All blocks of a problem
-#: have one size, so that equal tokens in two blocks are rounded alike and tie.
+#: Maximum number of reference tokens of a block, and the number whose multiple it is. All blocks of
+#: a problem have one size, so that equal tokens in two blocks are rounded alike and tie.
 BLOCK, RUN = 256, 64
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])  # noqa: UP007, onnxscript knows no other form
 _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
@@ -23,7 +23,7 @@ _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
 
 @script(DOMAIN, default_opset=op)
 def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL) -> tuple[T, INT64]:
-    """Best match of every token in every slot: similarity and index (B, C, N), -inf and -1: none.
+    """Best match of every token in every slot: similarity and index (B, C, N), else -inf and -1.
 
     x (B, N, D), reference (P, M, D), allowed (P, M); table (B, C): reference item of each slot.
     Rows search columns: x searches allowed tokens of reference; `official`: reference searches x.

@@ -76,7 +76,7 @@ class ReferenceBank:
         size: int = 512,
         encoder: ImageEncoder | None = None,
     ) -> ReferenceBank:
-        """Build a bank from a folder (searched in depth) or from images.
+        """Build a bank from a folder (searched recursively) or from images.
 
         Args:
             images: a folder, or images: PIL, paths, uint8 arrays `(H, W, 3)`, or pairs of a name
@@ -195,12 +195,13 @@ class ReferenceBank:
             raise ValueError(f"{folder / 'bank.json'} is corrupt: {error!r}") from error
         if version != VERSION:
             raise ValueError(
-                f"{folder} is a bank of version {version}, this is version {VERSION}; build it anew"
+                f"{folder} is a bank of version {version}, this package reads version {VERSION}; "
+                "build it again"
             )
         if encoder is not None and own is not None and own != encoder.name:
             raise ValueError(
                 f"the features in {folder} are of the encoder {own!r}, not of {encoder.name!r}; "
-                "build the bank anew with it"
+                "build the bank again with it"
             )
         try:
             tensors = load_file(folder / "bank.safetensors")

@@ -1,4 +1,4 @@
-"""`PipelineBatch`: a pipeline's call that can be repeated for some of its images, from their noise.
+"""`PipelineBatch`: a pipeline call that can be repeated for some images, from the same noise.
 
 Every image has a generator of its own, whose state is kept, so that a retry starts from the same
 noise as the first attempt.
@@ -27,7 +27,7 @@ class PipelineBatch:
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError, TypeError: arguments that cannot be right.
+        ValueError, TypeError: invalid arguments.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class PipelineBatch:
         Args:
             items: numbers of the images.
             callback: called after each step, behind the caller's own callback.
-            reseed: number of the attempt, from 1, that starts from other noise; 0 keeps the noise.
+            reseed: number of the attempt, from 1, which starts from different noise; 0 keeps the
+                noise.
         """
         call = dict(self._call)
         if len(items) == self.count and callback is None and not reseed:
@@ -131,7 +132,7 @@ def retry_seed(seed: int, attempt: int) -> int:
 
 
 def _both(first: Callable[..., Any] | None, second: Callable[..., Any]) -> Callable[..., Any]:
-    """Callback that calls the caller's and then ours, on what the caller's left."""
+    """Callback that calls the caller's, then ours on what the caller's returned."""
     if first is None:
         return second
 

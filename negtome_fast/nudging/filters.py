@@ -17,7 +17,7 @@ from .verdicts import Verdict, checked_images
 
 
 def _triggers(score: float, threshold: float, above: bool) -> bool:
-    """Return True if the score is on the wrong side; NaN is, as nothing vouches for the image."""
+    """Return True if the score is on the wrong side of the threshold; NaN always is."""
     return not (score < threshold if above else score > threshold)
 
 

@@ -26,7 +26,7 @@ def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
 
 
 def named_images(images: str | Path | Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield names and sources of the images of a folder, searched in depth, or of an iterable.
+    """Yield names and sources of the images of a folder (searched recursively) or an iterable.
 
     Raises:
         FileNotFoundError: no such folder.

@@ -62,7 +62,7 @@ class LatentPoints:
         """Return points `(B, k, ...)` for latents `(B, ...)` that are about to enter step `step`.
 
         Raises:
-            ValueError: these latents have another form than the encoded pictures, or the scheduler
+            ValueError: these latents differ in shape from the encoded pictures, or the scheduler
                 does not tell how it adds noise.
         """
         if self._clean.shape[2:] != latents.shape[1:] or len(self._clean) != len(latents):

@@ -77,9 +77,9 @@ def generate_with_nudging(
         `NudgedImages`. Images that pass at once are bit-identical to the pipeline's own.
 
     Raises:
-        ValueError, TypeError: arguments that cannot be right.
+        ValueError, TypeError: invalid arguments.
         NudgingFailed: see `on_failure`.
-        Exception: whatever the pipeline raises; it is left as it was.
+        Exception: whatever the pipeline raises; the pipeline is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
     if not filters:

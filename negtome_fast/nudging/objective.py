@@ -82,8 +82,8 @@ def nudge(
     - `"paper"`: the objective as above. With g = -alpha mean(D) + beta mean(U) its minimum is L0
       where |g| <= 1; elsewhere it has none, and `steps`, `step_size` and `max_distance` bound the
       way along -g.
-    - `"squared"`: |L - L0|^2 in place of the norm, minimised in closed form: L0 - g / 2, drawn in
-      to `max_distance`. `steps`, `step_size` and `tolerance` are not used.
+    - `"squared"`: |L - L0|^2 in place of the norm, minimised in closed form: L0 - g / 2, pulled
+      back to `max_distance`. `steps`, `step_size` and `tolerance` are not used.
     - `"cosine"`: cosine similarities in place of the inner products and |L - L0| / |L0| in place of
       the norm, descended in units of |L0| (this project's choice: alpha, beta and `step_size`
       mean the same at any scale).
@@ -107,7 +107,7 @@ def nudge(
         `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Not differentiable.
 
     Raises:
-        ValueError, TypeError: arguments that cannot be right, with shapes in the message.
+        ValueError, TypeError: invalid arguments; the message names shapes.
         RuntimeError: `backend="triton"` where Triton cannot run.
     """
     _check_latents(latents)

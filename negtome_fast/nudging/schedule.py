@@ -29,8 +29,8 @@ class NudgeSchedule:
         extend: how much later the window ends in every further retry, at most at 1. A later end
             lets the model restore less of what it has memorised, but also clean up less.
         nearest: number of undesired and of desired points that steer an image.
-        pool: number of nearest desired points from which those are drawn. They are drawn anew in
-            each attempt, by the image's own seed, so that the images of a prompt stay different.
+        pool: number of nearest desired points from which `nearest` are drawn. They are drawn again
+            in each attempt, by the image's own seed, so that the images of a prompt stay different.
     """
 
     objective: Objective = "cosine"

@@ -53,7 +53,7 @@ class Steering:
         self._moves: list[tuple[list[int], Tensor]] = []
 
     def batches(self, images: int) -> Iterator[list[int]]:
-        """Places of images that can be generated together."""
+        """Yield lists of places of images that can be generated together."""
         if self._points is None or self._method == "nudge":
             yield list(range(images))
             return
@@ -86,7 +86,7 @@ class Steering:
             yield callback
 
     def record(self, place: int, verdicts: tuple[Verdict, ...]) -> Attempt:
-        """Record of the attempt at the image at this place."""
+        """Record of this attempt at one image, given its place."""
         if self._points is None:
             return Attempt(self._attempt, verdicts)
         points, nudged = self._points[place], self._method in NUDGING

@@ -117,8 +117,9 @@ def apply_negtome(
 
     The model is guided in every pipeline that calls it, and may be compiled before or after. The
     pipeline given here is asked for the number of steps and the kind of guidance. While another
-    pipeline that shares the model runs, they are taken from this pipeline's scheduler and the
-    latents; if the other has another scheduler, apply to the other.
+    pipeline that shares the model runs, both are inferred from this pipeline's scheduler and the
+    latents. If that pipeline has a different scheduler, apply the guidance to that pipeline
+    instead.
 
     Args:
         pipe: a pipeline with a `transformer`, a `transformer_2` or a `unet`, all of which are
@@ -187,7 +188,7 @@ def apply_negtome(
 
 
 def _check_model(model: nn.Module, references: bool, compiled: bool) -> None:
-    """Refuses a model that is guided already, or in a way that guidance would not be exact."""
+    """Refuses a model that is guided already, or that could not be guided exactly."""
     if find_hooks(model) is not None:
         raise ValueError(
             f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome first"
@@ -201,7 +202,7 @@ def _check_model(model: nn.Module, references: bool, compiled: bool) -> None:
 def remove_negtome(pipe: Any) -> None:
     """Removes the guidance from a pipeline or model; does nothing if there is none."""
     held = [find_hooks(model) for model in denoisers_of(pipe)[0]]
-    # Also where the pipeline was guided with another model than it holds now.
+    # This also covers a pipeline that was guided with another model than it holds now.
     for hooks in [*hooks_by_pipeline(pipe), *held]:
         if hooks is not None:
             hooks.remove()

@@ -2,8 +2,8 @@
 
 Compiled code does not check whether hooks were added since (dynamo's `skip_nnmodule_hook_guards`),
 but whether a module has an instance attribute `forward`. So a hooked module gets its class's
-`forward` as one. Code from before the hooks is then not used, and is used again once they are gone,
-without compiling anything again.
+`forward` as such an attribute. Code from before the hooks is then not used, and is used again once
+they are gone, without another compilation.
 """
 
 from __future__ import annotations

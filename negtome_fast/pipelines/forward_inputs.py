@@ -95,7 +95,7 @@ class ForwardInputs:
             where not known), and the rounding error of the timestep.
 
         Raises:
-            ValueError: the window cannot be compared with it.
+            ValueError: the window cannot be compared with this time.
         """
         timestep, rounding = self._timestep(arguments, steps is not None)
         schedule, counted = self._schedule, steps is not None
@@ -139,7 +139,7 @@ class ForwardInputs:
     def count_groups(self, model: nn.Module, latents: Tensor) -> int:
         """Returns the number of guidance groups in the batch.
 
-        Concatenated guidance repeats the latents, and other images of a batch have other noise.
+        Concatenated guidance repeats the latents; different images of a batch have different noise.
         """
         if self._layout.guidance == "sequential":
             return 1

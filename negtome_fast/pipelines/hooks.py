@@ -183,7 +183,8 @@ class ModelHooks:
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # An interrupt is no Exception, so torch skips the post-hook of the forward that it ended.
+        # An interrupt is not an `Exception`, so torch skips the post-hook of the forward that it
+        # ended.
         self._close_forward(completed=False)
         refuse_cache(model)
         arguments = self._inputs.by_name(model, args, kwargs)
@@ -228,7 +229,7 @@ class ModelHooks:
             self._run, self._shape, self._groups = self._runs.number, shape, None
 
     def _guard_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
-        """Has the blocks of this forward counted, if there is a cache that may skip some."""
+        """Counts the blocks of this forward, if there is a cache that may skip some."""
         if not skips_blocks(model):
             self._cache_guard = None
             return
@@ -260,8 +261,9 @@ class ModelHooks:
     ) -> None:
         """Runs the model on the references, in the conditioning of each group's first item.
 
-        A forward holds as many references as the run's own batch has items. The model's `forward`
-        is called, not the model: offloading replaces that, and no hook on the model sees it.
+        A forward holds as many references as the run's own batch has items. The call goes to the
+        model's `forward`, not to the model: offloading replaces `forward`, and no hook on the model
+        sees the call.
 
         Args:
             call: the arguments of the run's own forward.
@@ -360,10 +362,10 @@ class ModelHooks:
         return None if placement == "output" else output_projection(block)
 
     def _find_exclusive(self) -> frozenset[nn.Module]:
-        """Returns the attention modules whose outputs nobody else can hold.
+        """Returns the attention modules whose outputs no other code can hold.
 
-        Somebody else's hook may have kept what is now the output, even a hook further inside: a
-        dropout of 0 returns the projection's output itself.
+        Another hook may have kept the tensor that is now the output. It may even be a hook further
+        inside: a dropout of 0 returns the projection's output itself.
         """
         if not self.layout.fresh_outputs or _has_any_global_hook():
             return frozenset()

@@ -23,7 +23,7 @@ class ImageTokens:
     """The image among the tokens of one forward.
 
     Attributes:
-        num_tokens: number of tokens in the model's image stream. An attention output of as many
+        num_tokens: number of tokens in the model's image stream. An attention output with this many
             tokens is all image.
         generated: number of these, from `offset` on, that are generated. The others are conditions:
             an edit pipeline puts them after, an image-to-video pipeline before.
@@ -75,7 +75,7 @@ class Layout:
         image_tokens: (model, arguments by name) -> `ImageTokens`, or None if it cannot tell. Called
             once per run and shape, so it may read a value from the device.
         captions: name of an argument on which `image_tokens` also depends, such as the mask of the
-            captions. `image_tokens` is then called again whenever that is a new object.
+            captions. `image_tokens` is then called again whenever that argument is a new object.
         grid_modules: class names of modules whose input (B, C, H, W) holds the tokens of the
             attention modules inside them: a UNet has a grid for each resolution.
         joint: order of an attention output that holds text and image as one tensor:

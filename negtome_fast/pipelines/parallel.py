@@ -102,7 +102,7 @@ class TokenShards:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes `functional.guide_tokens` of the tokens of all ranks, for those of this rank.
 
-        All ranks must call it with arguments that differ in `x` only.
+        All ranks must call it, with arguments that differ only in `x`.
 
         Args:
             x: `(B, n, D)`, the tokens of this rank.

@@ -1,4 +1,4 @@
-"""Arguments of the references' forward: those of the run's own, with the references' latents."""
+"""Arguments of the references' forward: the run's own, with the references' latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEVER_BATCHED = (
     "text_rope_pos",
     "indices_*",
 )
-"""Patterns of arguments with an entry per token, of which there may be as many as items."""
+"""Patterns of arguments with an entry per token; there may be as many tokens as items."""
 _BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
 """HiDream has the states of several layers of its text encoder, (layers, B, tokens, channels)."""
 _CACHES = ("kv_cache", "past_key_values")
@@ -43,7 +43,8 @@ def reference_call(
         call: the arguments of the run's own forward, `self` first.
         latents_name: name of the argument that holds the latents.
         batch: number of items in the run's own batch.
-        items: for each item of the new batch, the item of the run's whose conditioning it takes.
+        items: for each item of the new batch, the item of the run's batch whose conditioning it
+            takes.
         references: latents (1, ...) for each item of the new batch.
         tokens: the image tokens, where known.
         layout: layout of the model.
@@ -125,7 +126,7 @@ def with_latents(
         frame_axis: axis of the frames, in latents (B, ...) of 5 dimensions.
     """
     if isinstance(value, (list, tuple)):
-        # An item that is a list holds its conditions first and the generated image last.
+        # If an item is a list, its conditions come first and the generated image last.
         return [
             [*item[:-1], with_latents(item[-1][None], [own])[0]]
             if isinstance(item, (list, tuple))

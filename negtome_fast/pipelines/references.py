@@ -49,8 +49,8 @@ class Reference:
             configuration's.
         threshold: cosine similarity, -1 to 1, that a match must exceed. None: the configuration's.
         noise: noise the latents to the timestep of the step, by the pipeline's scheduler. The noise
-            is drawn once a run from a copy of the caller's generator, whose own numbers stay as
-            they are. False gives the model clean latents, the authors' default.
+            is drawn once per run from a copy of the caller's generator, so the caller's random
+            numbers do not change. False gives the model clean latents, the authors' default.
     """
 
     image: Picture | Tensor | Sequence[Picture]

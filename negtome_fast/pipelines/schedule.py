@@ -51,8 +51,8 @@ class PipelineSchedule:
     def running(self) -> bool:
         """True if this thread is in a call of the pipeline, not of another that shares its model.
 
-        The stack is searched for it: a pipeline keeps the state of its last run, and does not say
-        when that was over.
+        The stack is searched for the call, because a pipeline keeps the state of its last run and
+        does not say when that run ended.
         """
         return self._call() is not None
 
@@ -220,7 +220,7 @@ class RunTracker:
         Args:
             timestep: timestep of the forward, 1000 (noise) to 0.
             schedule: an object whose identity changes with every run, or None.
-            own: returns True if the schedule is that of this thread's run. It is not while a
+            own: returns True if the schedule belongs to this thread's run. It does not while a
                 pipeline that shares the model runs in another thread.
         """
         # Tested also where the schedule is known: a pipeline that shares this model has another.

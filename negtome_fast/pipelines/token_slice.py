@@ -97,7 +97,7 @@ def find_image(
 def attended_channels(attention: nn.Module, tokens: Tensor) -> int:
     """Returns how many channels of the input of an output projection are attention.
 
-    FLUX.2's single blocks project those of the feed-forward with them.
+    FLUX.2's single blocks project the feed-forward's channels together with them.
 
     Args:
         attention: the attention module.

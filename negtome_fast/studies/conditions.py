@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .rivals import Baseline
 
 BATCH = 32
-"""Most images per forward; on one CPU thread, larger batches are no faster."""
+"""Maximum number of images per forward; on one CPU thread, larger batches are no faster."""
 
 GROUP = 8
 """Default number of images of one prompt that are guided together."""

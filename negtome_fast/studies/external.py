@@ -181,7 +181,7 @@ def dreamsim_encoder(device: torch.device | str = "cpu", **options: Any) -> Feat
     Args:
         device: device of the model; images are moved there.
         options: options of `dreamsim.dreamsim`, such as `dreamsim_type`. `cache_dir` defaults to a
-            folder in torch.hub's.
+            folder inside torch.hub's.
 
     Raises:
         ImportError: a package is missing; names the extra to install.

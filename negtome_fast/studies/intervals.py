@@ -9,8 +9,8 @@ Images that were guided together are not independent. The bootstrap therefore dr
 - Draws repeat samples, which biases nonlinear statistics such as entropy. The interval is moved
   back by that bias: once for a difference, where the biases of both sides mostly cancel, and twice
   for the logarithm of a ratio, whose estimate is itself too large over a small entropy. The
-  interval of a mean is not moved, since a mean has no bias. Moving it by the noise of a thousand
-  draws could carry an end that is exactly 0, as it is where few images changed, across 0.
+  interval of a mean is not moved, since a mean has no bias. Where few images changed, an end is
+  exactly 0, and the noise of a thousand draws could move it across 0.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Interval:
         samples: number of samples on each side.
         blocks: number of independent blocks among them.
         draws: number of draws.
-        bias: mean of the draws less the estimate; for a ratio, of the logarithms.
+        bias: mean of the draws minus the estimate; for a ratio, of their logarithms.
         no_change: 0 for a difference, 1 for a ratio, None for one condition.
     """
 
@@ -80,7 +80,7 @@ class Interval:
 
     @property
     def corrected(self) -> float:
-        """The estimate less its bias, which the bias of the draws estimates.
+        """The estimate minus its bias, as estimated by the bias of the draws.
 
         Report this one for a ratio of entropies; docs/measures.md says why.
         """
@@ -250,7 +250,7 @@ class BootstrapPlan:
 
         Args:
             estimate: the statistic of the samples, or a difference.
-            drawn: the same for each draw, (draws,).
+            drawn: its value in each draw, (draws,).
             no_change: 0 for a difference, None for one condition.
             recentre: move the quantiles; False for statistics without bias, see `is_biased`.
         """

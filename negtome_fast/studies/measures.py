@@ -194,7 +194,7 @@ def inception_score(logits: Tensor) -> float:
     """Return the inception-style score of logits `(N, classes)`, from 1 to the number of classes.
 
     `exp(mean_x KL(p(y|x) || p(y)))` (Salimans et al., arXiv 1606.03498) over all N at once. The
-    classes are those of the given network, so published scores of Inception-v3 do not compare.
+    classes are those of the given network, so published Inception-v3 scores are not comparable.
 
     Raises:
         ValueError: fewer than two rows, or values that are not finite.

@@ -1,8 +1,8 @@
-"""Rivals: other methods without training that promise diversity, as baselines for studies.
+"""Rivals: other training-free methods for more diversity, as baselines for studies.
 
-Each is the formula of its paper in terms of rectified flow: x_t = (1 - sigma) x_0 + sigma * noise,
-the model predicts v = noise - x_0, and so x_0 = x_t - sigma * v. A rival changes a `FluxPipeline`
-from outside while its context is open, and then restores it.
+Each follows the formula of its paper, in terms of rectified flow: x_t = (1 - sigma) x_0 + sigma *
+noise, the model predicts v = noise - x_0, and so x_0 = x_t - sigma * v. A rival changes a
+`FluxPipeline` from outside while its context is open, and then restores it.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class CADS:
         y" = psi ((y' - mean y') / std y' * std y + mean y) + (1 - psi) y'
         gamma(t) = 1 for t <= tau1, (tau2 - t) / (tau2 - tau1), 0 for t >= tau2
 
-    The time t is sigma. Noise is added to the prompt's embeddings of single words and to the pooled
-    one, but not to the negative prompt's. Mean and standard deviation are taken over each image's
+    The time t is sigma. Noise is added to the prompt's token embeddings and its pooled embedding,
+    but not to the negative prompt's. Mean and standard deviation are taken over each image's
     embedding. The noise of an image follows from its initial latents, not from its place in the
     batch.
 

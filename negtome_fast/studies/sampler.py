@@ -40,12 +40,12 @@ class Sampler:
 
     Args:
         store: folder of the results; None stores nothing.
-        batch: most images per forward. It is part of the identity of results, since rounding
-            depends on it.
+        batch: maximum number of images per forward. It is part of the identity of results, since
+            rounding depends on it.
         device: device of the pipeline and the instruments.
 
     Raises:
-        ValueError: a store for images of another device than the CPU, whose rounding differs.
+        ValueError: a store for a device other than the CPU, whose rounding differs.
     """
 
     def __init__(

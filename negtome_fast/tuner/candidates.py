@@ -2,10 +2,9 @@
 
     python -m negtome_fast.tuner.candidates [--targets sm_90] [--quick] [--also FOLDER]
 
-writes `compiled/<arch>.json`: the compile report, by the installed Triton and by the one in each
-FOLDER, of every configuration that tuning the shapes of space.py would meet. On a GPU the tuner
-then skips the bad ones without compiling them. A file is valid until the code of the kernels
-changes.
+writes `compiled/<arch>.json`: the compile report of every configuration that tuning the shapes of
+space.py would meet, by the installed Triton and by the one in each FOLDER. On a GPU the tuner then
+skips the bad ones without compiling them. A file is valid until the code of the kernels changes.
 """
 
 from __future__ import annotations
@@ -58,7 +57,8 @@ def wanted(
 
     A configuration is bad if its row of `reports` has a problem (`compile_report.problems`): an
     error, spills, too much shared memory, no tensor cores, or fewer than CTAS_PER_SM programs on a
-    multiprocessor. With `spare`, one more for each bad one, as the next ones may be bad too.
+    multiprocessor. With `spare`, one more is added for each bad one, as the next ones may be bad
+    too.
     """
     found: list[Key] = []
     count = keep
@@ -183,7 +183,7 @@ def met(arch: str, dtype: str, keeps: Sequence[int], reports: Rows, compiled: Co
 def made(
     arch: str, dtypes: Sequence[str], keeps: Sequence[int], folders: Sequence[Path | None]
 ) -> Iterator[dict[str, Rows]]:
-    """Yield the rows by version of Triton, after each folder with one; None: the installed one."""
+    """Yield all rows so far, by version of Triton, after each folder; None: the installed one."""
     reports: dict[str, Rows] = {}
     by_version: dict[str, Compile] = {}
     for folder in folders:

@@ -243,7 +243,7 @@ def in_document(text: str, name: str, content: str) -> str:
 def documented(
     text: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """`text` with the tables of all targets in `rows`, and those of differences to `others`."""
+    """`text` with the tables of all targets in `rows`, and of their differences to `others`."""
     for target in dict.fromkeys(row["target"] for row in rows):
         own = [row for row in rows if row["target"] == target]
         text = in_document(text, target, markdown(own))

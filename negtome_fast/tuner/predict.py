@@ -130,7 +130,7 @@ def _residents(config: Config, dtype: str, arch: str) -> int:
 def _push_from_keys(config: Config, problem: Problem, arch: str, multiprocessors: int) -> float:
     """A figure that orders configurations of `push_from_keys`, which is bound by memory.
 
-    It counts what keeps memory from being busy: channels beyond the last; few bytes in flight a
+    It counts what keeps memory from being busy: channels beyond the last; few bytes in flight per
     thread; and fewer warps than memory needs, a quarter of those that a multiprocessor holds.
     """
     target = aot.TARGETS[arch]

@@ -124,7 +124,7 @@ def run(
 
     Args:
         shapes: most important first, as time may end before the last.
-        dtype: of the tokens, one of `tuning.DTYPES`.
+        dtype: dtype of the tokens, one of `tuning.DTYPES`.
         quick: measure `candidates.QUICK` configurations of a kernel, not `candidates.MEASURED`.
         out: file of the table; default: the package's own.
         seconds: time after which no measurement starts; default: no limit.
@@ -139,7 +139,7 @@ def run(
     device = _usable_device()
     launches.settle()  # before anything is launched
     arch = runtime.architecture(device.index)
-    # Limits of an architecture without its own: those of its family.
+    # An architecture without limits of its own takes those of its family.
     target = arch if arch in aot.TARGETS else tuning.family(arch)
     path = out or tuning.FOLDER / f"{arch}.json"
     table = tables.start_table(path, arch)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..kernels import aot, tuning
 from ..kernels.tuning import Config, Problem
 
-#: Most tokens of a shape for which mode "others" is tuned.
+#: Largest number of tokens of a shape for which mode "others" is tuned.
 MOST_FOR_OTHERS = 16384
 
 

@@ -55,7 +55,7 @@ def merge(table: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
 def with_measured(
     table: dict[str, Any], entry: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """`table` with a measured entry, and with the machine that measured it in both."""
+    """`table` with a measured entry; both record the machine that measured it."""
     measured = {**table, "machine": facts, "note": "measured"}
     return merge(measured, {**entry, "machine": facts})
 

@@ -187,7 +187,7 @@ def test_a_bank_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
         ReferenceBank.load(tmp_path, ImageEncoder("other", MEANS.encode))
     description = json.loads((tmp_path / "bank.json").read_text())
     (tmp_path / "bank.json").write_text(json.dumps({**description, "version": 99}))
-    with pytest.raises(ValueError, match="version 99, this is version 1"):
+    with pytest.raises(ValueError, match="version 99, this package reads version 1"):
         ReferenceBank.load(tmp_path)
     (tmp_path / "bank.json").write_text(json.dumps({**description, "names": ["one"]}))
     with pytest.raises(ValueError, match=r"2 images need as many different names"):

@@ -14,9 +14,9 @@ from ..options import one_line_warnings
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bank", help="build or describe a bank of reference images")
     words = parser.add_subparsers(dest="bank_command", required=True, metavar="COMMAND")
-    build = words.add_parser("build", help="a bank of the images of a folder")
+    build = words.add_parser("build", help="build a bank from a folder of images")
     add = build.add_argument
-    add("folder", type=Path, metavar="DIR", help="searched in depth")
+    add("folder", type=Path, metavar="DIR", help="searched recursively")
     add("--out", type=Path, required=True, metavar="BANK", help="folder to write")
     add("--size", type=int, default=512, help="pixels a side that are kept")
     add("--encoder", choices=("none", "efficientnet"), default="none", help="features to keep")

@@ -36,7 +36,7 @@ def _add_images(group: Any) -> None:
     add("--seed", type=int, default=0, help="seed of the first image, default 0")
     add("--negative-prompt")
     add("--guidance-scale", type=float, help="scale of classifier-free guidance")
-    add("--true-cfg-scale", type=float, help="the same for distilled models")
+    add("--true-cfg-scale", type=float, help="guidance scale of distilled models")
     add("--steps", type=int, help="steps of the scheduler")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HOST, PORT = "127.0.0.1", 7860
 WAITING = 16
-"""Requests that may wait for their turn; others are told to come again."""
+"""Number of requests that may wait in the queue; further ones are refused."""
 
 CSS = """
 .gradio-container { max-width: 1400px !important; }
@@ -70,7 +70,7 @@ def serve(
         )
     except OSError as error:
         raise OSError(
-            f"the page cannot be opened at {host}, port {port}, which is taken or not to be had: "
+            f"the page cannot be opened at {host}, port {port}, which is taken or unavailable: "
             "choose another `port`, 0 for a free one"
         ) from error
     if wait:
@@ -135,7 +135,7 @@ def load_gradio() -> Any:
 
 
 def _switch_reports_off() -> None:
-    """Send no counts of use to gradio and the Hub, whose clients look at the environment."""
+    """Send no usage counts to gradio and the Hub, whose clients read the environment."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

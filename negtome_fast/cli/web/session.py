@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 16
 MOST_WORDS = 1000
-"""Most characters of a prompt."""
+"""Maximum number of characters in a prompt."""
 
 MODES = {
     "others": "all other images",
@@ -60,7 +60,7 @@ class DrawRequest:
         """Check the values, in the words of the page.
 
         Raises:
-            ValueError: a value that cannot be right, and what to do.
+            ValueError: a value is invalid; the message says what to do.
         """
         length = len(self.prompt)
         if length > MOST_WORDS:
@@ -97,7 +97,7 @@ class WebSession:
     """A loaded model that serves one request at a time, because two would share its hooks.
 
     Args:
-        settings: the model and its device; a request replaces what it decides.
+        settings: the model and its device; each request sets the rest.
         pipe: use this pipeline instead of loading `settings.model`.
 
     Raises:
@@ -125,7 +125,7 @@ class WebSession:
         """Draw the images twice; the pipeline is afterwards as it was, also after an error.
 
         Raises:
-            ValueError, TypeError: the request cannot be right; the text is for its author.
+            ValueError, TypeError: the request is invalid; the message is meant for the user.
         """
         request.check()
         with self._turn, tempfile.TemporaryDirectory(prefix="negtome-fast-") as folder:

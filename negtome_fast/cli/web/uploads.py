@@ -22,7 +22,7 @@ def check_picture(source: Path | bytes) -> None:
     """Check an upload before its pixels are read.
 
     Raises:
-        ValueError: it is too large or no picture; says what is allowed.
+        ValueError: it is too large or not a picture; says what is allowed.
     """
     from PIL import Image
 
@@ -39,7 +39,7 @@ def check_picture(source: Path | bytes) -> None:
         most = MOST_PIXELS // 10**6
         raise ValueError(f"the picture has more than {most} million pixels") from None
     except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"the file is no picture that can be read: {', '.join(FORMATS)}") from None
+        raise ValueError(f"the file is not a readable picture: {', '.join(FORMATS)}") from None
     if width * height > MOST_PIXELS:
         raise ValueError(
             f"the picture has {width} x {height} pixels; {MOST_PIXELS // 10**6} million are allowed"

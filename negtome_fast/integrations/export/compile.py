@@ -52,7 +52,7 @@ def _argument(name: str, kind: str, divisible: bool) -> dict[str, Any]:
         entry |= {"to": _TYPES[kind[1:]], "bytes": 8}
     else:
         entry["bytes"] = 8 if kind == "i64" else 4
-    # The caller promises it: for a pointer of its address, for a number of its value.
+    # The caller guarantees divisibility: of a pointer's address, of a number's value.
     return entry | ({"multiple_of": 16} if divisible else {})
 
 

@@ -8,10 +8,10 @@ from typing import cast
 from ...kernels import aot, tuning
 from ...pairing import Mode, Pairing
 
-#: Short names of the command line, and those of tuning tables.
+#: Short dtype names of the command line -> names in tuning tables.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 REFERENCES = ("first", "others", "external")
-#: Words for the ways to launch, and the kinds of tuning tables. "auto" is the table's own kind.
+#: Ways to launch -> kinds of tuning tables. "auto" takes the table's own kind.
 KINDS = {"auto": None, "rows": "fused", "tiles": "tiles"}
 
 
@@ -22,15 +22,16 @@ class Operator:
     Attributes:
         target: `"sm_80"`, `"sm_89"`, `"sm_90"`, `"sm_100"` or `"gfx942"`.
         dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"bf16"`, `"fp16"`, `"fp32"`.
-        channels: the D that the configuration is chosen for. Kernels run with any other D; if this
-            one is a multiple of 16, with any multiple of 16.
+        channels: the D that the configuration is chosen for. Kernels run with any D, or with any
+            multiple of 16 if this D is one.
         reference: `"first"`, `"others"`, or `"external"` for a tensor of references.
         matching, combine: as in `negtome_fast.negtome`.
         inplace: write into `x`, only the tokens that move; not with `reference="others"`.
         reference_mask, source_mask: True if calls pass this mask.
         kind: `"tiles"`, `"rows"` (match and push in one launch, the kind "fused" of tuning tables),
             or `"auto"` (default): the kind of the tuning table for `items` of `tokens`.
-        items, tokens: the problem that the tuning table is asked for, 4 of 4,096 by default.
+        items, tokens: number of items, and of tokens in each, that the tuning table is asked for;
+            default 4 and 4,096.
 
     Raises:
         ValueError: names an attribute that has no such value, and its valid values.

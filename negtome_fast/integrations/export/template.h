@@ -64,7 +64,7 @@ typedef struct negtome_problem {
 
     negtome_pointer x; /* (B, N, D) */
     int64_t x_item_stride, x_token_stride;
-    negtome_pointer out; /* (B, N, D), or x with its strides where NEGTOME_INPLACE */
+    negtome_pointer out; /* (B, N, D), or x with its strides if NEGTOME_INPLACE */
     int64_t out_item_stride, out_token_stride;
 
     /* With NEGTOME_EXTERNAL: (R, M, D), or (B * R, M, D) if per_item, a set for each item. */
@@ -191,7 +191,7 @@ typedef struct negtome_sizes {
     int32_t reference_items; /* P */
     int32_t reference_step;
     int32_t rows;     /* S: rows of similarity and pushed */
-    int64_t products; /* pairs of a source and a reference item, or with NEGTOME_OTHERS of items */
+    int64_t products; /* pairs of a source and a reference item; with NEGTOME_OTHERS, of items */
     int32_t xb, xn, rb, rm, ob, on;
 } negtome_sizes;
 

@@ -118,7 +118,7 @@ class ItemProblem:
         return latents - step_size * unit**2 * gradient
 
     def project(self, latents: Tensor) -> tuple[Tensor, bool]:
-        """Latents drawn in to the trust radius, and True if they stood outside."""
+        """Latents pulled back to the trust radius, and True if they lay outside it."""
         distance = (latents - self.start).norm()
         if distance < self.radius:
             return latents, False

@@ -24,7 +24,7 @@ def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageToken
     """Reads `x`, latents (C, F, H, W) per item.
 
     Image and caption are each padded to a multiple of 32 tokens, and the image comes first. In the
-    omni model, an item of `x` is a list of images (None where there is none), of which the last is
+    omni model, an item of `x` is a list of images (None where there is none). The last one is
     generated, and the images follow all captions.
     """
     multiple = 32

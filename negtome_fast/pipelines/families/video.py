@@ -29,7 +29,7 @@ def given_tokens(timestep: Any, tokens: int) -> int:
     """Returns how many tokens, from the first on, have the time 0: those of the input image.
 
     Args:
-        timestep: of image-to-video models that are told the time of each token or frame, in any
+        timestep: time of each token or frame, which some image-to-video models are told, in any
             shape that begins with the items.
         tokens: number of tokens in the image stream.
     """

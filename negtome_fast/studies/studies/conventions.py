@@ -61,7 +61,7 @@ def run(run: StudyRun) -> dict[str, Any]:
 
 
 def compare(run: StudyRun, placement: str) -> dict[str, Any]:
-    """Return means over all blocks and images of unguided runs, by step; nothing is pushed."""
+    """Return means over blocks and images of unguided runs, step by step; nothing is pushed."""
     sums: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     groups = groups_of(PROMPTS, GROUPS * run.sizes.group, size=run.sizes.group, seed=SEED)
     config = NegToMeConfig(

@@ -1,6 +1,6 @@
 """`python -m negtome_fast.studies.studies.coverage`: how often the bootstrap's intervals hold.
 
-Draws studies of two conditions from known distributions of attributes, and writes the share of
+Simulates studies of two conditions with known distributions of attributes, and writes the share of
 intervals that contain the true value as JSON. Takes a minute on one core.
 """
 

@@ -57,7 +57,7 @@ class ScaleSweep:
     scales: Sequence[float]
 
     def conditions(self, name: str, scales: Sequence[float]) -> list[Condition]:
-        """Return the conditions at those of `scales` that the sweep has."""
+        """Return the sweep's conditions at the given `scales`, where it has them."""
         config = None if self.changed is None else preset(**self.changed)
         return [
             Condition(f"{name} {scale:g}", guidance_scale=scale, negtome=config)

@@ -1,9 +1,9 @@
 """Alpha, threshold, window and guidance scale of `others`, and the preset that a rule chooses.
 
-The images have other seeds than those of the other studies, so that no setting is reported on the
-images it was chosen on. The rule looks at settings at the model's own guidance scale that keep the
-prompt agreement. It takes the highest attribute entropy x precision, which is usable diversity, and
-of nearly equal settings the weakest.
+The images have different seeds from those of the other studies, so that no setting is reported on
+the images it was chosen on. The rule looks at settings at the model's own guidance scale that keep
+the prompt agreement. It takes the highest attribute entropy x precision, which is usable diversity,
+and the weakest of nearly equal settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 TIE = 0.05
-"""Settings whose score lies within this share of the best are nearly equal."""
+"""Settings are nearly equal if their score lies within this share of the best."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def origin(result: dict[str, Any]) -> str:
     sizes, versions = result["sizes"], result["versions"]
     return (
         f"{sizes['images']} images a condition, groups of {sizes['group']}, {sizes['steps']} "
-        "steps; 95% intervals in brackets, each for itself: about one in twenty errs, and a share "
-        f"of exactly 0 or 1 shows none. torch {versions['torch']}, {result['date'][:10]}. "
+        "steps; 95% intervals in brackets, each for one value alone: about one in twenty misses "
+        "the truth, and a share of exactly 0 or 1 has none. "
+        f"torch {versions['torch']}, {result['date'][:10]}. "
         f"Made by `{result['command']}`."
     )

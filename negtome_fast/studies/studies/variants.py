@@ -1,8 +1,8 @@
 """`python -m negtome_fast.studies.studies.variants`: other forms of the push than the paper's.
 
 The forms are prototypes in plain torch, which take the operator's place while the embedded model
-draws a condition. The result is docs/beyond.md. It takes half an hour on one free core; images
-are kept, so that an interrupted run goes on where it was.
+draws a condition. The result is docs/beyond.md. It takes half an hour on one free core. Images are
+kept, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Variant:
         y = x + alpha w (x - r)   where cos(x, r) > threshold;   r the match, w = 1
 
     Attributes:
-        distance: the match is the nearest token, not that of the highest cosine.
+        distance: the match is the nearest token, not the one with the highest cosine.
         centred: cosines are between tokens less the mean token of their group.
         best: number of matches whose mean is r.
         temperature: r is the mean of the `best`, weighted by softmax(cosine / temperature).
@@ -215,7 +215,7 @@ def compared(scores: Any, operator: Sequence[Any]) -> list[float]:
 
 
 def with_named_attributes(run: StudyRun) -> tuple[Samples, float]:
-    """People whose attributes are all in the prompt, and the share of attributes they show."""
+    """People whose prompt names all attributes, and the share of images that show them all."""
     images = run.sizes.images
     condition = Condition("all attributes named, scale 2.5")
     one = run.drawn([condition], named_groups(images))[condition.name]

@@ -2,7 +2,8 @@
 
 Training goes on until eight ordinary prompts ("a pixel art person with red hair") reproduce one
 fixed avatar each, as large models reproduce images that their training repeats. Half of each batch
-are other avatars, so that other prompts stay as they were. The training is seeded and resumable.
+consists of other avatars, so that other prompts stay as they were. The training is seeded and
+resumable.
 """
 
 from __future__ import annotations

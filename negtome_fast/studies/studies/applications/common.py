@@ -37,7 +37,7 @@ def settings(name: str, **overrides: Any) -> NegToMeConfig:
 
 
 def picture_avatar(style: str) -> Avatar:
-    """Return the avatar of `picture`: no prompt names its attributes, no style has them mostly."""
+    """Return the avatar of `picture`: no prompt names its attributes, and no style favours them."""
     return Avatar(style, "bronze", "blue", "bun", "reference")
 
 

@@ -37,7 +37,7 @@ TAKEN = ("its skin", "its hair colour", "its hair shape")
 def run_interpolate(run: StudyRun) -> list[dict[str, Any]]:
     """Move each image toward or away from a picture of its prompt's style.
 
-    Measured are the likeness to the picture, and the attributes that are taken from it.
+    The measures are the likeness to the picture, and the attributes that are taken from it.
     """
     from ....pipelines import Reference
 

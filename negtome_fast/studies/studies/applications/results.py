@@ -48,8 +48,8 @@ def _by_alpha(result: dict[str, Any]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """Return Markdown with the tables of all applications."""
     parts = [
-        "In every cell but those of unguided images: the value; its paired difference to unguided "
-        "with its interval, and what is seen in it.",
+        "Each cell has the value, its paired difference to unguided with an interval, and a "
+        "verdict. Unguided images have the value alone.",
         "**Excluding a style** from prompts that name none, mean over the styles, each excluded in "
         "turn:",
         _table(result["style"]["mean"]),

@@ -97,7 +97,7 @@ def _sharpened(run: StudyRun, base: Samples, copies: Samples, scale: float) -> d
 
 
 def blurred_copies(samples: Samples) -> Samples:
-    """Return the same samples with blurred images; features and readings stay those of before."""
+    """Return the same samples with blurred images; features and readings stay unchanged."""
     images = [blurred(_image(samples, item), BLUR) for item in range(len(samples))]
     return replace(
         samples, images=np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])

@@ -21,7 +21,7 @@ from ..study import SEED, StudyRun
 from .subjects import DESIRED, FEW_DESIRED, METHODS, PIXELS, PLAIN, Subject, desired
 
 ATTEMPTS = 4
-"""Most generations of an image, the plain one included."""
+"""Maximum number of generations of an image, the plain one included."""
 
 CHUNK = 2
 """Number of prompts that are drawn together and kept as one file."""

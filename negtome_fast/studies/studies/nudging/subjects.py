@@ -18,7 +18,7 @@ from ...sampler import Sampler
 from ...toy_model import overfit
 
 PIXELS = 0.10
-"""An output whose root mean square difference to a memorised image is below this is a copy."""
+"""An output is a copy if its root mean square difference to a memorised image is below this."""
 
 DESIRED, FEW_DESIRED = 40, 6
 """Number of ordinary avatars per prompt that images are steered toward."""

@@ -93,7 +93,7 @@ def _prepare_negative(pipe: Any, call: dict[str, Any]) -> None:
 def check_differ(plain: Mapping[str, np.ndarray], negative: Mapping[str, np.ndarray]) -> None:
     """Raise `ValueError` if a negative prompt changed no pixel of a group.
 
-    Only the images tell, since pipelines differ in the scale from which on they use it.
+    Only the images show it, since pipelines start to use the prompt at different scales.
     """
     if np.array_equal(plain["images"], negative["images"]):
         raise ValueError(_WITHOUT_EFFECT)

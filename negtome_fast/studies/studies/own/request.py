@@ -79,7 +79,7 @@ class Request:
         command: the command line, for the record.
 
     Raises:
-        ValueError: a field that cannot be right; nothing is loaded for the check.
+        ValueError: a field is invalid; nothing is loaded for the check.
     """
 
     settings: generation.Settings
@@ -172,7 +172,7 @@ def request(options: Mapping[str, Any]) -> Request:
         options: those of `SWEPT` and `scales` are lists; `references` are `ReferenceFile` objects.
 
     Raises:
-        ValueError: an option is missing or cannot be right.
+        ValueError: an option is missing or invalid.
     """
     values = dict(options)
     if "model" not in values or "prompts" not in values:

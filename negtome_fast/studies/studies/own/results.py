@@ -28,7 +28,7 @@ SCHEMA = 2
 """Version of the file of results; version 1 had one guided condition."""
 
 _ROWS = 36
-"""Most rows of the sheet; more would be too many to look at."""
+"""Maximum number of rows of the sheet; more would be too many to look at."""
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -90,10 +90,11 @@ def _note(result: Mapping[str, Any]) -> str:
     if settings["negative_prompt"] is not None:
         words.append(f'Negative prompt: "{settings["negative_prompt"]}".')
     words.append(
-        "Measures are of the images of a group, their means over groups; 95% intervals in brackets "
-        "draw groups whole, each for itself: about one in twenty errs, and with fewer than 8 "
-        "groups of a prompt they are too narrow. Seconds are medians over groups, without an "
-        "interval, of use from several on and where nothing else ran. "
+        "Each measure is taken on the images of a group and averaged over the groups. The 95% "
+        "intervals in brackets draw whole groups, each for one value alone: about one in twenty "
+        "misses the truth, and with fewer than 8 groups per prompt they are too narrow. Seconds "
+        "are medians over groups, without an interval; they need several groups and a machine "
+        "that runs nothing else. "
         f"torch {result['versions']['torch']}, {result['date'][:10]}. "
         f"Made by `{result['command']}`."
     )
@@ -222,8 +223,8 @@ def sheet(wanted: Request, rows: Sequence[tuple[DrawPlan, Group, np.ndarray]]) -
 def _check(result: Mapping[str, Any]) -> None:
     if result["schema"] != SCHEMA:
         raise ValueError(
-            "own.json is of another version of negtome-fast; its command writes it anew, without "
-            "drawing again what the store has"
+            "own.json is of another version of negtome-fast; its command writes it again, "
+            "without drawing images that the store has"
         )
 
 

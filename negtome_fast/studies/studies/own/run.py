@@ -20,7 +20,7 @@ from .measuring import Meter, compared
 from .request import NAME, NEGATIVE, UNGUIDED, Request
 
 _MANY = 200
-"""Number of images from which on it is announced before drawing."""
+"""From this many images on, their number is announced before drawing."""
 
 
 def perform(
