@@ -143,7 +143,7 @@ def test_pictures_exist_and_can_be_drawn_from_the_result() -> None:
     for target in re.findall(r"\]\((pictures/[^)]+)\)", PAGE):
         assert (DOCS / target).is_file(), target
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    assert set(nudging.draw_figures(result)) == {"distances", "arrows"}
+    assert set(nudging.figures(result)) == {"distances", "arrows"}
 
 
 def test_commands_and_examples_of_the_page_are_understood() -> None:
