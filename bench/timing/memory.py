@@ -67,7 +67,7 @@ def cpu_extra_bytes(candidate: str, shape: Shape, dtype: str, threads: int) -> i
     return int(json.loads(done.stdout.splitlines()[-1])["extra_bytes"])
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     for line in STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -92,9 +92,9 @@ def _main(candidate: str, shape_text: str, dtype_name: str, threads: str) -> Non
     # Freed memory that the allocator still holds would hide an allocation.
     ctypes.CDLL(None).malloc_trim(0)
     RESET.write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     y = function(x)
-    extra = _status_bytes("VmHWM") - before - (y.nbytes if chosen.returns_result else 0)
+    extra = status_bytes("VmHWM") - before - (y.nbytes if chosen.returns_result else 0)
     print(json.dumps({"extra_bytes": max(extra, 0)}))
 
 

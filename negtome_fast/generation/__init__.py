@@ -3,7 +3,7 @@
 `generate` draws what a `Settings` describes; `nudged` draws with embedding nudging.
 """
 
-from .contact_sheet import Row, reference_rows, sheet
+from .contact_sheet import reference_rows
 from .drawing import call_arguments, configuration, draw
 from .loading import default_device, load_pipeline
 from .media import blurred, encode_video, is_image
@@ -26,7 +26,6 @@ __all__ = [
     "Application",
     "GenerationResult",
     "ReferenceFile",
-    "Row",
     "Settings",
     "blurred",
     "call_arguments",
@@ -40,7 +39,6 @@ __all__ = [
     "new_folder",
     "plain_value",
     "reference_rows",
-    "sheet",
     "take_guidance",
     "versions",
 ]

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models.avatars import OPEN_ATTRIBUTES, attributes_in
-from ..models.features import FEATURE_SIZE, FeatureExtractor
 
 __all__ = [
-    "FEATURE_SIZE",
-    "FeatureExtractor",
     "attribute_entropy",
     "contrast",
     "entropy",

@@ -206,7 +206,7 @@ def made(
         yield reports
 
 
-def summary(arch: str, reports: dict[str, Rows]) -> str:
+def summary(reports: dict[str, Rows]) -> str:
     """Markdown table: number of good configurations by kernel and Triton, and the differences."""
     versions = sorted(reports, reverse=True)
     rows: dict[str, Rows] = {version: reports[version] for version in versions}
@@ -245,7 +245,7 @@ def _write(
     (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
     if document:
         text = document.read_text(encoding="utf-8")
-        told = compile_report.in_document(text, f"candidates, {arch}", summary(arch, reports))
+        told = compile_report.in_document(text, f"candidates, {arch}", summary(reports))
         document.write_text(told, encoding="utf-8")
 
 

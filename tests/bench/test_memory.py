@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 SLICE = """
 import bench, ctypes, gc, torch
 import negtome_fast as nf
-from bench.timing.memory import RESET, _status_bytes
+from bench.timing.memory import RESET, status_bytes
 torch.set_num_threads(1)
 whole = torch.randn(2, 512 + 8192, 1280)
 image = whole[:, 512:]
@@ -29,10 +29,10 @@ with torch.no_grad():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     RESET.write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     y = nf.negtome(image, inplace={inplace})
     moved = 0 if {inplace} else y.nbytes
-    print(_status_bytes("VmHWM") - before - moved, image.nbytes)
+    print(status_bytes("VmHWM") - before - moved, image.nbytes)
 """
 
 

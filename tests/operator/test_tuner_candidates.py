@@ -73,7 +73,7 @@ def test_a_list_keeps_what_each_triton_made(folder: Path) -> None:
         table = json.loads(candidates.text_of("sm_90", [6], reports)) | {field: value}
         path.write_text(json.dumps(table))
         assert candidates.listed("sm_90", "3.7.1") == {}
-    told = candidates.summary("sm_90", reports)
+    told = candidates.summary(reports)
     assert "| kernel | dtype | compiled | good by 3.7.1 | good by 3.6.0 |" in told
     only = "64x64x64, 4 warps, 3 stages (3.7.1: spills 8)"
     assert f"| tiles | bfloat16 | 1 | 0 | 1 | 0 | {only} |" in told
@@ -118,9 +118,7 @@ def test_shipped_lists_know_all_that_the_tuner_would_ask(arch: str) -> None:
         for dtype in {dtype for _, dtype, _ in rows}:
             candidates.met(arch, dtype, kept, dict(rows), refuse)
     text = DOCUMENT.read_text(encoding="utf-8")
-    told = compile_report.in_document(
-        text, f"candidates, {arch}", candidates.summary(arch, reports)
-    )
+    told = compile_report.in_document(text, f"candidates, {arch}", candidates.summary(reports))
     assert told == text, f"out of date; run {COMMAND}"
 
 

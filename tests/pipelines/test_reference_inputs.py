@@ -158,7 +158,7 @@ def test_pictures_of_another_aspect_are_encoded_anew(monkeypatch: pytest.MonkeyP
 def test_a_picture_is_avoided_or_approached_by_the_embedded_model(tmp_path: Path) -> None:
     """By its features, over four seeds: further away with alpha 0.9, nearer with -0.5."""
     from negtome_fast import models
-    from negtome_fast.studies.measures import FeatureExtractor
+    from negtome_fast.models.features import FeatureExtractor
 
     pipe, features = models.load_pipeline(), FeatureExtractor()
     prompt = "a pixel art person"

@@ -14,7 +14,7 @@ from torch import nn
 from negtome_fast import models
 from negtome_fast.models import avatars
 from negtome_fast.models.reader import AttributeReader, load_reader
-from negtome_fast.studies import prompt_agreement
+from negtome_fast.studies.measures import prompt_agreement
 from negtome_fast.studies.toy_model import loop, train
 
 

@@ -125,8 +125,7 @@ def run(run: StudyRun) -> dict[str, Any]:
             for key, values in likeness[name].items()
         }
         entry["by_prompt"] = {
-            kind: _summary(one, likeness[name], likeness["none"], scores["none"], kinds, kind)
-            for kind in KINDS
+            kind: _summary(one, likeness[name], likeness["none"], kinds, kind) for kind in KINDS
         }
         records.append(entry)
     for kind in KINDS:
@@ -175,7 +174,6 @@ def _summary(
     scores: Scores,
     own: dict[str, Tensor],
     none: dict[str, Tensor],
-    base: Scores,
     kinds: Sequence[str],
     kind: str,
 ) -> dict[str, Any]:
