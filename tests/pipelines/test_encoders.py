@@ -19,7 +19,7 @@ import diffusers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from helpers.families.core import seeded
-from negtome_fast.pipelines.encoders import ENCODERS
+from negtome_fast.pipelines import known_layouts
 
 HEIGHT, WIDTH = 32, 48
 KL: dict[str, Any] = {
@@ -141,6 +141,8 @@ def test_a_picture_becomes_the_latents_of_the_pipeline(denoiser: str) -> None:
     autoencoder, settings, pipeline, encode, frames = CASES[denoiser]
     vae = seeded(getattr(diffusers, autoencoder), **settings)
     expected = encode(getattr(diffusers, pipeline), vae)
-    latents = ENCODERS[denoiser](SimpleNamespace(vae=vae), pixels(frames))
+    encoder = known_layouts()[denoiser].encode
+    assert encoder is not None
+    latents = encoder(SimpleNamespace(vae=vae), pixels(frames))
     assert latents.dtype == torch.float32 and latents.std() > 1e-3
     torch.testing.assert_close(latents, expected)

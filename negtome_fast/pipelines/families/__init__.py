@@ -1,8 +1,5 @@
 """The model classes that are known, one module per kind of architecture."""
 
-from dataclasses import replace
-
-from ..encoders import ENCODERS
 from ..layouts import Layout, register_layout
 from . import cross_attention, flux, mmdit, single_stream, unet, video
 
@@ -17,4 +14,4 @@ FAMILIES: dict[str, Layout] = {
 """Class name of the denoiser -> its layout."""
 
 for _name, _layout in FAMILIES.items():
-    register_layout(_name, replace(_layout, encode=_layout.encode or ENCODERS.get(_name)))
+    register_layout(_name, _layout)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..encoders import IMAGE, PACKED_FRAME
 from ..layouts import Layout, times_1000
 from .grids import patches, qwen_image_tokens
 
@@ -25,11 +26,13 @@ def adapt_sana(model: nn.Module, layout: Layout) -> Layout:
 IMAGE_ONLY = Layout(image_tokens=patches, blocks=("*.attn1", "*.attn2"), fresh_outputs=True)
 
 LAYOUTS = {
-    "PixArtTransformer2DModel": replace(IMAGE_ONLY, family="PixArt-alpha, -sigma"),
-    "SanaTransformer2DModel": replace(IMAGE_ONLY, family="Sana, Sana-Sprint", adapt=adapt_sana),
-    "HunyuanDiT2DModel": replace(IMAGE_ONLY, family="HunyuanDiT"),
+    "PixArtTransformer2DModel": replace(IMAGE_ONLY, family="PixArt-alpha, -sigma", encode=IMAGE),
+    "SanaTransformer2DModel": replace(
+        IMAGE_ONLY, family="Sana, Sana-Sprint", adapt=adapt_sana, encode=IMAGE
+    ),
+    "HunyuanDiT2DModel": replace(IMAGE_ONLY, family="HunyuanDiT", encode=IMAGE),
     "PRXTransformer2DModel": replace(
-        IMAGE_ONLY, family="PRX", scheduler_timestep=times_1000, blocks=("blocks.*",)
+        IMAGE_ONLY, family="PRX", scheduler_timestep=times_1000, blocks=("blocks.*",), encode=IMAGE
     ),
     "NucleusMoEImageTransformer2DModel": replace(
         IMAGE_ONLY,
@@ -38,5 +41,6 @@ LAYOUTS = {
         guidance="sequential",
         image_tokens=qwen_image_tokens,
         blocks=("transformer_blocks.*",),
+        encode=PACKED_FRAME,
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..encoders import PACKED, ReferenceEncoder, pack_pixels, patchify_and_normalise
 from ..layouts import ImageTokens, Layout, as_it_is, times_1000
 
 
@@ -47,14 +48,20 @@ BRIA = replace(BUILT_LIKE_FLUX, scheduler_timestep=as_it_is, guidance="concatena
 
 LAYOUTS = {
     "FluxTransformer2DModel": replace(
-        BUILT_LIKE_FLUX,
-        family="FLUX.1 (dev, schnell, Kontext)",
-        preset="flux",
+        BUILT_LIKE_FLUX, family="FLUX.1 (dev, schnell, Kontext)", preset="flux", encode=PACKED
     ),
-    "Flux2Transformer2DModel": replace(BUILT_LIKE_FLUX, family="FLUX.2 (dev, Klein)"),
-    "ChromaTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Chroma"),
-    "LongCatImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="LongCat-Image"),
-    "OvisImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Ovis-Image"),
-    "BriaTransformer2DModel": replace(BRIA, family="Bria 3.2"),
-    "BriaFiboTransformer2DModel": replace(BRIA, family="Bria FIBO"),
+    "Flux2Transformer2DModel": replace(
+        BUILT_LIKE_FLUX,
+        family="FLUX.2 (dev, Klein)",
+        encode=ReferenceEncoder(normalise=patchify_and_normalise, pack=pack_pixels, packing=2),
+    ),
+    "ChromaTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Chroma", encode=PACKED),
+    "LongCatImageTransformer2DModel": replace(
+        BUILT_LIKE_FLUX, family="LongCat-Image", encode=PACKED
+    ),
+    "OvisImageTransformer2DModel": replace(BUILT_LIKE_FLUX, family="Ovis-Image", encode=PACKED),
+    "BriaTransformer2DModel": replace(BRIA, family="Bria 3.2", encode=PACKED),
+    "BriaFiboTransformer2DModel": replace(
+        BRIA, family="Bria FIBO", encode=ReferenceEncoder(takes="video", pack=pack_pixels)
+    ),
 }

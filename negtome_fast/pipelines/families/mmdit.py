@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..encoders import IMAGE, PACKED_FRAME, ReferenceEncoder, pack_pixels, standardise
 from ..layouts import ImageTokens, Layout, times_1000
 from .grids import patches, qwen_image_tokens
 
@@ -41,7 +42,10 @@ TWO_STREAMS = Layout(image_tokens=patches, fresh_outputs=True)
 
 LAYOUTS = {
     "SD3Transformer2DModel": replace(
-        TWO_STREAMS, family="Stable Diffusion 3, 3.5", blocks=("transformer_blocks.*",)
+        TWO_STREAMS,
+        family="Stable Diffusion 3, 3.5",
+        blocks=("transformer_blocks.*",),
+        encode=IMAGE,
     ),
     "QwenImageTransformer2DModel": replace(
         TWO_STREAMS,
@@ -50,6 +54,7 @@ LAYOUTS = {
         guidance="sequential",
         image_tokens=qwen_image_tokens,
         blocks=("transformer_blocks.*",),
+        encode=PACKED_FRAME,
     ),
     "QwenImage21Transformer2DModel": replace(
         TWO_STREAMS,
@@ -59,10 +64,15 @@ LAYOUTS = {
         image_tokens=qwen21_image_tokens,
         joint="text_first",
         blocks=("transformer_blocks.*",),
+        encode=ReferenceEncoder(takes="video", normalise=standardise, pack=pack_pixels),
     ),
     # Before the output projection, the text is still there, before the image.
     "CogView3PlusTransformer2DModel": replace(
-        TWO_STREAMS, family="CogView3-Plus", joint="text_first", blocks=("transformer_blocks.*",)
+        TWO_STREAMS,
+        family="CogView3-Plus",
+        joint="text_first",
+        blocks=("transformer_blocks.*",),
+        encode=IMAGE,
     ),
     "CogView4Transformer2DModel": replace(
         TWO_STREAMS,
@@ -70,6 +80,7 @@ LAYOUTS = {
         guidance="sequential",
         joint="text_first",
         blocks=("transformer_blocks.*",),
+        encode=IMAGE,
     ),
     # Register tokens go with the text.
     "AuraFlowTransformer2DModel": replace(
@@ -78,12 +89,14 @@ LAYOUTS = {
         scheduler_timestep=times_1000,
         joint="text_first",
         blocks=("joint_transformer_blocks.*", "single_transformer_blocks.*"),
+        encode=IMAGE,
     ),
     "HunyuanImageTransformer2DModel": replace(
         TWO_STREAMS,
         family="HunyuanImage 2.1",
         guidance="sequential",
         blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+        encode=IMAGE,
     ),
     "GlmImageTransformer2DModel": replace(
         TWO_STREAMS,
@@ -92,6 +105,7 @@ LAYOUTS = {
         guidance="sequential",
         joint="text_first",
         blocks=("transformer_blocks.*",),
+        encode=ReferenceEncoder(normalise=standardise),
     ),
     "HiDreamImageTransformer2DModel": replace(
         TWO_STREAMS,
@@ -100,5 +114,6 @@ LAYOUTS = {
         image_tokens=hidream_image_tokens,
         joint="image_first",
         blocks=("double_stream_blocks.*", "single_stream_blocks.*"),
+        encode=IMAGE,
     ),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..encoders import IMAGE, PACKED_FRAME, ReferenceEncoder, one_frame, patchify_and_normalise
 from ..layouts import ImageTokens, Layout, times_1000
 from .grids import patches
 
@@ -68,6 +69,7 @@ LAYOUTS = {
         captions="encoder_attention_mask",
         blocks=("layers.*",),
         fresh_outputs=True,
+        encode=IMAGE,
     ),
     "ZImageTransformer2DModel": Layout(
         family="Z-Image (Turbo, Omni)",
@@ -79,6 +81,7 @@ LAYOUTS = {
         joint="image_first",
         blocks=("layers.*",),
         fresh_outputs=True,
+        encode=ReferenceEncoder(pack=one_frame),
     ),
     # Conditions and the time's token come first; the scheduler is inverted, 0 (noise) to 1.
     "OmniGenTransformer2DModel": Layout(
@@ -88,6 +91,7 @@ LAYOUTS = {
         joint="text_first",
         blocks=("layers.*",),
         fresh_outputs=True,
+        encode=IMAGE,
     ),
     "Krea2Transformer2DModel": Layout(
         family="Krea 2",
@@ -97,6 +101,7 @@ LAYOUTS = {
         joint="text_first",
         blocks=("transformer_blocks.*",),
         fresh_outputs=True,
+        encode=PACKED_FRAME,
     ),
     "ErnieImageTransformer2DModel": Layout(
         family="ERNIE-Image",
@@ -104,5 +109,6 @@ LAYOUTS = {
         joint="image_first",
         blocks=("layers.*",),
         fresh_outputs=True,
+        encode=ReferenceEncoder(normalise=patchify_and_normalise),
     ),
 }

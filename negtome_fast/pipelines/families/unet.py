@@ -1,5 +1,6 @@
 """UNets: each resolution has its own grid, which the modules around the attention tell."""
 
+from ..encoders import IMAGE
 from ..layouts import Layout
 
 LAYOUTS = {
@@ -10,5 +11,6 @@ LAYOUTS = {
         blocks=("*.attn1", "*.attn2"),
         fresh_outputs=True,
         preset="sdxl",
+        encode=IMAGE,
     ),
 }

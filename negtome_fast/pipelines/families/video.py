@@ -15,6 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..encoders import (
+    FRAMES,
+    FRAMES_FIRST,
+    PACKED_VIDEO,
+    VIDEO,
+    ReferenceEncoder,
+    channels_last,
+    frames_first,
+)
 from ..layouts import ImageTokens, Layout
 
 Counter = Callable[[nn.Module, Mapping[str, Any]], ImageTokens]
@@ -194,7 +203,10 @@ def _crossed(family: str, image_tokens: Counter, **settings: Any) -> Layout:
 
 
 def _frame_unet(
-    family: str, image_tokens: Counter = frame_unet_tokens, grid: str = "Transformer2DModel"
+    family: str,
+    image_tokens: Counter = frame_unet_tokens,
+    grid: str = "Transformer2DModel",
+    **settings: Any,
 ) -> Layout:
     """Returns the layout of a UNet for images with attention along time added to it."""
     return Layout(
@@ -205,44 +217,52 @@ def _frame_unet(
         blocks=("*.attentions.*.attn1", "*.attentions.*.attn2"),
         fresh_outputs=True,
         preset="sdxl",
+        **settings,
     )
 
 
 LAYOUTS = {
-    "WanTransformer3DModel": _wan_like("Wan 2.1, 2.2"),
-    "WanVACETransformer3DModel": _wan_like("Wan VACE"),
-    "ChronoEditTransformer3DModel": _wan_like("ChronoEdit"),
-    "SkyReelsV2Transformer3DModel": _wan_like("SkyReels V2"),
+    "WanTransformer3DModel": _wan_like("Wan 2.1, 2.2", encode=VIDEO),
+    "WanVACETransformer3DModel": _wan_like("Wan VACE", encode=VIDEO),
+    "ChronoEditTransformer3DModel": _wan_like("ChronoEdit", encode=VIDEO),
+    "SkyReelsV2Transformer3DModel": _wan_like("SkyReels V2", encode=VIDEO),
     "HunyuanVideoTransformer3DModel": _joint(
-        "HunyuanVideo, SkyReels V1", hunyuan_video_tokens, guidance="sequential"
+        "HunyuanVideo, SkyReels V1", hunyuan_video_tokens, guidance="sequential", encode=VIDEO
     ),
     "HunyuanVideo15Transformer3DModel": _joint(
-        "HunyuanVideo 1.5", channels_first_tokens, guidance="sequential"
+        "HunyuanVideo 1.5", channels_first_tokens, guidance="sequential", encode=VIDEO
     ),
     "HunyuanVideoFramepackTransformer3DModel": _joint(
-        "FramePack", framepack_tokens, guidance="sequential"
+        "FramePack", framepack_tokens, guidance="sequential", encode=VIDEO
     ),
     # The input of CogVideoX's output projection still holds the text.
-    "CogVideoXTransformer3DModel": _joint("CogVideoX", frames_first_tokens, joint="text_first"),
-    "ConsisIDTransformer3DModel": _joint("ConsisID", frames_first_tokens, joint="text_first"),
-    "EasyAnimateTransformer3DModel": _joint("EasyAnimate", channels_first_tokens),
-    "MochiTransformer3DModel": _joint(
-        "Mochi", channels_first_tokens, scheduler_timestep=reversed_timestep
+    "CogVideoXTransformer3DModel": _joint(
+        "CogVideoX", frames_first_tokens, joint="text_first", encode=FRAMES_FIRST
     ),
-    "LTXVideoTransformer3DModel": _crossed("LTX-Video", ltx_tokens),
-    "LTX2VideoTransformer3DModel": _crossed("LTX-2 (the video, not the audio)", ltx_tokens),
-    "SanaVideoTransformer3DModel": _crossed("SANA-Video", wan_tokens),
-    "AllegroTransformer3DModel": _crossed("Allegro", channels_first_tokens),
-    "LatteTransformer3DModel": _crossed("Latte", channels_first_tokens),
+    "ConsisIDTransformer3DModel": _joint(
+        "ConsisID", frames_first_tokens, joint="text_first", encode=FRAMES_FIRST
+    ),
+    "EasyAnimateTransformer3DModel": _joint("EasyAnimate", channels_first_tokens, encode=VIDEO),
+    "MochiTransformer3DModel": _joint(
+        "Mochi", channels_first_tokens, scheduler_timestep=reversed_timestep, encode=VIDEO
+    ),
+    "LTXVideoTransformer3DModel": _crossed("LTX-Video", ltx_tokens, encode=PACKED_VIDEO),
+    "LTX2VideoTransformer3DModel": _crossed(
+        "LTX-2 (the video, not the audio)", ltx_tokens, encode=PACKED_VIDEO
+    ),
+    "SanaVideoTransformer3DModel": _crossed("SANA-Video", wan_tokens, encode=VIDEO),
+    "AllegroTransformer3DModel": _crossed("Allegro", channels_first_tokens, encode=VIDEO),
+    "LatteTransformer3DModel": _crossed("Latte", channels_first_tokens, encode=FRAMES),
     "Kandinsky5Transformer3DModel": Layout(
         family="Kandinsky 5",
         guidance="sequential",
         image_tokens=channels_last_tokens,
         blocks=("visual_transformer_blocks.*",),
         fresh_outputs=True,
+        encode=ReferenceEncoder(takes="video", pack=channels_last, frame_axis=1, grid_axes=(2, 3)),
     ),
-    "UNetMotionModel": _frame_unet("AnimateDiff"),
-    "UNet3DConditionModel": _frame_unet("ModelScope text-to-video, Zeroscope"),
+    "UNetMotionModel": _frame_unet("AnimateDiff", encode=FRAMES),
+    "UNet3DConditionModel": _frame_unet("ModelScope text-to-video, Zeroscope", encode=FRAMES),
     # Pipelines of these two use schedulers with several scales of time.
     "UNetSpatioTemporalConditionModel": replace(
         _frame_unet(
@@ -251,6 +271,7 @@ LAYOUTS = {
             "TransformerSpatioTemporalModel",
         ),
         scheduler_timestep=None,
+        encode=ReferenceEncoder(takes="frames", pack=frames_first, frame_axis=1),
     ),
     "CosmosTransformer3DModel": Layout(
         family="Cosmos 1, 2, 2.5 (windows in steps where the scheduler has no timesteps)",
