@@ -1,8 +1,8 @@
 # Every target sets up .venv with the versions of constraints.txt first, and skips that when done.
 #   make demo     pictures with and without guidance, on the embedded model
 #   make test     the tests          make lint    ruff, mypy, and the floors of imports
-#   make compile-check   all kernels for all GPUs, by two versions of Triton, against docs/kernels.md
-#   make compile-tables  the same, written there
+#   make compile-check   all kernels for all GPUs, by two versions of Triton, against bench/results
+#   make compile-tables  the same, written there and to docs/kernels.md
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
 #   make bench    the benchmarks     make format  let ruff lay out the code
 #   make pictures the pictures of docs/            make pages   the generated parts of the pages
@@ -52,11 +52,12 @@ format: $(VENV)/installed-all
 
 compile-check compile-tables: compile-%: $(VENV)/installed-all other-triton
 	$(BIN)/python -m negtome_fast.tuner.compile_report --also $(OTHER_TRITON) \
-		--$(if $(filter tables,$*),write,check) docs/kernels.md
+		--$(if $(filter tables,$*),save,check) bench/results/compiled.json
+	$(BIN)/python -m docs.render docs/kernels.md $(if $(filter check,$*),--check)
 
 candidates: $(VENV)/installed-all other-triton
-	$(BIN)/python -m negtome_fast.tuner.candidates --also $(OTHER_TRITON) \
-		--write docs/kernels.md $(ARGS)
+	$(BIN)/python -m negtome_fast.tuner.candidates --also $(OTHER_TRITON) $(ARGS)
+	$(BIN)/python -m docs.render docs/kernels.md
 
 bench: $(VENV)/installed-all
 	$(BIN)/python -m bench $(ARGS)

@@ -1,8 +1,7 @@
 """`python -m docs.render [--check] [PAGE ...]`: writes the generated parts of README.md and docs/.
 
-Tables come from the files in bench/results, and the figures of those results are drawn again. The
-tables of docs/kernels.md are not among them: `make compile-tables` writes those. With --check
-nothing is written, and the exit code is 1 if a page differs from what would be written.
+Tables come from the files in bench/results, and the figures of those results are drawn again. With
+--check nothing is written, and the exit code is 1 if a page differs from what would be written.
 """
 
 from __future__ import annotations

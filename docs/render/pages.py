@@ -11,8 +11,19 @@ from functools import partial
 from pathlib import Path
 
 from bench.results import FOLDER as RESULTS
+from negtome_fast.kernels.aot import TARGETS
 
-from . import applications, benchmarks, coverage, families, nudging, readme, studies, variants
+from . import (
+    applications,
+    benchmarks,
+    coverage,
+    families,
+    kernels,
+    nudging,
+    readme,
+    studies,
+    variants,
+)
 from .markers import NOT_MEASURED, fill, names
 
 
@@ -75,6 +86,14 @@ PAGES: dict[str, dict[str, Part]] = {
         "overheads": _study("overheads"),
         "protected": _study("protected"),
         "applications": _study("applications"),
+    },
+    "docs/kernels.md": {
+        "candidates-sm_90": Part(partial(kernels.listed_candidates, "sm_90")),
+        **{name: Part(partial(kernels.compiled, name), "compiled.json") for name in TARGETS},
+        **{
+            f"{name}-other": Part(partial(kernels.other_compiler, name), "compiled.json")
+            for name in TARGETS
+        },
     },
     "docs/measures.md": {
         "coverage": Part(coverage.table, "eval/coverage.json"),

@@ -237,18 +237,6 @@ def _told(key: Key, rows: dict[str, dict[str, Any]]) -> str:
     return f"{', '.join(parts)} ({told})"
 
 
-def _write(
-    arch: str, keeps: Sequence[int], reports: dict[str, Rows], document: Path | None
-) -> None:
-    """Write the file of `arch`, and its summary into a document."""
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{arch}.json").write_text(text_of(arch, keeps, reports), encoding="utf-8")
-    if document:
-        text = document.read_text(encoding="utf-8")
-        told = compile_report.in_document(text, f"candidates, {arch}", summary(reports))
-        document.write_text(told, encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files; returns the exit code: 0, or 2 for an error."""
     parser = argparse.ArgumentParser(
@@ -262,13 +250,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="only the configurations of quick tuning"
     )
     parser.add_argument("--also", nargs="+", type=Path, metavar="FOLDER", default=[])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="also a summary in a document")
     options = parser.parse_args(arguments)
     try:
         keeps = [QUICK] if options.quick else [QUICK, MEASURED]
         for arch in options.targets:
             for reports in made(arch, options.dtypes, keeps, [*options.also, None]):
-                _write(arch, keeps, reports, options.write)
+                FOLDER.mkdir(exist_ok=True)
+                file = FOLDER / f"{arch}.json"
+                file.write_text(text_of(arch, keeps, reports), encoding="utf-8")
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

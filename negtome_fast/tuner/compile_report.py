@@ -1,7 +1,7 @@
 """The compile report: every shipped configuration, compiled for every target without a GPU.
 
     python -m negtome_fast.tuner.compile_report [--targets sm_90 gfx942] [--kernels tiles]
-    python -m negtome_fast.tuner.compile_report --write docs/kernels.md       (or --check)
+    python -m negtome_fast.tuner.compile_report --save FILE       (or --check FILE)
 
 `--also FOLDER` also compiles with the Triton in that folder, and shows where the two differ.
 """
@@ -226,35 +226,14 @@ def comparison(
     return f"{text}\n\n{_markdown([_HEADER, *different])}" if different else text
 
 
-def in_document(text: str, name: str, content: str) -> str:
-    """Replace the part of `text` between the two markers called `name` by `content`.
+def saved(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] = ()) -> str:
+    """Text of the file that holds the rows of both compilers, as JSON with a row on each line."""
 
-    Raises:
-        ValueError: the markers are missing.
-    """
-    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"no markers '{begin.strip()}' and '{end}' in the document")
-    before, rest = text.split(begin, 1)
-    _, after = rest.split(end, 1)
-    return f"{before}{begin}{content}\n{end}{after}"
+    def lines(kept: Sequence[dict[str, Any]]) -> str:
+        told = ({k: v for k, v in row.items() if k != "seconds"} for row in kept)
+        return ",\n".join(f"  {json.dumps(row)}" for row in told)
 
-
-def documented(
-    text: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
-) -> str:
-    """`text` with the tables of all targets in `rows`, and of their differences to `others`."""
-    for target in dict.fromkeys(row["target"] for row in rows):
-        own = [row for row in rows if row["target"] == target]
-        text = in_document(text, target, markdown(own))
-        if others:
-            another = [row for row in others if row["target"] == target]
-            version = another[0]["triton"]
-            told = comparison(
-                [*map(cells, own)], [*map(cells, another)], f"{own[0]['triton']} -> {version}"
-            )
-            text = in_document(text, f"{target}, Triton {version}", told)
-    return text
+    return f'{{"rows": [\n{lines(rows)}\n], "others": [\n{lines(others)}\n]}}\n'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,8 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", nargs="+", choices=tuning.KERNELS, default=tuning.KERNELS)
     parser.add_argument("--json", action="store_true", help="rows as JSON, always exit code 0")
     parser.add_argument("--also", type=Path, metavar="FOLDER", help="holds another Triton")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a document")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="exit code 1 where they differ")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the rows, as JSON")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="exit code 1 if its rows differ")
     parser.add_argument("--given", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -285,14 +264,14 @@ def _print(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report, write it into a document, or check the document.
+    """Print the report, save it, or compare it with a saved one.
 
     Returns:
-        The exit code: 0; 1 if a configuration may not ship or the document is out of date; 2 for an
-        error.
+        The exit code: 0; 1 if a configuration may not ship or the saved one is out of date; 2 for
+        an error.
     """
     options = _parser().parse_args(arguments)
-    document = options.write or options.check
+    file = options.save or options.check
     others: list[dict[str, Any]] = []
     try:
         if options.given:
@@ -303,24 +282,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = report(options.targets, options.kernels)
         if options.also:
             others = report(options.targets, options.kernels, options.also)
-        if document:
-            text = document.read_text(encoding="utf-8")
-            new = documented(text, rows, others)
-            if options.write:
-                document.write_text(new, encoding="utf-8")
-            elif new != text:
-                print(f"{document} is out of date; --write updates it", file=sys.stderr)
-                return 1
+        if options.save:
+            options.save.write_text(saved(rows, others), encoding="utf-8")
+        elif options.check and saved(rows, others) != options.check.read_text(encoding="utf-8"):
+            print(f"{options.check} is out of date; --save updates it", file=sys.stderr)
+            return 1
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{_parser().prog}: error: {error}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(rows))
         return 0
-    if not document:
+    if not file:
         _print(rows, others)
     wrong = [row for row in (*rows, *others) if problems(row)]
-    for row in wrong if document else ():
+    for row in wrong if file else ():
         print(f"Triton {row['triton']}: {'  '.join(cells(row))}", file=sys.stderr)
     return int(bool(wrong))
 

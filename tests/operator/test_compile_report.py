@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +16,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
+from docs.render import kernels
 from negtome_fast.kernels import aot, tuning
 from negtome_fast.tuner import compile_report
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "kernels.md"
+RESULT = ROOT / "bench" / "results" / "compiled.json"
 COMMAND = "make compile-tables"
 #: The other compiler that users have; `make test` puts it there.
 OTHER = "3.6.0"
@@ -60,9 +61,9 @@ def test_every_shipped_configuration_compiles_well(target: str) -> None:
     assert by_descriptors == {c for *_, c in tuning.shipped_configurations(target) if c.DESCRIPTORS}
 
     assert_nothing_is_wrong(rows)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    if f"compiled by Triton {triton.__version__}" in text:  # another compiler gives another table
-        assert compile_report.documented(text, rows) == text, f"out of date; run {COMMAND}"
+    kept = kept_rows("rows", target)
+    if kept[0]["triton"] == triton.__version__:  # another compiler makes other code
+        assert without_time(rows) == kept, f"out of date; run {COMMAND}"
 
 
 def assert_nothing_is_wrong(rows: list[dict[str, Any]]) -> None:
@@ -71,10 +72,14 @@ def assert_nothing_is_wrong(rows: list[dict[str, Any]]) -> None:
     assert not wrong, "\n" + compile_report.table(wrong)
 
 
-def section(name: str) -> str:
-    """Text of docs/kernels.md between two markers."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    return text.split(f"<!-- begin: {name} -->\n")[1].split("<!-- end")[0].rstrip("\n")
+def kept_rows(which: str, target: str) -> list[dict[str, Any]]:
+    """The saved rows of a target: "rows" by the installed Triton, "others" by the other one."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))[which]
+    return [row for row in rows if row["target"] == target]
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def test_the_other_triton_compiles_sm_90_well() -> None:
@@ -86,14 +91,7 @@ def test_the_other_triton_compiles_sm_90_well() -> None:
     rows = compile_report.report(["sm_90"], triton=OTHER_FOLDER)
     assert {row["triton"] for row in rows} == {OTHER}
     assert_nothing_is_wrong(rows)
-    # The table of the installed compiler is what the test above holds it to be.
-    lines = [line.strip("| ").split(" | ") for line in section("sm_90").splitlines()[2:]]
-    shown = [("sm_90", *line) for line in lines]
-    found = [*map(compile_report.cells, rows)]
-    version = re.search(r"compiled by Triton ([\d.]+)", DOCUMENT.read_text(encoding="utf-8"))
-    assert version is not None
-    told = compile_report.comparison(shown, found, f"{version[1]} -> {OTHER}")
-    assert section(f"sm_90, Triton {OTHER}") == told, f"out of date; run {COMMAND}"
+    assert without_time(rows) == kept_rows("others", "sm_90"), f"out of date; run {COMMAND}"
 
 
 def test_what_two_compilers_make_differently_is_told() -> None:
@@ -131,23 +129,38 @@ def test_report_shows_what_is_wrong_with_a_row(change: dict[str, Any], expected:
     )
 
 
-def test_tables_of_a_target_are_replaced_in_the_document() -> None:
-    text = "above\n<!-- begin: sm_80 -->\nold\n<!-- end: sm_80 -->\nbelow\n"
-    new = compile_report.documented(text, [ROW])
-    assert new.startswith("above\n") and new.endswith("\nbelow\n") and "old" not in new
-    assert (
-        "| tiles (paper) | bfloat16 | 64x64x32 | 4 | 4 | 168 | 0 | 32 KiB | 16 | 3 | 19% |" in new
-    )
-    assert compile_report.documented(new, [ROW]) == new
-    assert compile_report.documented(new, [{**ROW, "spills": 8}]) != new
-    with pytest.raises(ValueError, match="no markers"):
-        compile_report.documented(text, [{**ROW, "target": "sm_90"}])
+def test_a_report_is_saved_a_row_on_a_line_without_its_time(tmp_path: Path) -> None:
     other = {**ROW, "triton": "3.6.0", "registers": 170}
-    with pytest.raises(ValueError, match=r"begin: sm_80, Triton 3\.6\.0"):
-        compile_report.documented(text, [ROW], [other])
-    text += "<!-- begin: sm_80, Triton 3.6.0 -->\n<!-- end: sm_80, Triton 3.6.0 -->\n"
-    both = compile_report.documented(text, [ROW], [other])
-    assert "Triton 3.7.1 -> 3.6.0: 1 of 1 differ." in both and "| 168 -> 170 |" in both
+    text = compile_report.saved([{**ROW, "seconds": 0.5}, ROW], [other])
+    assert json.loads(text) == {"rows": [ROW, ROW], "others": [other]}
+    assert sum('"kernel"' in line for line in text.splitlines()) == 3
+    assert json.loads(compile_report.saved([ROW])) == {"rows": [ROW], "others": []}
+
+
+def test_a_saved_report_that_differs_is_out_of_date(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "compiled.json"
+    rows = [{**ROW, "config": [64, 64, 32, 4, 4, 8, 1, 0, 0, 0]}]
+    monkeypatch.setattr(compile_report, "report", lambda *_: rows)
+    assert compile_report.main(["--save", str(file)]) == 0
+    assert compile_report.main(["--check", str(file)]) == 0
+    rows = [{**rows[0], "registers": 170}]
+    assert compile_report.main(["--check", str(file)]) == 1
+    assert "is out of date; --save updates it" in capsys.readouterr().err
+
+
+def test_tables_of_the_page_come_from_the_saved_report() -> None:
+    other = {**ROW, "triton": "3.6.0", "registers": 170}
+    result = {"rows": [ROW, {**ROW, "target": "sm_90"}], "others": [other]}
+    table = kernels.compiled("sm_80", result).splitlines()
+    assert len(table) == 3
+    assert (
+        "| tiles (paper) | bfloat16 | 64x64x32 | 4 | 4 | 168 | 0 | 32 KiB | 16 | 3 | 19% |"
+        in (table[2])
+    )
+    told = kernels.other_compiler("sm_80", result)
+    assert "Triton 3.7.1 -> 3.6.0: 1 of 1 differ." in told and "| 168 -> 170 |" in told
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from negtome_fast.kernels.tuning import Config, Problem
 from negtome_fast.tuner import candidates, compile_report, launches, run, space, tables
 
 FLUX = Problem("bfloat16", 3, 4096, 4096, 3072)
-DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 COMMAND = "make candidates"
 
 
@@ -117,9 +116,6 @@ def test_shipped_lists_know_all_that_the_tuner_would_ask(arch: str) -> None:
 
         for dtype in {dtype for _, dtype, _ in rows}:
             candidates.met(arch, dtype, kept, dict(rows), refuse)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    told = compile_report.in_document(text, f"candidates, {arch}", candidates.summary(reports))
-    assert told == text, f"out of date; run {COMMAND}"
 
 
 @pytest.mark.parametrize("arch", SHIPPED)
