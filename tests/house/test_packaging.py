@@ -1,4 +1,4 @@
-"""What is installed: every module and data file, and only versions that are pinned."""
+"""Packaging: every module and data file is installed, and only pinned versions are."""
 
 from __future__ import annotations
 

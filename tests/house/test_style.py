@@ -75,7 +75,7 @@ def test_functions_are_short() -> None:
 def test_docstrings_name_their_subject() -> None:
     waiting = [
         f"{named(path)}: {text.splitlines()[0]}"
-        for path in files(*CODE)
+        for path in files(*ALL)
         for node in ast.walk(parsed(path))
         if isinstance(node, Function | ast.ClassDef | ast.Module)
         and WAITING.match(text := ast.get_docstring(node) or "")

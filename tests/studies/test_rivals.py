@@ -90,7 +90,7 @@ def plain(pipe: Any) -> Tensor:
 
 
 def state(pipe: Any) -> list[Any]:
-    """What a baseline could leave behind."""
+    """State that a baseline could leave behind."""
     model = pipe.transformer
     hooks = [len(model._forward_pre_hooks), len(model._forward_hooks)]
     hooks.append(len(model._forward_pre_hooks_with_kwargs))
