@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata, resources
@@ -372,16 +372,6 @@ def attributes_in(prompt: str) -> dict[str, str]:
         for value in values
         if f" {value} " in padded
     }
-
-
-def all_prompts() -> Iterator[str]:
-    """Yield every prompt of `prompt_for`, then the characters' names."""
-    for style in STYLES:
-        for skin in ("", *SKINS):
-            for color in ("", *HAIR_COLORS):
-                for shape in ("", *HAIR_SHAPES):
-                    yield prompt_for(style, skin, color, shape)
-    yield from CHARACTERS
 
 
 def render_all(avatars: Sequence[Avatar], processes: int = 1) -> np.ndarray:

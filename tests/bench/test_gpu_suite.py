@@ -308,7 +308,7 @@ def test_a_launch_is_changed_inside_and_not_after() -> None:
 
 
 def test_a_kernel_that_writes_nothing_or_twice_is_caught() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     (work, *_) = checks.works("push_from_keys", torch.bfloat16, "cpu")
 
     def unwritten(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

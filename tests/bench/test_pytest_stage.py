@@ -49,7 +49,7 @@ def test_every_test_runs_once_and_of_the_kernels_alone(
         (tests / name).parent.mkdir(parents=True)
         (tests / name).write_text(program)
     if parallel:
-        pytest.importorskip("xdist")
+        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for module in (full, processes):
@@ -66,7 +66,7 @@ def test_every_test_runs_once_and_of_the_kernels_alone(
 
 
 def test_a_worker_that_loses_the_device_ends_and_another_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("xdist")
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     program = """
 import pytest
 from bench.gpu import pytest_outcomes

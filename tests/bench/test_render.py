@@ -19,7 +19,7 @@ OF_STUDIES = {"docs/beyond.md", "docs/evaluation.md", "docs/nudging.md"}
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_shows_the_results(page: str) -> None:
     if page in OF_STUDIES:
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
     assert main(["--check", page]) == 0
 
 

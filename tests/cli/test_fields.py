@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from negtome_fast.cli import build_parser, main
 from negtome_fast.cli.fields import in_options

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers.families import FAMILIES
 from helpers.families.core import FLOW
@@ -57,7 +57,9 @@ def generate(*arguments: Any) -> int:
 
 def frames(path: Path) -> list[Image.Image]:
     """Read a video file with the reader that a player would use."""
-    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    imageio_ffmpeg = pytest.importorskip(
+        "imageio_ffmpeg", reason='the extra "video" is not installed'
+    )
     reader = imageio_ffmpeg.read_frames(str(path))
     size = next(reader)["size"]
     return [Image.frombytes("RGB", size, frame) for frame in reader]
@@ -73,7 +75,7 @@ def settings(folder: Path) -> list[Any]:
 def test_a_text_to_video_model_from_the_prompt_to_the_file_and_again(
     folder: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("imageio_ffmpeg")
+    pytest.importorskip("imageio_ffmpeg", reason='the extra "video" is not installed')
     assert generate(*settings(folder), "--output", tmp_path / "run") == 0
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["summaries"][0]["total"]["pushed"] > 0
@@ -115,7 +117,7 @@ def test_a_video_model_takes_an_image_to_avoid(folder: Path, tmp_path: Path) -> 
 def test_imageio_brings_the_encoder_where_the_system_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("imageio_ffmpeg")
+    pytest.importorskip("imageio_ffmpeg", reason='the extra "video" is not installed')
     monkeypatch.setattr("negtome_fast.generation.media.shutil.which", lambda name: None)
     pictures = [Image.new("RGB", (33, 17), colour) for colour in ("red", "green", "blue")]
     suffix, content = encode_video(pictures, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from negtome_fast import cli
 from negtome_fast.cli.commands import bank, nudge
@@ -59,7 +59,7 @@ def test_a_bank_is_built_and_described(
 
 
 def test_a_bank_keeps_features_of_the_embedded_encoder(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite_pytorch", reason='the extra "demo" is not installed')
     build = ("bank", "build", folder, "--out", tmp_path / "bank", "--size", "16", "--quiet")
     assert run(*build, "--encoder", "efficientnet") == 0
     assert bank.describe(tmp_path / "bank")["features"] == 1280
@@ -173,7 +173,7 @@ def test_every_filter_of_the_command_line_knows_its_own_images(name: str) -> Non
     from negtome_fast import models
 
     if name == "hash":
-        pytest.importorskip("imagehash")
+        pytest.importorskip("imagehash", reason='the extra "nudge" is not installed')
     pipe = models.load_pipeline()
     images = models.generate(pipe, "captain red", [0, 1], steps=8)
     known = nudge_filters.bank_of(("captain", "again"), images)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers.counted import operators
 from helpers.pipelines_fixtures import flux_pipeline, generate, sdxl_pipeline

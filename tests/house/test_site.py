@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("mkdocs")
-pytest.importorskip("griffe")
+pytest.importorskip("mkdocs", reason='the extra "docs" is not installed')
+pytest.importorskip("griffe", reason='the extra "docs" is not installed')
 
 from docs.site_docstrings import split_entries
 from docs.site_links import content_of, rewritten, site_path

@@ -240,7 +240,7 @@ def run_twin(
 
 def test_flux_is_guided_as_in_diffusers() -> None:
     """The same weights, latents and settings in both programs give the same output."""
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
     comfyui_program.import_comfy()
     import comfy.ops
     from comfy.ldm.flux.model import Flux

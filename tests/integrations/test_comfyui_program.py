@@ -292,7 +292,7 @@ def test_the_other_schema_has_the_same_nodes(folder: Path, program: Program) -> 
 @real
 def test_a_trained_model_makes_the_pictures_that_it_makes_in_diffusers(program: Program) -> None:
     """The embedded model, its weights in ComfyUI's own FLUX class: plain and guided."""
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
     import negtome_fast as nf
     from negtome_fast.models import GUIDANCE_SCALE, TEXT_LENGTH, load_pipeline
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
 from helpers.compat_emulation import (

@@ -255,7 +255,7 @@ def test_compiles_to_one_graph_without_a_new_one_for_new_weights() -> None:
 
 
 def test_the_kernel_compiles_for_every_target() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "helpers" / "nudge_compile.py"
     done = subprocess.run(

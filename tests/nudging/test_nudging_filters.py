@@ -54,7 +54,7 @@ def test_nearest_points_are_those_of_a_full_table(
     metric: Any, search: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if search == "faiss":
-        pytest.importorskip("faiss")
+        pytest.importorskip("faiss", reason='the extra "faiss" is not installed')
     monkeypatch.setattr(selection, "CHUNK", 40 * 24)  # forty points at a time
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(5, 4, 6, generator=random)
@@ -79,7 +79,7 @@ def test_equal_points_come_in_their_order_and_a_copy_is_at_distance_zero(metric:
 @pytest.mark.parametrize("search", ["torch", "faiss"])
 def test_an_item_that_is_not_finite_has_no_finite_score(search: Any) -> None:
     if search == "faiss":
-        pytest.importorskip("faiss")
+        pytest.importorskip("faiss", reason='the extra "faiss" is not installed')
     latents = torch.tensor([[torch.nan, 0.0], [1.0, 0.0]])
     score, index = select_nearest(latents, torch.eye(2), search=search)
     assert bool(score[0].isnan().all()) and 0 <= int(index[0]) < 2
@@ -248,7 +248,7 @@ def test_scores_are_in_the_stated_units() -> None:
 
 
 def test_a_perceptual_hash_sees_through_a_change_of_brightness() -> None:
-    pytest.importorskip("imagehash")
+    pytest.importorskip("imagehash", reason='the extra "nudge" is not installed')
     random = np.random.default_rng(0)
     pictures = [
         np.kron(random.integers(0, 200, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from negtome_fast import NegToMeConfig
 from negtome_fast.models import TEXT_LENGTH

@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers.pipelines_fixtures import flux_pipeline, generate
 from negtome_fast.config import NegToMeConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers import parallel_ranks
 from helpers.parallel_ranks import on_ranks

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from helpers.pipelines_fixtures import ALWAYS, TEXT, built, generate, plain
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from helpers.pipelines_fixtures import ALWAYS, TEXT, flux_pipeline, generate
 from negtome_fast.pipelines import (
     apply_negtome,

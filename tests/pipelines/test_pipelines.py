@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from helpers.pipelines_fixtures import (
     ALWAYS,
     FAMILIES,

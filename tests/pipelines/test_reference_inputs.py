@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from PIL import Image
 
 from helpers.pipelines_fixtures import ALWAYS, denoiser, generate, reference_latents

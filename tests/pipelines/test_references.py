@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from diffusers import EulerAncestralDiscreteScheduler
 
 from helpers.pipelines_fixtures import (
@@ -399,7 +399,7 @@ def test_a_compiled_model_takes_references_like_another() -> None:
 
 
 def test_offloaded_weights_are_there_for_the_references() -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason='the extra "diffusers" is not installed')
     pipe = flux_pipeline()
     reference = Reference(reference_latents(pipe))
     with negtome_guidance(pipe, ALWAYS, reference=reference):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from PIL import Image
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -85,7 +85,7 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_lora_may_be_loaded_fused_and_unloaded_before_and_after(placement: Any) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason='the extra "dev" is not installed')
     weights = lora_weights(flux_pipeline().transformer)
     before = flux_pipeline()
     before.load_lora_weights(dict(weights))
@@ -122,7 +122,7 @@ def with_default_processors(pipe: Any) -> None:
 
 
 def offloaded_by_accelerate(pipe: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason='the extra "diffusers" is not installed')
     accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
 
 
@@ -188,7 +188,7 @@ def quantized_by_torch(model: nn.Module) -> nn.Module:
 
 
 def quantized_by_torchao(model: nn.Module) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
 

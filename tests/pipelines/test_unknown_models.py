@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 from negtome_fast.functional import negtome
 from negtome_fast.pipelines import (
     ImageTokens,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers.families import FAMILIES
 from helpers.families.core import TWO_RESOLUTIONS, Denoiser, LoopFamily, Part, Run

@@ -94,7 +94,7 @@ def test_identity_has_what_decides_the_images_and_nothing_else() -> None:
 
 
 def test_identity_has_the_pixels_the_mask_and_the_settings_of_references() -> None:
-    pytest.importorskip("PIL")
+    pytest.importorskip("PIL", reason="Pillow is not installed")
     from negtome_fast import Reference
 
     grey = np.full((64, 64, 3), 128, np.uint8)

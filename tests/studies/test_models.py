@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,16 @@ def test_missing_weights_are_one_clear_error(
 
 
 def test_prompts_say_what_they_say() -> None:
-    for prompt in avatars.all_prompts():
-        avatars.check_prompt(prompt)
+    words = (
+        avatars.STYLES,
+        ("", *avatars.SKINS),
+        ("", *avatars.HAIR_COLORS),
+        ("", *avatars.HAIR_SHAPES),
+    )
+    for chosen in itertools.product(*words):
+        avatars.check_prompt(avatars.prompt_for(*chosen))
+    for character in avatars.CHARACTERS:
+        avatars.check_prompt(character)
     wanted = {"skin": "tan", "hair_color": "green", "hair_shape": "bun"}
     prompt = avatars.prompt_for("voxel art", **wanted)
     assert prompt == "a voxel art person with a green bun and tan skin"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 pytest.importorskip("dicebear", reason="needs the extra 'eval'")
 
 from bench.results import FOLDER

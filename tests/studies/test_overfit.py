@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 pytest.importorskip("dicebear", reason="needs the extra 'eval'")
 
 from PIL import Image

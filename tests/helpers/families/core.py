@@ -7,6 +7,7 @@ the tensors that it is given. Nothing is downloaded.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
@@ -217,7 +218,7 @@ def negative(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """A tiny random model that the tests can build and run.
 
     Attributes:
@@ -253,9 +254,9 @@ class Family:
         """Return lengths of three captions, which differ where the model allows it."""
         return (TEXT, TEXT - 2, TEXT + 3) if self.several_captions else (TEXT, TEXT, TEXT)
 
+    @abstractmethod
     def build(self, **parts: Any) -> Any:
         """Return a new pipeline or `DenoiserLoop`; `parts` override the family's own."""
-        raise NotImplementedError
 
     def generate(
         self,
@@ -276,8 +277,9 @@ class Family:
         size = next(iter(self.grids)) if size is None else size
         return self._run(pipe, Run(images, size, steps, cfg, captions or (TEXT,) * images, seed))
 
+    @abstractmethod
     def _run(self, pipe: Any, run: Run) -> Tensor:
-        raise NotImplementedError
+        """Return the latents of a run, images first."""
 
 
 WORDLESS = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}
