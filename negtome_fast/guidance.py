@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import mark_checked
 from .config import Grid, NegToMeConfig, ReferenceSettings
+from .device_settings import DeviceSettings
 from .functional import guide_tokens
-from .guidance_step import GuidanceStep, ShardedTokens
-from .masks import masks_on_grid
+from .guidance_step import GuidanceStep, ShardedTokens, read_timestep
 from .ops import BACKEND_VARIABLE
 from .statistics import (
     MAX_STEP_TOKENS,
@@ -89,7 +88,6 @@ class Guidance:
             raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
         self.references = tuple(references)
         self.configure(config)
-        self._masks: dict[tuple[int, Grid, torch.device], Tensor] = {}
         self._thread_state = ThreadState()
         self._warned: set[str] = set()
         self.reference_mask: Callable[[Grid], Tensor] | None = None
@@ -98,9 +96,7 @@ class Guidance:
     def configure(self, config: NegToMeConfig) -> None:
         """Changes the settings from the next step on; the statistics stay."""
         self.config = config
-        self._alphas = self._setting("alpha")
-        self._thresholds = self._setting("threshold")
-        self._scalars: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._settings = DeviceSettings(config, self.references)
         self._included: dict[str, bool] = {}
 
     def reset(self) -> None:
@@ -298,7 +294,7 @@ class Guidance:
                 stacklevel=4,
             )
             return image_tokens
-        alpha, threshold = self._scalars_on(image_tokens.device)
+        alpha, threshold = self._settings.scalars_on(image_tokens.device)
         measure_only = config.alpha == 0
         guide = guide_tokens if shards is None else shards.guide_tokens
         guided, similarity, pushed = guide(
@@ -341,12 +337,12 @@ class Guidance:
                 "equal groups"
             )
         config = self.config
-        alpha, threshold = self._scalars_on(image_tokens.device)
-        measure_only = not any(self._alphas)
+        alpha, threshold = self._settings.scalars_on(image_tokens.device)
+        measure_only = not any(self._settings.alphas)
         settings: dict[str, Any] = {
             "alpha": alpha,
             "threshold": threshold,
-            "reference_mask": self._reference_masks_on(references, block, grid),
+            "reference_mask": self._settings.reference_masks_on(references, block, grid),
             "matching": config.matching,
             "combine": config.combine,
             "backend": config.backend,
@@ -405,26 +401,6 @@ class Guidance:
             self._statistics.keep(step.matches, step.kept_tokens)
         step.matches, step.kept_tokens = [], 0
 
-    def _reference_masks_on(
-        self, references: Tensor, block: str, grid: Grid | None
-    ) -> Tensor | None:
-        """Returns the masks (R, M) of the references' tokens; None if no reference has one."""
-        masks = [reference.mask for reference in self.references]
-        if all(mask is None for mask in masks):
-            return None
-        tokens = references.shape[-2]
-        if grid is None or tokens % (grid[0] * grid[1]):
-            raise ValueError(
-                f"a reference has a mask, but the token grid of {block} is not known; pass "
-                "grid=(height, width), or use references without masks"
-            )
-        key = (tokens, grid, references.device)
-        if key not in self._masks:
-            with torch.inference_mode(False):
-                on_grid = masks_on_grid(masks, tokens // (grid[0] * grid[1]), grid, block)
-                self._masks[key] = on_grid.to(references.device)
-        return self._masks[key]
-
     def _mask_on(self, grid: Grid | None, device: torch.device) -> Tensor | None:
         if self.reference_mask is None:
             return None
@@ -436,29 +412,6 @@ class Guidance:
         if block not in self._included:
             self._included[block] = self.config.includes_block(block)
         return self._included[block]
-
-    def _setting(self, name: str) -> tuple[float, ...]:
-        """Returns the configuration's alpha or threshold, or one for each reference."""
-        default = getattr(self.config, name)
-        if not self.references:
-            return (default,)
-        given = [getattr(reference, name) for reference in self.references]
-        return tuple(default if value is None else value for value in given)
-
-    def _scalars_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns alpha and threshold: (), or (R,) where they differ between references."""
-        if device not in self._scalars:
-            with torch.inference_mode(False):
-                alpha, threshold = (
-                    mark_checked(
-                        torch.tensor(
-                            v[0] if len(set(v)) == 1 else v, dtype=torch.float32, device=device
-                        )
-                    )
-                    for v in (self._alphas, self._thresholds)
-                )
-            self._scalars[device] = (alpha, threshold)
-        return self._scalars[device]
 
     def _generator_on(self, device: torch.device) -> torch.Generator | None:
         if self.config.dropout == 0:
@@ -478,19 +431,3 @@ class Guidance:
 
 def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def read_timestep(timestep: float | Tensor) -> tuple[float, float]:
-    """Returns a timestep as a float, and its rounding error on a scale of 1000.
-
-    A tensor (B,) is read by its first element. A tensor of two or more dimensions holds a time for
-    each token or frame, 0 for those that are given (image-to-video), and is read by its maximum.
-
-    bf16 keeps 8 bits: a FLUX model is given 0.8984 for 0.9, a timestep of 898.4.
-    """
-    if not isinstance(timestep, Tensor):
-        return float(timestep), 0.0
-    given = timestep.detach()
-    value = float((given.amax() if given.ndim > 1 else given.reshape(-1)[0]).item())
-    rounding = torch.finfo(timestep.dtype).eps * 1000 if timestep.is_floating_point() else 0.0
-    return value, rounding

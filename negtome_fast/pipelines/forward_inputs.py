@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..guidance import read_timestep
+from ..guidance_step import read_timestep
 from .layouts import UNKNOWN, Layout
 from .schedule import PipelineSchedule
 
@@ -143,7 +143,7 @@ class ForwardInputs:
         """
         if self._layout.guidance == "sequential":
             return 1
-        if self._schedule is not None and self._schedule.guides_classifier_free() is False:
+        if self._schedule is not None and self._schedule.call.guides_classifier_free() is False:
             return 1
         # InstructPix2Pix and inpainting append channels that differ between the parts.
         config = getattr(model, "config", None)

@@ -1,14 +1,13 @@
 """The hooks that guide a denoiser: one on the model, one shared by its attention modules.
 
 The model's pre-hook reads the timestep once per forward and decides whether it is guided. The
-attention hook hands the image tokens (`token_slice`) to `Guidance`. The model's post-hook, which
-also runs when the forward raised, closes the step. In compiled code the attention hook is one
+attention hook (`attention_guide`) hands the image tokens to `Guidance`. The model's post-hook,
+which also runs when the forward raised, closes the step. In compiled code the attention hook is one
 opaque operator (`compiled`).
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from dataclasses import replace
@@ -16,37 +15,34 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import NegToMeConfig
 from ..guidance import Guidance
 from ..thread_state import PerThread, ThreadState
+from .attention_guide import AttentionGuide, is_differentiable
 from .block_caches import CacheGuard, check_cache, refuse_cache, skips_blocks
-from .blocks import attention_modules, guided_blocks, output_projection
+from .blocks import attention_modules, guided_blocks
 from .compiled import (
     current,
     forget_all,
     free_recompile_slots,
     is_compiled,
-    nothing_compiles,
     outside_of_graphs,
 )
 from .forward_inputs import ForwardInputs
 from .layouts import ImageTokens, Layout
-from .parallel import TokenShards
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, token_shards
 from .reference_forward import reference_call, refuse_stateful
 from .references import References
-from .registration import BlockHook, RegisteredHooks, installing
+from .registration import BlockHook, RegisteredHooks, Unsaved, installing
 from .schedule import PipelineSchedule, RunTracker
-from .token_slice import attended_channels, find_image, guide_image_part, holds_single_frames
 
 _NEVER = object()
 
 _installed: weakref.WeakSet[ModelHooks] = weakref.WeakSet()
 
 
-class ModelHooks:
+class ModelHooks(Unsaved):
     """The hooks on one denoiser, and the state of its forward.
 
     Args:
@@ -64,11 +60,6 @@ class ModelHooks:
     _groups = PerThread[int | None](None)
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
-    # State of the forward, or of the grid module inside it.
-    _tokens = PerThread[ImageTokens | None](None)
-    _items = PerThread(0)
-    _shards = PerThread[TokenShards | None](None)
-    _exclusive = PerThread[frozenset[nn.Module]](frozenset())
     _cache_guard = PerThread[CacheGuard | None](None)  # until the first timestep after the window
 
     def __init__(
@@ -90,18 +81,11 @@ class ModelHooks:
         self._schedule = schedule
         self._inputs = ForwardInputs(model, layout, schedule)
         self._compiled = False
-        self._registered = RegisteredHooks(self)
+        self._attention = AttentionGuide(self.model_name, layout, self.guidance)
+        self._registered = RegisteredHooks(self._attention)
         self._set_blocks(self.choose_blocks(config))
         self._runs: RunTracker = peer._runs if peer else RunTracker()
         self._thread_state = ThreadState()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
-        memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Unguided, ()
 
     def install(self, compiled: bool = False) -> None:
         """Registers all hooks, or none if one cannot be registered.
@@ -120,8 +104,8 @@ class ModelHooks:
                     hook = module.register_forward_pre_hook(self._before_grid, with_kwargs=True)
                     registered.add(module, hook)
             for block, number in self._numbers.items():
-                if self._projection_of(block) is None:
-                    hook = block.register_forward_hook(BlockHook(self, number))
+                if self._attention.projection_of(block) is None:
+                    hook = block.register_forward_hook(BlockHook(self._attention, number))
                     registered.add(block, hook)
             self._hook_projections()
         except BaseException:
@@ -169,7 +153,7 @@ class ModelHooks:
         with torch.inference_mode(False):
             # On the CPU, also if the default device is another: reading it must not wait.
             self._numbers = {b: torch.tensor(i, device="cpu") for i, b in enumerate(blocks)}
-        self._blocks_by_number = tuple(blocks.items())
+        self._attention.set_blocks(blocks)
 
     @property
     def installed(self) -> bool:
@@ -221,7 +205,9 @@ class ModelHooks:
     def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
         schedule = self._schedule
         run = schedule.run if schedule else None
-        if self._runs.begins_run(timestep, run, lambda: schedule is not None and schedule.running):
+        if self._runs.begins_run(
+            timestep, run, lambda: schedule is not None and schedule.call.running
+        ):
             self.guidance.begin_run()
             if self._references is not None:
                 self._references.begin_run()
@@ -245,11 +231,10 @@ class ModelHooks:
         if captions is not self._captions:
             self._captions = captions
             self._run_tokens = self.layout.image_tokens(model, arguments)
-        self._tokens, self._items = self._run_tokens, latents.shape[0]
-        self._shards = token_shards(model, self.layout, self._run_tokens)
         self._hook_projections()
-        self._exclusive = self._find_exclusive()
-        current.forward = self
+        shards = token_shards(model, self.layout, self._run_tokens)
+        self._attention.open(self._run_tokens, latents.shape[0], shards)
+        current.forward = self._attention
 
     def _record(
         self,
@@ -277,14 +262,15 @@ class ModelHooks:
             )
         refuse_stateful(call.arguments, self.model_name)
         name = self._inputs.latents_name(call.arguments)
-        schedule, tokens = self._schedule, self._tokens
+        schedule, attention = self._schedule, self._attention
+        tokens = attention.tokens
         given = references.latents(
             schedule.pipe if schedule else None,
             latents,
             tokens,
             _generated_channels(model),
             schedule.scheduler_at(*time) if schedule else None,
-            schedule.generator() if schedule else None,
+            schedule.call.generator() if schedule else None,
         )
         group_size = batch // groups
         devices = [latents.device] if latents.is_cuda else []
@@ -292,24 +278,25 @@ class ModelHooks:
             some = given[first : first + group_size]
             items = [group * group_size for group in range(groups) for _ in some]
             selected = reference_call(call, name, batch, items, some * groups, tokens, self.layout)
-            self._items = len(items)
+            attention.items = len(items)
             if tokens is not None and tokens.starts is not None and len(tokens.starts) == batch:
                 starts = tuple(tokens.starts[item] for item in items)
-                self._tokens = replace(tokens, starts=starts)
+                attention.tokens = replace(tokens, starts=starts)
             with (
                 self.guidance.record(first, len(some)),
                 torch.no_grad(),
                 torch.random.fork_rng(devices),
             ):
                 model.forward(*selected.args[1:], **selected.kwargs)
-            self._tokens, self._items = tokens, batch
+            attention.tokens, attention.items = tokens, batch
 
     @outside_of_graphs
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._close_forward(completed=output is not None)
 
     def _close_forward(self, completed: bool) -> None:
-        self._tokens = self._shards = current.forward = None
+        current.forward = None
+        self._attention.close()
         self.guidance.end_step(completed=completed)
         if self._cache_guard is not None:
             self._cache_guard.end(completed)
@@ -323,149 +310,18 @@ class ModelHooks:
         images = args[0] if args else kwargs.get(name)
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
             return None
-        if torch.compiler.is_compiling() and not _differentiable(images):
+        if torch.compiler.is_compiling() and not is_differentiable(images):
             # Passed through the operator, so that the compiler keeps the order.
             images = torch.ops.negtome_fast.enter_grid(images)
             return ((images, *args[1:]), kwargs) if args else (args, {**kwargs, name: images})
-        self.enter_grid(images)
+        self._attention.enter_grid(images)
         return None
-
-    @outside_of_graphs
-    def enter_grid(self, images: torch.Tensor) -> None:
-        """Notes that the attention modules from here on see the pixels (B, C, H, W) as tokens."""
-        height, width = images.shape[-2:]
-        frames = self._run_tokens.frames if self._run_tokens else 1
-        tokens = frames * height * width
-        self._tokens = ImageTokens(tokens, tokens, (height, width), frames)
-
-    def after_attention(self, output: Any, number: torch.Tensor | int) -> Any:
-        if not self.guidance.active:
-            return None
-        if isinstance(output, tuple):
-            return (self._guide(output[0], number, True), *output[1:])
-        return self._guide(output, number, False)
-
-    def before_projection(self, args: tuple[Any, ...], number: torch.Tensor | int) -> Any:
-        if not self.guidance.active:
-            return None
-        return (self._guide(args[0], number, False), *args[1:])
 
     def _hook_projections(self) -> None:
         for block, number in self._numbers.items():
-            projection = self._projection_of(block)
+            projection = self._attention.projection_of(block)
             if projection is not None:
                 self._registered.hook_projection(block, projection, number)
-
-    def _projection_of(self, block: nn.Module) -> nn.Module | None:
-        """Returns the output projection to hook; None if the attention output is guided itself."""
-        placement = self.guidance.config.placement
-        return None if placement == "output" else output_projection(block)
-
-    def _find_exclusive(self) -> frozenset[nn.Module]:
-        """Returns the attention modules whose outputs no other code can hold.
-
-        Another hook may have kept the tensor that is now the output. It may even be a hook further
-        inside: a dropout of 0 returns the projection's output itself.
-        """
-        if not self.layout.fresh_outputs or _has_any_global_hook():
-            return frozenset()
-        return frozenset(
-            block
-            for block in self.blocks
-            if all(
-                isinstance(hook, BlockHook) and hook.owner is self
-                for module in block.modules()
-                for hooks in (module._forward_hooks, module._forward_pre_hooks)
-                for hook in hooks.values()
-            )
-        )
-
-    def _guide(
-        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool
-    ) -> torch.Tensor:
-        differentiable = _differentiable(tokens)
-        if torch.compiler.is_compiling() and not differentiable:
-            return torch.ops.negtome_fast.guide_block(tokens, number, all_image)
-        if not torch.compiler.is_compiling() and nothing_compiles():
-            return self._guide_block(tokens, number, all_image, not differentiable)
-        return self.guide_block(tokens, number, all_image, inplace=not differentiable)
-
-    @outside_of_graphs
-    def guide_block(
-        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool, inplace: bool
-    ) -> torch.Tensor:
-        """Calls `_guide_block`, which dynamo must never trace."""
-        return self._guide_block(tokens, number, all_image, inplace)
-
-    def _guide_block(
-        self, tokens: torch.Tensor, number: torch.Tensor | int, all_image: bool, inplace: bool
-    ) -> torch.Tensor:
-        """Returns the attention tokens (B, S, D) of a block with their image part guided.
-
-        Args:
-            number: number of the block; a tensor on the CPU in compiled code.
-            all_image: all tokens are image, however many there are.
-            inplace: the tokens may be written into if the block's outputs are exclusive.
-        """
-        module, block = self._blocks_by_number[int(number)]
-        inplace = inplace and module in self._exclusive
-        projected = self._projection_of(module) is not None
-        attended = attended_channels(module, tokens) if projected else tokens.shape[2]
-        if attended < tokens.shape[2]:
-            part = tokens[..., :attended]
-            guided = self._guide_attention(part, module, block, all_image, inplace)
-            return tokens if guided is part else torch.cat([guided, tokens[..., attended:]], dim=2)
-        return self._guide_attention(tokens, module, block, all_image, inplace)
-
-    def _guide_attention(
-        self, tokens: torch.Tensor, module: nn.Module, block: str, all_image: bool, inplace: bool
-    ) -> torch.Tensor:
-        """Guides the image among tokens (B, S, D), or single frames (B * F, H * W, D) as videos."""
-        if holds_single_frames(tokens, self._tokens, self._items):
-            videos = tokens.reshape(self._items, -1, tokens.shape[2])
-            guided = self._guide_attention(videos, module, block, all_image, inplace)
-            return tokens if guided is videos else guided.reshape(tokens.shape)
-        shards = self._shards_of(module)
-        image = shards.image if shards else self._tokens
-        found = find_image(tokens, image, self.layout, all_image)
-        if found is None:
-            expected = "an unknown number of" if image is None else str(image.num_tokens)
-            raise ValueError(
-                f"{self.model_name}: the attention output of {block} has the shape "
-                f"{tuple(tokens.shape)} and the image {expected} tokens, so it is not known which "
-                "tokens are the image; describe the model with "
-                "negtome_fast.pipelines.register_layout"
-            )
-        grid = image.grid if image else None
-
-        def guide(image_tokens: torch.Tensor, writable: bool) -> torch.Tensor:
-            return self.guidance.apply(
-                image_tokens, block=block, grid=grid, inplace=writable, shards=shards
-            )
-
-        copy_all = not (_differentiable(tokens) or self.guidance.recording)
-        return guide_image_part(tokens, guide, *found, inplace, copy_all)
-
-    def _shards_of(self, module: nn.Module) -> TokenShards | None:
-        """Returns how the tokens guided at a block are distributed; None if they are not."""
-        shards = self._shards
-        if shards is None or (module in shards.gathered and self._projection_of(module) is None):
-            return None
-        return shards
-
-
-class _Unguided:
-    """Replaces the hooks in a pickled model and does nothing: guidance is not saved with it."""
-
-    def _nothing(self, *_: Any, **__: Any) -> None:
-        return None
-
-    _before_model = _after_model = _before_grid = _nothing
-    after_attention = before_projection = _nothing
-
-
-def _differentiable(tensor: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _generated_channels(model: nn.Module) -> int | None:

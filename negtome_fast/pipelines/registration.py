@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any, Protocol
 
@@ -13,6 +14,28 @@ from .compiled import ForwardOverride
 
 installing = threading.RLock()
 """Held while hooks are registered or removed."""
+
+
+class Unsaved:
+    """Base of objects that a model's hooks hold: a deep copy is whole, a pickle does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unguided, ()
+
+
+class _Unguided:
+    """Replaces the hooks in a pickled model and does nothing: guidance is not saved with it."""
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    _before_model = _after_model = _before_grid = _nothing
+    after_attention = before_projection = _nothing
 
 
 class HookOwner(Protocol):

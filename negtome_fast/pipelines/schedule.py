@@ -7,28 +7,30 @@ has the exact one, and its index in the run.
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
 
 from ..config import NOISE
-from ..guidance import read_timestep
+from ..guidance_step import read_timestep
 from ..thread_state import PerThread, ThreadState
+from .running_call import RunningCall
 
 
 class PipelineSchedule:
     """Schedule of a pipeline's runs, read from the pipeline and its scheduler.
 
     It holds the pipeline weakly. A deep copy belongs to the copied pipeline.
+
+    Attributes:
+        call: the call of the pipeline that this thread is in.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
+        self.call = RunningCall(pipe)
         self._source: torch.Tensor | None = None
         self._timesteps: list[float] = []
         self._nearest: dict[float, int] = {}  # timestep asked for -> index of the nearest
@@ -48,27 +50,6 @@ class PipelineSchedule:
         return self._pipe() is pipe
 
     @property
-    def running(self) -> bool:
-        """True if this thread is in a call of the pipeline, not of another that shares its model.
-
-        The stack is searched for the call, because a pipeline keeps the state of its last run and
-        does not say when that run ended.
-        """
-        return self._call() is not None
-
-    def _call(self) -> FrameType | None:
-        pipe = self._pipe()
-        frame: FrameType | None = sys._getframe()
-        while pipe is not None and frame is not None:
-            # Reading a frame's locals keeps them alive, so only the pipeline's frames are read.
-            method: Any = getattr(type(pipe), frame.f_code.co_name, None)
-            is_method = getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
-            if is_method and frame.f_locals.get("self") is pipe:
-                return frame
-            frame = frame.f_back
-        return None
-
-    @property
     def run(self) -> Any:
         """An object whose identity changes with every run: schedulers make new timesteps for each.
 
@@ -76,30 +57,10 @@ class PipelineSchedule:
         """
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 
-    def generator(self) -> torch.Generator | None:
-        """Returns the generator that the pipeline was called with, the first if there are many."""
-        call = self._call()
-        given = None if call is None else call.f_locals.get("generator")
-        if isinstance(given, (list, tuple)) and given:
-            given = given[0]
-        return given if isinstance(given, torch.Generator) else None
-
-    def guides_classifier_free(self) -> bool | None:
-        """Returns True if the pipeline says that its batch has guidance parts; None if unknown."""
-        pipe, answers = self._pipe() if self.running else None, []
-        for name in ("do_classifier_free_guidance", "do_perturbed_attention_guidance"):
-            try:
-                answer = getattr(pipe, name, None)
-            except (AttributeError, TypeError):  # the property needs a value that no call has set
-                answer = None
-            if isinstance(answer, bool):
-                answers.append(answer)
-        return any(answers) if answers else None
-
     def current(self) -> float | None:
         """Returns the timestep that the pipeline or its scheduler says is being computed."""
         pipe = self._pipe()
-        timestep = getattr(pipe, "_current_timestep", None) if self.running else None
+        timestep = getattr(pipe, "_current_timestep", None) if self.call.running else None
         if timestep is not None:
             return read_timestep(timestep)[0]
         step = getattr(getattr(pipe, "scheduler", None), "step_index", None)
@@ -146,7 +107,7 @@ class PipelineSchedule:
         begin = getattr(getattr(self._pipe(), "scheduler", None), "begin_index", None)
         if not isinstance(begin, int):
             self._first = begin = min(self._first, index)
-        known = counted and self.running
+        known = counted and self.call.running
         steps = getattr(self._pipe(), "_num_timesteps", None) if known else None
         remaining = len(timesteps) - begin
         return timesteps[index], max(index - begin, 0), min(steps or remaining, remaining)
@@ -157,7 +118,7 @@ class PipelineSchedule:
         Inverted and consistency schedulers do not go from 1000 to 0, but count their steps.
         """
         scheduler: Any = getattr(self._pipe(), "scheduler", None)
-        if not self.running or not hasattr(scheduler, "step_index"):
+        if not self.call.running or not hasattr(scheduler, "step_index"):
             return None
         first = getattr(scheduler, "begin_index", None) or 0
         index = first if scheduler.step_index is None else scheduler.step_index
@@ -174,7 +135,7 @@ class PipelineSchedule:
             index = min(
                 range(len(self._timesteps)), key=lambda i: abs(self._timesteps[i] - timestep)
             )
-        elif self.running and hasattr(scheduler, "step_index") and self._timesteps:
+        elif self.call.running and hasattr(scheduler, "step_index") and self._timesteps:
             # Inverted schedulers have another scale of time.
             index = scheduler.step_index
             index = (scheduler.begin_index or 0) if index is None else index
