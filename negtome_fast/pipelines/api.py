@@ -14,11 +14,13 @@ from torch import nn
 from ..config import NegToMeConfig
 from ..guidance import Guidance
 from ..statistics import GuidanceSummary
-from .block_caches import check_cache, refuse_cache
+from .block_caches import check_cache, refuse_cache, skipping
+from .blocks import attention_modules
 from .hooks import ModelHooks, find_hooks, hooks_by_pipeline
 from .layouts import UNKNOWN, layout_of
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding
 from .references import Reference, References
+from .replaced_forwards import refuse_cache_hooks
 from .schedule import PipelineSchedule
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -194,7 +196,9 @@ def _check_model(model: nn.Module, references: bool, compiled: bool) -> None:
             f"NegToMe is already applied to this {type(model).__name__}; call remove_negtome first"
         )
     refuse_cache(model)
-    check_cache(model, references=references, compiled=compiled)
+    refuse_cache_hooks(model)
+    cache = skipping(model, attention_modules(model, layout_of(model)))
+    check_cache(model, cache, references=references, compiled=compiled)
     refuse_tensor_parallel(model)
     refuse_unknown_sharding(model)
 

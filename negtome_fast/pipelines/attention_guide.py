@@ -19,6 +19,7 @@ from .compiled import nothing_compiles, outside_of_graphs
 from .layouts import ImageTokens, Layout
 from .parallel import TokenShards
 from .registration import BlockHook, Unsaved
+from .replaced_forwards import may_keep_output, merging_advice
 from .token_slice import attended_channels, find_image, guide_image_part, holds_single_frames
 
 
@@ -26,7 +27,7 @@ class AttentionGuide(Unsaved):
     """Guides the attention outputs of one denoiser.
 
     Args:
-        model: its class name, for errors.
+        model: the denoiser, for errors.
         layout: where its image tokens are.
         guidance: the guidance, which the other denoisers of the pipeline may share.
 
@@ -41,16 +42,26 @@ class AttentionGuide(Unsaved):
     _shards = PerThread[TokenShards | None](None)
     _exclusive = PerThread[frozenset[nn.Module]](frozenset())
 
-    def __init__(self, model: str, layout: Layout, guidance: Guidance) -> None:
-        self._model_name = model
+    def __init__(self, model: nn.Module, layout: Layout, guidance: Guidance) -> None:
+        self._model = model
         self._layout = layout
         self._guidance = guidance
         self._blocks: tuple[tuple[nn.Module, str], ...] = ()
+        self._kept: frozenset[nn.Module] = frozenset()
         self._thread_state = ThreadState()
 
     def set_blocks(self, blocks: Mapping[nn.Module, str]) -> None:
         """Sets the attention modules that are guided and their names, in the order of numbers."""
         self._blocks = tuple(blocks.items())
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Finds the attention modules whose outputs another library may keep."""
+        self._kept = frozenset(
+            block
+            for block, _ in self._blocks
+            if any(may_keep_output(module) for module in block.modules())
+        )
 
     def open(self, tokens: ImageTokens | None, items: int, shards: TokenShards | None) -> None:
         """Opens a guided forward.
@@ -137,11 +148,13 @@ class AttentionGuide(Unsaved):
         found = find_image(tokens, image, self._layout, all_image)
         if found is None:
             expected = "an unknown number of" if image is None else str(image.num_tokens)
+            advice = merging_advice(self._model, block) or (
+                "describe the model with negtome_fast.pipelines.register_layout"
+            )
             raise ValueError(
-                f"{self._model_name}: the attention output of {block} has the shape "
+                f"{type(self._model).__name__}: the attention output of {block} has the shape "
                 f"{tuple(tokens.shape)} and the image {expected} tokens, so it is not known which "
-                "tokens are the image; describe the model with "
-                "negtome_fast.pipelines.register_layout"
+                f"tokens are the image; {advice}"
             )
         grid = image.grid if image else None
 
@@ -168,15 +181,17 @@ class AttentionGuide(Unsaved):
     def _find_exclusive(self) -> frozenset[nn.Module]:
         """Returns the attention modules whose outputs no other code can hold.
 
-        Another hook may have kept the tensor that is now the output. It may even be a hook further
-        inside: a dropout of 0 returns the projection's output itself.
+        Another hook, a cache or a processor of another library may have kept the tensor that is now
+        the output. It may even be a hook further inside: a dropout of 0 returns the projection's
+        output itself.
         """
         if not self._layout.fresh_outputs or _has_any_global_hook():
             return frozenset()
         return frozenset(
             block
             for block, _ in self._blocks
-            if all(
+            if block not in self._kept
+            and all(
                 isinstance(hook, BlockHook) and hook.owner is self
                 for module in block.modules()
                 for hooks in (module._forward_hooks, module._forward_pre_hooks)

@@ -1,4 +1,4 @@
-"""Caches across steps: diffusers' own, and those that skip blocks, cache-dit's and others'.
+"""Caches across steps: diffusers' own, and those that skip blocks: cache-dit's, step caches.
 
 A cache skips blocks of a forward in which little has changed, and adds what they gave in an earlier
 forward. Guidance is exact with it if every forward inside the window and of the first timestep
@@ -8,18 +8,23 @@ after it runs all blocks. `CacheGuard` checks that.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .blocks import output_projection
 from .compiled import is_compiled
+from .replaced_forwards import replaced_forward, replacement_of
 
-ADVICE = (
+_ADVICE = (
     "let it compute all steps of the window and the one after it: max_warmup_steps of cache-dit's "
     "DBCacheConfig, warmup_steps of ParaAttention (in forwards, where a step takes several)"
 )
+
+MARKED = "a cache that skips blocks"
+"""Words for the caches of libraries that mark the model."""
 
 
 def refuse_cache(model: nn.Module) -> None:
@@ -31,8 +36,8 @@ def refuse_cache(model: nn.Module) -> None:
         )
 
 
-def skips_blocks(model: nn.Module) -> bool:
-    """Returns True if a cache that skips blocks is on the model.
+def is_marked(model: nn.Module) -> bool:
+    """Returns True if a library says that its cache, which skips blocks, is on the model.
 
     cache-dit, ParaAttention and nunchaku mark the model. vLLM-Omni's TeaCache has an entry in its
     registry. xDiT replaces `forward` or, for FLUX.2, the blocks by a module.
@@ -49,28 +54,45 @@ def skips_blocks(model: nn.Module) -> bool:
     return any(place.startswith("xfuser.model_executor.cache") for place in places)
 
 
-def check_cache(model: nn.Module, references: bool, compiled: bool = False) -> None:
-    """Refuses guidance that cannot be exact with the cache that skips blocks, if there is one.
+def skipping(model: nn.Module, modules: Mapping[nn.Module, str]) -> str | None:
+    """Returns what may skip some of a model's attention modules, in words; None if nothing may.
 
     Args:
+        model: the denoiser.
+        modules: its attention modules and their names.
+    """
+    if is_marked(model):
+        return MARKED
+    replacement = replaced_forward(model, modules)
+    return None if replacement is None else f"a forward that may skip blocks, {replacement}"
+
+
+def check_cache(
+    model: nn.Module, cache: str | None, references: bool, compiled: bool = False
+) -> None:
+    """Refuses guidance that cannot be exact with what may skip blocks, if there is any.
+
+    Args:
+        model: the denoiser.
+        cache: what `skipping` returned.
         references: the model is to be guided by references from outside of the batch.
         compiled: it is called through `torch.compile(model)`.
 
     Raises:
         ValueError: the message says what has to go.
     """
-    if not skips_blocks(model):
+    if cache is None:
         return
     name = type(model).__name__
     if references:
         raise ValueError(
-            f"{name} has a cache that skips blocks, in which the references' forward would count "
-            "and leave its outputs; take the cache off, or guide without references"
+            f"{name} has {cache}, in which the references' forward would count and leave its "
+            "outputs; remove it, or guide without references"
         )
     if compiled or is_compiled(model):
         raise ValueError(
-            f"{name} is compiled and has a cache that skips blocks, and compiled code does not "
-            "show which blocks were skipped; take the cache off, or guide the model uncompiled"
+            f"{name} is compiled and has {cache}, and compiled code does not show which blocks "
+            "were skipped; remove it, or guide the model uncompiled"
         )
     if _predicts(model):
         raise ValueError(
@@ -96,11 +118,13 @@ class CacheGuard:
         model: the denoiser.
         modules: all of its attention modules on image tokens, guided or not: guiding one changes
             the outputs of the others, which the cache keeps.
+        cache: what may skip them, in words.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], cache: str) -> None:
         self._name = type(model).__name__
-        self._modules = tuple(modules)
+        self._cache = cache
+        self._modules = {_witness(module): module for module in modules}
         self._ran: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
         self._active = False
@@ -138,14 +162,26 @@ class CacheGuard:
         if not (checked and completed and skipped):
             return
         skips = (
-            f"{self._name}: its cache skipped {skipped} of {len(self._modules)} attention blocks"
+            f"{self._name} has {self._cache}; it skipped {skipped} of {len(self._modules)} "
+            "attention blocks"
         )
+        advice = _ADVICE if self._cache == MARKED else _ADVICE.partition(":")[0]
         if self._active:
             raise ValueError(
                 f"{skips} at timestep {self._timestep:g}, inside the window, so these were not "
-                f"guided; {ADVICE}"
+                f"guided; {advice}"
             )
         raise ValueError(
             f"{skips} at timestep {self._timestep:g}, the first after the window, and reused "
-            f"their guided outputs; {ADVICE}"
+            f"their guided outputs; {advice}"
         )
+
+
+def _witness(module: nn.Module) -> nn.Module:
+    """Returns a module that runs whenever an attention module computes its output anew.
+
+    If the attention's own forward was replaced, it may be called and return an earlier output.
+    """
+    if replacement_of(module) is None:
+        return module
+    return output_projection(module) or next(module.children(), module)

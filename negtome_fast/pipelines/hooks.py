@@ -20,7 +20,7 @@ from ..config import NegToMeConfig
 from ..guidance import Guidance
 from ..thread_state import PerThread, ThreadState
 from .attention_guide import AttentionGuide, is_differentiable
-from .block_caches import CacheGuard, check_cache, refuse_cache, skips_blocks
+from .block_caches import CacheGuard, check_cache, is_marked, refuse_cache, skipping
 from .blocks import attention_modules, guided_blocks
 from .compiled import (
     current,
@@ -35,6 +35,7 @@ from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, toke
 from .reference_forward import reference_call, refuse_stateful
 from .references import References
 from .registration import BlockHook, RegisteredHooks, Unsaved, installing
+from .replaced_forwards import refuse_cache_hooks
 from .schedule import PipelineSchedule, RunTracker
 
 _NEVER = object()
@@ -60,6 +61,7 @@ class ModelHooks(Unsaved):
     _groups = PerThread[int | None](None)
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
+    _skipping = PerThread[str | None](None)  # what may skip blocks in this run
     _cache_guard = PerThread[CacheGuard | None](None)  # until the first timestep after the window
 
     def __init__(
@@ -81,7 +83,7 @@ class ModelHooks(Unsaved):
         self._schedule = schedule
         self._inputs = ForwardInputs(model, layout, schedule)
         self._compiled = False
-        self._attention = AttentionGuide(self.model_name, layout, self.guidance)
+        self._attention = AttentionGuide(model, layout, self.guidance)
         self._registered = RegisteredHooks(self._attention)
         self._set_blocks(self.choose_blocks(config))
         self._runs: RunTracker = peer._runs if peer else RunTracker()
@@ -179,6 +181,9 @@ class ModelHooks(Unsaved):
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
+            refuse_cache_hooks(model)
+            self._attention.begin_run()
+            self._skipping = skipping(model, attention_modules(model, self.layout))
             self._groups = config.groups or self._inputs.count_groups(model, latents)
             self._captions = _NEVER
         active = self.guidance.begin_step(
@@ -216,11 +221,16 @@ class ModelHooks(Unsaved):
 
     def _guard_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
         """Counts the blocks of this forward, if there is a cache that may skip some."""
-        if not skips_blocks(model):
+        cache = self._skipping
+        if cache is None and is_marked(model):  # a cache that came in the middle of a run
+            cache = self._skipping = skipping(model, {})
+        if cache is None:
             self._cache_guard = None
             return
-        check_cache(model, self._references is not None, self._compiled)
-        guard = self._cache_guard or CacheGuard(model, attention_modules(model, self.layout))
+        check_cache(model, cache, self._references is not None, self._compiled)
+        guard = self._cache_guard
+        if guard is None:
+            guard = CacheGuard(model, attention_modules(model, self.layout), cache)
         self._cache_guard = guard if guard.begin(active, timestep) else None
 
     def _open_forward(

@@ -23,7 +23,7 @@ import negtome_fast as nf
 from helpers.families import FAMILIES
 from helpers.pipelines_fixtures import flux_pipeline, generate
 from negtome_fast import Reference, models
-from negtome_fast.pipelines.block_caches import CacheGuard, skips_blocks
+from negtome_fast.pipelines.block_caches import CacheGuard, is_marked
 
 PROMPT = "a pixel art person"
 STEPS = 20
@@ -170,20 +170,20 @@ def test_caches_without_the_mark_are_known(monkeypatch: pytest.MonkeyPatch) -> N
 
     model = flux_pipeline().transformer
     monkeypatch.setitem(sys.modules, "xfuser", ModuleType("xfuser"))
-    assert not skips_blocks(model)
+    assert not is_marked(model)
     source = {"__name__": "xfuser.model_executor.cache.diffusers_adapters.flux"}
     model.forward = MethodType(FunctionType(skipping.__code__, source), model)  # as xDiT does
-    assert skips_blocks(model)
+    assert is_marked(model)
     del model.forward
     blocks = model.transformer_blocks
     place = {"__module__": "xfuser.model_executor.cache.diffusers_adapters.flux2"}
     model.transformer_blocks = torch.nn.ModuleList([type("Cached", (torch.nn.Module,), place)()])
-    assert skips_blocks(model)
+    assert is_marked(model)
     model.transformer_blocks = blocks
     model._hook_registry = SimpleNamespace(_hooks={"teacache": object()})  # as vLLM-Omni does
-    assert skips_blocks(model)
+    assert is_marked(model)
     model._hook_registry._hooks.clear()
-    assert not skips_blocks(model)
+    assert not is_marked(model)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def enable(library: Any, pipe: Any, warmup: int, threshold: float = 0.3, **more:
         residual_diff_threshold=threshold,
     )
     library.enable_cache(pipe, cache_config=config, **more)
-    assert skips_blocks(pipe.transformer)
+    assert is_marked(pipe.transformer)
     return pipe
 
 
@@ -282,7 +282,7 @@ def test_cache_dit_that_predicts_is_refused(embedded: Any, cache_dit: Any) -> No
 def test_cache_dit_with_references_is_refused(embedded: Any, cache_dit: Any) -> None:
     enable(cache_dit, embedded, warmup=14)
     picture = Image.new("RGB", (64, 64), "#f7d9b8")
-    with pytest.raises(ValueError, match="take the cache off, or guide without references"):
+    with pytest.raises(ValueError, match="remove it, or guide without references"):
         nf.apply_negtome(embedded, reference=Reference(picture))
 
 
