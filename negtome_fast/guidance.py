@@ -379,7 +379,13 @@ class Guidance:
             self._count_matches(self._step)
         with _statistics_lock:
             rows = self._statistics.rows()
-        return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
+        return GuidanceSummary(
+            rows,
+            self._forwards,
+            self._guided,
+            self._groups,
+            window=self.config.window,
+        )
 
     def _keep_matches(
         self, step: GuidanceStep, matches: CallMatches, shards: ShardedTokens | None
