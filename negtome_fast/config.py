@@ -204,6 +204,11 @@ class NegToMeConfig:
         return cls(**values)
 
     @property
+    def counts_steps(self) -> bool:
+        """True if the window needs the index of a step, not its timestep."""
+        return self.steps is not None or self.first_steps is not None
+
+    @property
     def window(self) -> str:
         """The window in words, in the notation of the fields that set it."""
         if self.first_steps is not None:
@@ -238,14 +243,21 @@ class NegToMeConfig:
         """Returns True if a step lies in the window.
 
         Args:
-            timestep: the scheduler's timestep, 1000 to 0; may be None if `steps` is set.
+            timestep: the scheduler's timestep, 1000 to 0; may be None if the window counts steps.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
-                `steps` is set.
+                `steps` is set, and `step` if `first_steps` is.
             tolerance: rounding error of `timestep`, in timesteps.
 
         Raises:
             ValueError: an argument that the window needs is missing.
         """
+        if self.first_steps is not None:
+            if step is None:
+                raise ValueError(
+                    f"first_steps={self.first_steps} needs the index of the step; it is known to "
+                    "a pipeline, and to begin_step(step=...)"
+                )
+            return step < self.first_steps
         if self.steps is not None:
             if step is None or num_steps is None:
                 raise ValueError(

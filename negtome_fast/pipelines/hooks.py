@@ -130,9 +130,9 @@ class ModelHooks(Unsaved):
 
     def choose_blocks(self, config: NegToMeConfig) -> dict[nn.Module, str]:
         """Returns the blocks that these settings guide; raises as `apply_negtome`."""
-        if config.steps is not None and self._schedule is None:
+        if config.counts_steps and self._schedule is None:
             raise ValueError(
-                f"steps={config.steps} needs the number of steps of a run, which a bare "
+                f"{config.window} needs the steps of a run, which a bare "
                 f"{self.model_name} does not know; pass the pipeline, or use t_start and t_end"
             )
         return guided_blocks(self._model, self.layout, config)
@@ -174,8 +174,8 @@ class ModelHooks(Unsaved):
         arguments = self._inputs.by_name(model, args, kwargs)
         latents = self._inputs.latents(arguments)
         config = self.guidance.config
-        timestep, step, num_steps, rounding = self._inputs.time(arguments, config.steps)
-        self._notice_run(timestep, tuple(latents.shape))
+        timestep, step, num_steps, rounding = self._inputs.time(arguments, config)
+        self._notice_run(timestep, rounding, tuple(latents.shape))
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
@@ -202,17 +202,34 @@ class ModelHooks(Unsaved):
                 self._close_forward(completed=False)
                 raise
 
-    def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
+    def _notice_run(self, timestep: float, rounding: float, shape: tuple[int, ...]) -> None:
         schedule = self._schedule
         run = schedule.run if schedule else None
         if self._runs.begins_run(
             timestep, run, lambda: schedule is not None and schedule.call.running
         ):
-            self.guidance.begin_run()
+            self.guidance.begin_run(goes_on=self._runs.goes_on)
+            if schedule is not None and not self._runs.goes_on:
+                self._plan_run(schedule, timestep, rounding)
             if self._references is not None:
                 self._references.begin_run()
         if (self._runs.number, shape) != (self._run, self._shape):
             self._run, self._shape, self._groups = self._runs.number, shape, None
+
+    def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
+        """Tells the guidance what is known of the steps of the run that begins."""
+        guidance, steps, ends_early = self.guidance, [], False
+        running = schedule.call.running
+        if running:  # another pipeline that shares the model may have another schedule
+            steps, ends_early = schedule.plan(timestep, rounding)
+        change = running and schedule.call.has_callback()
+        plan = guidance.watch.plan(steps, ends_early=ends_early, settings_may_change=change)
+        guidance.say(plan)
+
+    def end_run(self) -> None:
+        """Says it if the pipeline's last run never reached the window."""
+        if self._schedule is not None and not self._schedule.call.running:
+            self.guidance.end_run(certain=False)
 
     def _guard_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
         """Counts the blocks of this forward, if there is a cache that may skip some."""
