@@ -29,6 +29,7 @@ from .statistics import (
     GuidanceSummary,
     RankCounts,
     Statistics,
+    notes_on,
     sum_over_ranks,
 )
 from .thread_state import PerThread, ThreadState
@@ -396,6 +397,9 @@ class Guidance:
             self._count_matches(self._step)
         with _statistics_lock:
             rows = self._statistics.rows()
+            notes = tuple(self._notes)
+            if not any("identical" in note for note in notes):
+                notes += notes_on(rows)
             return GuidanceSummary(
                 rows,
                 self._forwards,
@@ -404,7 +408,7 @@ class Guidance:
                 self._measured,
                 self.watch.first_timestep,
                 self.config.window,
-                tuple(self._notes),
+                notes,
             )
 
     def end_run(self, *, certain: bool = True) -> None:

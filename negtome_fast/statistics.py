@@ -22,6 +22,9 @@ Counts = tuple[int, int, int, float]
 
 NOTHING_COUNTED: Counts = (0, 0, 0, 0.0)
 
+_EQUAL = 1e-5
+"""Largest error of the mean similarity, 1, of tokens to themselves."""
+
 MAX_STEP_TOKENS = 2**20
 """Number of tokens of one step whose matches may wait to be counted, 12 bytes each."""
 
@@ -172,6 +175,17 @@ class GuidanceSummary:
                 f"{row.matched:>7.1%}  {row.pushed:>7.1%}  {row.similarity:>10.3f}"
             )
         return "\n".join(lines)
+
+
+def notes_on(rows: Sequence[BlockRow]) -> tuple[str, ...]:
+    """Returns a sentence if all tokens equal their references, so that pushing moves none."""
+    counted = [row for row in rows if row.tokens]
+    if not counted or any(row.similarity < 1 - _EQUAL or not row.pushed for row in counted):
+        return ()
+    return (
+        "every token is identical to its reference, so pushing cannot separate them; give each "
+        "image a seed of its own",
+    )
 
 
 class CallMatches(NamedTuple):

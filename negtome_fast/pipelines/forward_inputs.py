@@ -108,8 +108,8 @@ class ForwardInputs:
             if asked and not schedule.counts_from_1000():
                 raise ValueError(
                     f"{self._model_name}: its scheduler, {schedule.scheduler_name}, does not count "
-                    "timesteps from 1000 to 0, so t_start and t_end mean nothing; use a number of "
-                    "steps, as in first_steps=3, or a share of the steps, as in steps=(0.0, 0.25)"
+                    "timesteps from 1000 to 0, so t_start and t_end mean nothing; use a share of "
+                    "the steps, as in steps=(0.0, 0.25), or their number, as in first_steps=3"
                 )
         if located is not None:
             return (*located, 0.0)

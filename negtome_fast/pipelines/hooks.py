@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from .compiled import (
     is_compiled,
     outside_of_graphs,
 )
+from .equal_items import Pair, equal_pairs, notes_on
 from .forward_inputs import ForwardInputs
 from .layouts import ImageTokens, Layout
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, token_shards
@@ -60,6 +62,7 @@ class ModelHooks(Unsaved):
     _groups = PerThread[int | None](None)
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
+    _equal = PerThread[frozenset[Pair] | None](None)  # items that were equal in all guided forwards
     _cache_guard = PerThread[CacheGuard | None](None)  # until the first timestep after the window
 
     def __init__(
@@ -181,6 +184,7 @@ class ModelHooks(Unsaved):
             refuse_unknown_sharding(model)
             self._groups = config.groups or self._inputs.count_groups(model, latents)
             self._captions = _NEVER
+            self._equal = None
         active = self.guidance.begin_step(
             timestep,
             step=step,
@@ -194,7 +198,9 @@ class ModelHooks(Unsaved):
             return
         _refuse_recomputation(model)
         self._open_forward(model, arguments, latents)
-        if self._references is not None:
+        if self._references is None:
+            self._notice_equal(latents, arguments)
+        else:
             call = self._inputs.bind(model, args, kwargs)
             try:
                 self._record(self._references, model, call, latents, (timestep, rounding))
@@ -253,6 +259,24 @@ class ModelHooks(Unsaved):
         self._attention.open(self._run_tokens, latents.shape[0], shards)
         current.forward = self._attention
 
+    def _notice_equal(
+        self, latents: torch.Tensor, arguments: Mapping[str, Any], references: Sequence[Any] = ()
+    ) -> None:
+        """Notes the items that have been equal in all guided forwards of the run.
+
+        They are read once a run, and again only while some are equal: noise may separate them.
+        """
+        before, guidance = self._equal, self.guidance
+        if before is not None and not before:
+            return
+        now = equal_pairs(latents, arguments, guidance.groups, references)
+        self._equal = now if before is None else now & before
+        if self._equal != before:
+            for note in notes_on(before or frozenset()):
+                guidance.note(note, -1)
+            for note in notes_on(self._equal):
+                guidance.note(note)
+
     def _record(
         self,
         references: References,
@@ -289,6 +313,7 @@ class ModelHooks(Unsaved):
             schedule.scheduler_at(*time) if schedule else None,
             schedule.call.generator() if schedule else None,
         )
+        self._notice_equal(latents, call.arguments, given)
         group_size = batch // groups
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), group_size):
