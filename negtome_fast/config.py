@@ -61,6 +61,9 @@ class NegToMeConfig:
         steps: window as fractions of the steps of a run, instead of t_start and t_end:
             `(0.0, 0.25)` guides the first quarter, the steps i of n with start <= i / n < end. Use
             it for few-step models, which may have no timestep in a narrow window.
+        first_steps: window as a number of steps, instead of t_start and t_end: the first n steps of
+            a run, whatever their timesteps, so it is reached in image-to-image too. Forwards of one
+            step count once.
         reference: `"first"`: item 0 of every group is the reference and comes out bit-identical;
             `"others"`: every item is pushed away from all others of its group.
         matching: `"paper"`, or `"official"` for the index order of the authors' code.
@@ -92,6 +95,7 @@ class NegToMeConfig:
     t_start: float = NOISE
     t_end: float = 900.0
     steps: tuple[float, float] | None = None
+    first_steps: int | None = None
     reference: Literal["first", "others"] = "first"
     matching: Literal["paper", "official"] = "paper"
     combine: Literal["nearest", "sum"] = "nearest"
@@ -155,6 +159,13 @@ class NegToMeConfig:
                     f"not ({start:g}, {end:g})"
                 )
             self._set("steps", (start, end))
+        if self.first_steps is not None:
+            self._set("first_steps", _whole("first_steps", self.first_steps, at_least=1))
+            if self.steps is not None:
+                raise ValueError(
+                    f"first_steps={self.first_steps} and steps={self.steps} are two ways to say "
+                    "one thing; set one of them to None"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NegToMeConfig:
@@ -173,8 +184,14 @@ class NegToMeConfig:
         return replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields as plain values that JSON can hold."""
+        """Returns the fields as plain values that JSON can hold.
+
+        `first_steps` is left out where it is None, so that settings keep the identity that results
+        of earlier versions were stored under.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.first_steps is None:
+            del values["first_steps"]
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
@@ -185,6 +202,20 @@ class NegToMeConfig:
         """Inverts `to_dict`; absent fields take their defaults, unknown ones are a `ValueError`."""
         _check_names(values)
         return cls(**values)
+
+    @property
+    def counts_steps(self) -> bool:
+        """True if the window needs the index of a step, not its timestep."""
+        return self.steps is not None or self.first_steps is not None
+
+    @property
+    def window(self) -> str:
+        """The window in words, in the notation of the fields that set it."""
+        if self.first_steps is not None:
+            return f"first_steps={self.first_steps}"
+        if self.steps is not None:
+            return "steps=({:g}, {:g})".format(*self.steps)
+        return f"t_start={self.t_start:g} to t_end={self.t_end:g}"
 
     def includes_block(self, block: str) -> bool:
         """Returns True if an attention module of this name passes `blocks` and `exclude_blocks`."""
@@ -212,14 +243,21 @@ class NegToMeConfig:
         """Returns True if a step lies in the window.
 
         Args:
-            timestep: the scheduler's timestep, 1000 to 0; may be None if `steps` is set.
+            timestep: the scheduler's timestep, 1000 to 0; may be None if the window counts steps.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
-                `steps` is set.
+                `steps` is set, and `step` if `first_steps` is.
             tolerance: rounding error of `timestep`, in timesteps.
 
         Raises:
             ValueError: an argument that the window needs is missing.
         """
+        if self.first_steps is not None:
+            if step is None:
+                raise ValueError(
+                    f"first_steps={self.first_steps} needs the index of the step; it is known to "
+                    "a pipeline, and to begin_step(step=...)"
+                )
+            return step < self.first_steps
         if self.steps is not None:
             if step is None or num_steps is None:
                 raise ValueError(

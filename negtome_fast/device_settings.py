@@ -53,6 +53,20 @@ class DeviceSettings:
             self._scalars[device] = (alpha, threshold)
         return self._scalars[device]
 
+    def moved(self, pushed: Tensor, tokens: int) -> Tensor:
+        """Returns `pushed` with -1 also where the reference has an alpha of 0.
+
+        Args:
+            pushed: (B, S, N) as `guide_tokens` returns it.
+            tokens: number of tokens of a reference.
+        """
+        if all(self.alphas):
+            return pushed
+        if not any(self.alphas):
+            return torch.full_like(pushed, -1)
+        strong = self.scalars_on(pushed.device)[0] != 0
+        return torch.where(strong[pushed.clamp_min(0) // tokens], pushed, -1)
+
     def reference_masks_on(
         self, references: Tensor, block: str, grid: Grid | None
     ) -> Tensor | None:

@@ -29,9 +29,11 @@ from .statistics import (
     GuidanceSummary,
     RankCounts,
     Statistics,
+    notes_on,
     sum_over_ranks,
 )
 from .thread_state import PerThread, ThreadState
+from .window_watch import WindowWatch
 
 __all__ = ["BlockRow", "Grid", "Guidance", "GuidanceSummary", "ReferenceSettings"]
 
@@ -71,6 +73,7 @@ class Guidance:
             configuration's `reference` is not used.
 
     Attributes:
+        watch: notices runs that never reach the window.
         reference_mask: None, or a function from a block's (height, width) to bool
             (height * width,): the tokens of in-batch references that may be matched, or with
             `matching="official"` the tokens that may move.
@@ -90,6 +93,7 @@ class Guidance:
         self.configure(config)
         self._thread_state = ThreadState()
         self._warned: set[str] = set()
+        self.watch = WindowWatch()
         self.reference_mask: Callable[[Grid], Tensor] | None = None
         self.reset()
 
@@ -104,13 +108,21 @@ class Guidance:
         self._statistics = Statistics()
         self._forwards = 0
         self._guided = 0
+        self._measured = 0
         self._groups: int | None = None
+        self._notes: dict[str, int] = {}
+        self.watch.first_timestep = None
 
-    def begin_run(self) -> None:
+    def begin_run(self, *, goes_on: bool = False) -> None:
         """Restarts the dropout's random numbers, so that equal runs give equal results.
 
         Each warning is given once per run.
+
+        Args:
+            goes_on: the steps of the run before go on, with new random numbers.
         """
+        if not goes_on:
+            self.say(self.watch.begin(self.config))
         self._generators = None
         self._warned.clear()
 
@@ -129,9 +141,9 @@ class Guidance:
         Args:
             timestep: in the scheduler's unit, 1000 (noise) to 0. A tensor is read once, here: its
                 first element, or its maximum if it has two or more dimensions (a time for each
-                token). May be None if the configuration has `steps`.
+                token). May be None if the configuration has `steps` or `first_steps`.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
-                the configuration has `steps`.
+                the configuration has `steps`, and `step` if it has `first_steps`.
             groups: equal contiguous parts of the batch that never see each other; 2 where
                 unconditional and conditional halves are concatenated.
             grid: (height, width) of the image tokens, needed if the configuration has `min_grid`;
@@ -153,7 +165,10 @@ class Guidance:
             self._forwards += 1
             if active:
                 self._guided += 1
+                self._measured += not any(self._settings.alphas)
                 self._groups = groups
+        watch = self.watch
+        self.say(watch.notice(self.config, timestep, step, num_steps, tolerance or 0.0, active))
         return active
 
     def end_step(self, *, completed: bool = True) -> None:
@@ -290,12 +305,13 @@ class Guidance:
         if config.reference == "first" and image_tokens.shape[0] == step.groups:
             self._warn(
                 f"a batch of {step.groups} in {step.groups} group(s) has only reference items, so "
-                "nothing is pushed; generate at least two images, or use reference='others'",
+                "nothing is pushed; generate at least two images at once, or push away from an "
+                'image from outside of the batch, such as reference=Reference("image.png")',
                 stacklevel=4,
             )
             return image_tokens
         alpha, threshold = self._settings.scalars_on(image_tokens.device)
-        measure_only = config.alpha == 0
+        measure_only = not any(self._settings.alphas)
         guide = guide_tokens if shards is None else shards.guide_tokens
         guided, similarity, pushed = guide(
             image_tokens,
@@ -311,7 +327,8 @@ class Guidance:
             inplace=inplace and not measure_only,
             backend="torch" if step.torch_on_cpu and image_tokens.is_cpu else config.backend,
         )
-        matches = CallMatches(block, grid, similarity, pushed, threshold, None)
+        moved = self._settings.moved(pushed, image_tokens.shape[1])
+        matches = CallMatches(block, grid, similarity, moved, threshold, None)
         self._keep_matches(step, matches, shards)
         return image_tokens if measure_only else guided
 
@@ -369,7 +386,8 @@ class Guidance:
         if several_thresholds:
             found = _concatenated(matches_of_all) if matches_of_all else pushed
             exceeded = (found >= 0).any(dim=1)
-        matches = CallMatches(block, grid, similarity, pushed, threshold, exceeded)
+        moved = self._settings.moved(pushed, references.shape[2])
+        matches = CallMatches(block, grid, similarity, moved, threshold, exceeded)
         self._keep_matches(step, matches, shards)
         return image_tokens if inplace or measure_only else images
 
@@ -379,7 +397,39 @@ class Guidance:
             self._count_matches(self._step)
         with _statistics_lock:
             rows = self._statistics.rows()
-        return GuidanceSummary(rows, self._forwards, self._guided, self._groups)
+            notes = tuple(self._notes)
+            if not any("identical" in note for note in notes):
+                notes += notes_on(rows)
+            return GuidanceSummary(
+                rows,
+                self._forwards,
+                self._guided,
+                self._groups,
+                self._measured,
+                self.watch.first_timestep,
+                self.config.window,
+                notes,
+            )
+
+    def end_run(self, *, certain: bool = True) -> None:
+        """Says it if the run that is over never reached the window; may be called at any time.
+
+        Args:
+            certain: the run is over. Otherwise only a run whose steps are known is judged.
+        """
+        self.say(self.watch.end(certain=certain))
+
+    def note(self, text: str, times: int = 1) -> None:
+        """Adds a sentence to the summary; with times=-1, takes it back."""
+        with _statistics_lock:
+            self._notes[text] = self._notes.get(text, 0) + times
+            if self._notes[text] <= 0:
+                del self._notes[text]
+
+    def say(self, message: str | None) -> None:
+        """Warns of something and notes it in the summary; does nothing if it is None."""
+        if message is not None:
+            self._warn(message, stacklevel=4)
 
     def _keep_matches(
         self, step: GuidanceStep, matches: CallMatches, shards: ShardedTokens | None
@@ -426,6 +476,7 @@ class Guidance:
     def _warn(self, message: str, stacklevel: int = 3) -> None:
         if message not in self._warned:
             self._warned.add(message)
+            self.note(message)
             warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import Grid
 
+Verdict = Literal["guided", "not guided", "measured only"]
+
 Counts = tuple[int, int, int, float]
 """Number of tokens compared, matched and pushed, and the sum of their similarities."""
 
 NOTHING_COUNTED: Counts = (0, 0, 0, 0.0)
+
+_EQUAL = 1e-5
+"""Largest error of the mean similarity, 1, of tokens to themselves."""
 
 MAX_STEP_TOKENS = 2**20
 """Number of tokens of one step whose matches may wait to be counted, 12 bytes each."""
@@ -59,12 +64,63 @@ class GuidanceSummary:
         forwards: number of forwards of the model.
         guided: number of them that lay inside the window.
         groups: number of guidance groups in the last guided forward; None if there was none.
+        measured: number of the forwards inside the window in which every alpha was 0.
+        first_timestep: timestep of the first forward of the last run, 1000 (noise) to 0; None if
+            there was no run or no timestep.
+        window: the window in use, in words, such as `"first_steps=3"`; empty if not known.
+        notes: what a user should know about these runs, each a sentence: the warnings, and images
+            that pushing cannot separate.
     """
 
     rows: tuple[BlockRow, ...]
     forwards: int
     guided: int
     groups: int | None
+    measured: int = 0
+    first_timestep: float | None = None
+    window: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What became of the images.
+
+        `"guided"`: at least one token was moved. `"measured only"`: tokens were compared, and alpha
+        was 0. `"not guided"`: neither, so the images are those of a run without the guidance.
+        """
+        total = self.total
+        if total.pushed > 0:
+            return "guided"
+        return "measured only" if total.tokens and self.measured == self.guided else "not guided"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict as a sentence, with its numbers and its reason."""
+        verdict, total = self.verdict, self.total
+        share = f"{self.guided} of {self.forwards} model forwards"
+        if verdict == "guided":
+            several = "s" if self.groups != 1 else ""
+            groups = f", {self.groups} guidance group{several} in the batch" if self.groups else ""
+            return f"NegToMe guided {share}{groups}"
+        if verdict == "measured only":
+            return f"NegToMe measured only, because alpha is 0: {share} lay in the window"
+        if not self.forwards:
+            reason = "the model was not called"
+        elif not self.guided:
+            window = f"the window {self.window}" if self.window else "the window"
+            reason = f"{share} lay in {window}"
+            if self.first_timestep is not None:
+                reason += f"; the last run began at timestep {self.first_timestep:.4g}"
+        elif not total.tokens:
+            reason = f"no token was compared with a reference, though {share} lay in the window"
+        elif not total.matched:
+            reason = (
+                f"in {share} no token was more similar to its reference than the threshold; the "
+                f"mean similarity was {total.similarity:.3f}"
+            )
+        else:
+            reason = f"dropout or an alpha of 0 spared every matched token of {share}"
+        return f"NegToMe did not guide: {reason}"
 
     @property
     def total(self) -> BlockRow:
@@ -86,25 +142,29 @@ class GuidanceSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns forwards, guided, groups, total and rows as plain values that JSON can hold."""
+        """Returns all attributes, verdict, sentence and total as plain values for JSON."""
         return {
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "notes": list(self.notes),
+            "window": self.window,
+            "first_timestep": self.first_timestep,
             "forwards": self.forwards,
             "guided": self.guided,
+            "measured": self.measured,
             "groups": self.groups,
             "total": asdict(self.total),
             "rows": [asdict(row) for row in self.rows],
         }
 
     def __str__(self) -> str:
-        head = f"NegToMe guided {self.guided} of {self.forwards} model forwards"
-        if self.groups is not None:
-            head += f", {self.groups} guidance group{'s' if self.groups > 1 else ''} in the batch"
+        head = [self.sentence, *(f"Note: {note}" for note in self.notes)]
         if not self.rows:
-            return head + "; no token was compared with a reference"
+            return "\n".join(head)
         rows = (*self.rows, self.total) if len(self.rows) > 1 else self.rows
         width = max(5, *(len(row.block) for row in rows))
         lines = [
-            head,
+            *head,
             f"{'block':<{width}}  {'grid':>9}  {'calls':>5}  {'tokens':>9}  "
             f"{'matched':>7}  {'pushed':>7}  {'similarity':>10}",
         ]
@@ -115,6 +175,17 @@ class GuidanceSummary:
                 f"{row.matched:>7.1%}  {row.pushed:>7.1%}  {row.similarity:>10.3f}"
             )
         return "\n".join(lines)
+
+
+def notes_on(rows: Sequence[BlockRow]) -> tuple[str, ...]:
+    """Returns a sentence if all tokens equal their references, so that pushing moves none."""
+    counted = [row for row in rows if row.tokens]
+    if not counted or any(row.similarity < 1 - _EQUAL or not row.pushed for row in counted):
+        return ()
+    return (
+        "every token is identical to its reference, so pushing cannot separate them; give each "
+        "image a seed of its own",
+    )
 
 
 class CallMatches(NamedTuple):

@@ -203,6 +203,8 @@ class GenerationRun:
         window = f"t in [{c.t_end:g}, {c.t_start:g}]"
         if c.steps is not None:
             window = f"steps {c.steps[0]:g} to {c.steps[1]:g}"
+        elif c.first_steps is not None:
+            window = f"first {c.first_steps} steps"
         words = [s.model, f"preset {s.preset}" if s.preset else "no preset"]
         alphas = {r.alpha for r in s.references if r.alpha is not None}
         words += [f"alpha {', '.join(f'{a:g}' for a in alphas) or f'{c.alpha:g}'}"]

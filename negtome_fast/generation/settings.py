@@ -189,8 +189,9 @@ class Settings:
         same = all(changes.get(n, getattr(settings, n)) == getattr(settings, n) for n in _FAMILY)
         guidance = {**(config.to_dict() if same else settings.guidance)}
         chosen = changes.pop("guidance", {})
-        if {"t_start", "t_end"} & chosen.keys():
+        if chosen.keys() & _WINDOWS:
             guidance["steps"] = None
+            guidance.pop("first_steps", None)
         return replace(
             settings,
             **{
@@ -260,9 +261,13 @@ class Settings:
             chosen.update(application.guidance)
             if self.model == EMBEDDED:
                 chosen.update(application.embedded)
-        if {"t_start", "t_end"} & self.guidance.keys():
+        if self.guidance.keys() & _WINDOWS:
             chosen["steps"] = None
         return {**chosen, **self.guidance}
+
+
+_WINDOWS = {"t_start", "t_end", "steps", "first_steps"}
+"""Fields of `NegToMeConfig` that set the window. One that is given replaces the others."""
 
 
 def take_guidance(values: dict[str, Any]) -> dict[str, Any]:
@@ -271,11 +276,15 @@ def take_guidance(values: dict[str, Any]) -> dict[str, Any]:
     `steps_window` is the configuration's `steps`, since `steps` are those of the scheduler.
 
     Raises:
-        ValueError: a window both in steps and in timesteps.
+        ValueError: a window in two of timesteps, fractions of the steps and their number.
     """
     window = values.pop("steps_window", None)
-    if window is not None and values.keys() & {"t_start", "t_end"}:
+    by_timestep, by_number = values.keys() & {"t_start", "t_end"}, "first_steps" in values
+    if window is not None and by_timestep:
         raise ValueError("`steps_window` and `t_start` or `t_end` are two ways to say one thing")
+    if by_number and (by_timestep or window is not None):
+        other = "`steps_window`" if window is not None else "`t_start` or `t_end`"
+        raise ValueError(f"`first_steps` and {other} are two ways to say one thing")
     names = [f.name for f in fields(NegToMeConfig) if f.name not in ("steps", "seed")]
     guidance = {name: values.pop(name) for name in names if name in values}
     if window is not None:

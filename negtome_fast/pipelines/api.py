@@ -58,6 +58,8 @@ class NegToMeHandle:
 
     def summary(self) -> GuidanceSummary:
         """Returns the counts of all calls since the guidance was applied or reset; `print` it."""
+        for hooks in self._hooks:
+            hooks.end_run()
         return self.guidance.summary()
 
     def update(self, config: NegToMeConfig | None = None, **overrides: Any) -> None:
@@ -98,6 +100,7 @@ class NegToMeHandle:
     def remove(self) -> None:
         """Removes the guidance; the summary stays. A second call does nothing."""
         for hooks in self._hooks:
+            hooks.end_run()
             hooks.remove()
 
 
@@ -209,6 +212,7 @@ def remove_negtome(pipe: Any) -> None:
     # This also covers a pipeline that was guided with another model than it holds now.
     for hooks in [*hooks_by_pipeline(pipe), *held]:
         if hooks is not None:
+            hooks.end_run()
             hooks.remove()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import NegToMeConfig
 from ..guidance_step import read_timestep
 from .layouts import UNKNOWN, Layout
 from .schedule import PipelineSchedule
@@ -83,12 +84,12 @@ class ForwardInputs:
         return latents
 
     def time(
-        self, arguments: Mapping[str, Any], steps: tuple[float, float] | None
+        self, arguments: Mapping[str, Any], config: NegToMeConfig
     ) -> tuple[float, int | None, int | None, float]:
         """Reads the time of a forward.
 
         Args:
-            steps: the configuration's window in steps; None if it is in timesteps.
+            config: the settings, of which the kind of window counts.
 
         Returns:
             The scheduler's timestep, the index of the step and the number of steps of the run (None
@@ -97,9 +98,19 @@ class ForwardInputs:
         Raises:
             ValueError: the window cannot be compared with this time.
         """
-        timestep, rounding = self._timestep(arguments, steps is not None)
-        schedule, counted = self._schedule, steps is not None
-        located = schedule.locate(timestep, rounding, counted) if schedule else None
+        timestep, rounding = self._timestep(arguments)
+        schedule, counted = self._schedule, config.counts_steps
+        located = (
+            schedule.locate(timestep, rounding, config.steps is not None) if schedule else None
+        )
+        if schedule is not None and not counted:
+            asked = located is not None or self._layout.scheduler_timestep is None
+            if asked and not schedule.counts_from_1000():
+                raise ValueError(
+                    f"{self._model_name}: its scheduler, {schedule.scheduler_name}, does not count "
+                    "timesteps from 1000 to 0, so t_start and t_end mean nothing; use a share of "
+                    "the steps, as in steps=(0.0, 0.25), or their number, as in first_steps=3"
+                )
         if located is not None:
             return (*located, 0.0)
         if not counted:
@@ -108,22 +119,16 @@ class ForwardInputs:
         if step is None:
             raise ValueError(
                 f"{self._model_name}: timestep {timestep:g} is none of the pipeline's scheduler, "
-                f"so it is not known whether it lies in steps={steps}; use t_start and t_end"
+                f"so it is not known whether it lies in {config.window}; use t_start and t_end"
             )
         return timestep, *step, rounding
 
-    def _timestep(self, arguments: Mapping[str, Any], counted: bool) -> tuple[float, float]:
+    def _timestep(self, arguments: Mapping[str, Any]) -> tuple[float, float]:
         """Returns the scheduler's timestep and its rounding error."""
         rounding = 0.0
         timestep: float | None = None
         if self._layout.scheduler_timestep is None:
             timestep = self._schedule.current() if self._schedule else None
-            if self._schedule and not counted and not self._schedule.counts_from_1000():
-                raise ValueError(
-                    f"{self._model_name}: its scheduler does not count timesteps from 1000 to 0, "
-                    "so t_start and t_end mean nothing; use a share of the steps, as in "
-                    "steps=(0.0, 0.25)"
-                )
         else:
             given = arguments.get(self._layout.timestep)
             if given is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from .compiled import (
     is_compiled,
     outside_of_graphs,
 )
+from .equal_items import Pair, equal_pairs, notes_on
 from .forward_inputs import ForwardInputs
 from .layouts import ImageTokens, Layout
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, token_shards
@@ -62,6 +64,7 @@ class ModelHooks(Unsaved):
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
     _skipping = PerThread[str | None](None)  # what may skip blocks in this run
+    _equal = PerThread[frozenset[Pair] | None](None)  # items that were equal in all guided forwards
     _cache_guard = PerThread[CacheGuard | None](None)  # until the first timestep after the window
 
     def __init__(
@@ -132,9 +135,9 @@ class ModelHooks(Unsaved):
 
     def choose_blocks(self, config: NegToMeConfig) -> dict[nn.Module, str]:
         """Returns the blocks that these settings guide; raises as `apply_negtome`."""
-        if config.steps is not None and self._schedule is None:
+        if config.counts_steps and self._schedule is None:
             raise ValueError(
-                f"steps={config.steps} needs the number of steps of a run, which a bare "
+                f"{config.window} needs the steps of a run, which a bare "
                 f"{self.model_name} does not know; pass the pipeline, or use t_start and t_end"
             )
         return guided_blocks(self._model, self.layout, config)
@@ -176,8 +179,8 @@ class ModelHooks(Unsaved):
         arguments = self._inputs.by_name(model, args, kwargs)
         latents = self._inputs.latents(arguments)
         config = self.guidance.config
-        timestep, step, num_steps, rounding = self._inputs.time(arguments, config.steps)
-        self._notice_run(timestep, tuple(latents.shape))
+        timestep, step, num_steps, rounding = self._inputs.time(arguments, config)
+        self._notice_run(timestep, rounding, tuple(latents.shape))
         if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
@@ -186,6 +189,7 @@ class ModelHooks(Unsaved):
             self._skipping = skipping(model, attention_modules(model, self.layout))
             self._groups = config.groups or self._inputs.count_groups(model, latents)
             self._captions = _NEVER
+            self._equal = None
         active = self.guidance.begin_step(
             timestep,
             step=step,
@@ -199,7 +203,9 @@ class ModelHooks(Unsaved):
             return
         _refuse_recomputation(model)
         self._open_forward(model, arguments, latents)
-        if self._references is not None:
+        if self._references is None:
+            self._notice_equal(latents, arguments)
+        else:
             call = self._inputs.bind(model, args, kwargs)
             try:
                 self._record(self._references, model, call, latents, (timestep, rounding))
@@ -207,17 +213,34 @@ class ModelHooks(Unsaved):
                 self._close_forward(completed=False)
                 raise
 
-    def _notice_run(self, timestep: float, shape: tuple[int, ...]) -> None:
+    def _notice_run(self, timestep: float, rounding: float, shape: tuple[int, ...]) -> None:
         schedule = self._schedule
         run = schedule.run if schedule else None
         if self._runs.begins_run(
             timestep, run, lambda: schedule is not None and schedule.call.running
         ):
-            self.guidance.begin_run()
+            self.guidance.begin_run(goes_on=self._runs.goes_on)
+            if schedule is not None and not self._runs.goes_on:
+                self._plan_run(schedule, timestep, rounding)
             if self._references is not None:
                 self._references.begin_run()
         if (self._runs.number, shape) != (self._run, self._shape):
             self._run, self._shape, self._groups = self._runs.number, shape, None
+
+    def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
+        """Tells the guidance what is known of the steps of the run that begins."""
+        guidance, steps, ends_early = self.guidance, [], False
+        running = schedule.call.running
+        if running:  # another pipeline that shares the model may have another schedule
+            steps, ends_early = schedule.plan(timestep, rounding)
+        change = running and schedule.call.has_callback()
+        plan = guidance.watch.plan(steps, ends_early=ends_early, settings_may_change=change)
+        guidance.say(plan)
+
+    def end_run(self) -> None:
+        """Says it if the pipeline's last run never reached the window."""
+        if self._schedule is not None and not self._schedule.call.running:
+            self.guidance.end_run(certain=False)
 
     def _guard_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
         """Counts the blocks of this forward, if there is a cache that may skip some."""
@@ -245,6 +268,24 @@ class ModelHooks(Unsaved):
         shards = token_shards(model, self.layout, self._run_tokens)
         self._attention.open(self._run_tokens, latents.shape[0], shards)
         current.forward = self._attention
+
+    def _notice_equal(
+        self, latents: torch.Tensor, arguments: Mapping[str, Any], references: Sequence[Any] = ()
+    ) -> None:
+        """Notes the items that have been equal in all guided forwards of the run.
+
+        They are read once a run, and again only while some are equal: noise may separate them.
+        """
+        before, guidance = self._equal, self.guidance
+        if before is not None and not before:
+            return
+        now = equal_pairs(latents, arguments, guidance.groups, references)
+        self._equal = now if before is None else now & before
+        if self._equal != before:
+            for note in notes_on(before or frozenset()):
+                guidance.note(note, -1)
+            for note in notes_on(self._equal):
+                guidance.note(note)
 
     def _record(
         self,
@@ -282,6 +323,7 @@ class ModelHooks(Unsaved):
             schedule.scheduler_at(*time) if schedule else None,
             schedule.call.generator() if schedule else None,
         )
+        self._notice_equal(latents, call.arguments, given)
         group_size = batch // groups
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), group_size):

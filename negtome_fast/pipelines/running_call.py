@@ -45,6 +45,15 @@ class RunningCall:
             frame = frame.f_back
         return None
 
+    def has_callback(self) -> bool:
+        """Returns True if the caller's code is called between the steps."""
+        call = self._call()
+        given = {} if call is None else call.f_locals
+        return any(
+            value is not None and name in ("callback", "callback_on_step_end")
+            for name, value in given.items()
+        )
+
     def generator(self) -> torch.Generator | None:
         """Returns the generator that the pipeline was called with, the first if there are many."""
         call = self._call()

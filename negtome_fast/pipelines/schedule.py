@@ -16,6 +16,7 @@ import torch
 from ..config import NOISE
 from ..guidance_step import read_timestep
 from ..thread_state import PerThread, ThreadState
+from ..window_watch import PlannedStep
 from .running_call import RunningCall
 
 
@@ -35,6 +36,8 @@ class PipelineSchedule:
         self._timesteps: list[float] = []
         self._nearest: dict[float, int] = {}  # timestep asked for -> index of the nearest
         self._first = 0  # index of the earliest timestep that this run has asked for
+        self._order = 1  # number of timesteps of one step
+        self._from_1000 = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule | None:
         """Returns the schedule of the copied pipeline, or None if the model was copied alone."""
@@ -48,6 +51,14 @@ class PipelineSchedule:
 
     def belongs_to(self, pipe: Any) -> bool:
         return self._pipe() is pipe
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self._pipe(), "scheduler", None)
+
+    @property
+    def scheduler_name(self) -> str:
+        return type(self._scheduler).__name__
 
     @property
     def run(self) -> Any:
@@ -71,12 +82,8 @@ class PipelineSchedule:
 
     def counts_from_1000(self) -> bool:
         """Returns False if timesteps have another scale: EDM's are logarithms of the noise."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
-        config = getattr(scheduler, "config", None)
-        logarithmic = getattr(config, "timestep_type", None) == "continuous"
-        if logarithmic or getattr(config, "sigma_data", None) is not None:
-            return False
-        return max(self._read_timesteps(), default=NOISE) <= NOISE + 1
+        self._read_timesteps()
+        return self._from_1000
 
     def locate(
         self, timestep: float, rounding: float, counted: bool = True
@@ -91,8 +98,32 @@ class PipelineSchedule:
 
         Returns:
             The exact timestep, the index of its step and the number of steps of the run; None if
-            the scheduler has no timestep within `rounding`.
+            the scheduler has no timestep within `rounding`. The timesteps of one step of a
+            second-order scheduler share its index.
         """
+        index = self._index(timestep, rounding)
+        if index is None:
+            return None
+        begin, end = self._bounds(index, counted)
+        order, timesteps = self._order, self._timesteps
+        return timesteps[index], max(index - begin, 0) // order, -((begin - end) // order)
+
+    def plan(self, timestep: float, rounding: float) -> tuple[list[PlannedStep], bool]:
+        """Returns all steps of the run that begins with a timestep; none if it is not known.
+
+        Also returns True if the scheduler has further steps.
+        """
+        index = self._index(timestep, rounding)
+        if index is None:
+            return [], False
+        begin, end = self._bounds(index, counted=True)
+        order, timesteps = self._order, self._timesteps
+        number = -((begin - end) // order)
+        steps = [(timesteps[i], max(i - begin, 0) // order, number) for i in range(index, end)]
+        return steps, end < len(timesteps)
+
+    def _index(self, timestep: float, rounding: float) -> int | None:
+        """Returns the place of a timestep in the schedule; None if it has none within rounding."""
         timesteps = self._read_timesteps()
         if not timesteps:
             return None
@@ -103,14 +134,20 @@ class PipelineSchedule:
             self._nearest[timestep] = index
         if abs(timesteps[index] - timestep) > close:
             return None
+        # Second-order and rounded schedules have timesteps twice; the scheduler counts.
+        counted = getattr(self._scheduler, "step_index", None)
+        known = isinstance(counted, int) and 0 <= counted < len(timesteps)
+        return counted if known and timesteps[counted] == timesteps[index] else index
+
+    def _bounds(self, index: int, counted: bool) -> tuple[int, int]:
+        """Returns the places of the run's first timestep and of the one after its last."""
         # Image-to-image starts later in the schedule; a base model with a refiner ends earlier.
-        begin = getattr(getattr(self._pipe(), "scheduler", None), "begin_index", None)
+        begin, places = getattr(self._scheduler, "begin_index", None), len(self._timesteps)
         if not isinstance(begin, int):
             self._first = begin = min(self._first, index)
         known = counted and self.call.running
         steps = getattr(self._pipe(), "_num_timesteps", None) if known else None
-        remaining = len(timesteps) - begin
-        return timesteps[index], max(index - begin, 0), min(steps or remaining, remaining)
+        return begin, begin + min(steps or places, places - begin)
 
     def step(self) -> tuple[int, int] | None:
         """Returns index and number of the steps by the scheduler's own count; None if it has none.
@@ -153,12 +190,33 @@ class PipelineSchedule:
             return []
         if source is not self._source:
             timesteps = source.tolist()
-            scheduler = getattr(self._pipe(), "scheduler", None)
-            if getattr(getattr(scheduler, "config", None), "invert_sigmas", False):  # Mochi
+            if getattr(getattr(self._scheduler, "config", None), "invert_sigmas", False):  # Mochi
                 timesteps = [NOISE - timestep for timestep in timesteps]
+            self._order = _timesteps_of_a_step(self._scheduler, len(timesteps))
+            self._from_1000 = _counts_from_1000(self._scheduler, timesteps)
             self._timesteps, self._first, self._nearest = timesteps, len(timesteps), {}
             self._source = source  # last, because another thread may read it meanwhile
         return self._timesteps
+
+
+def _counts_from_1000(scheduler: Any, timesteps: list[float]) -> bool:
+    """Returns False if a schedule is known to have another scale than 1000 (noise) to 0."""
+    config = getattr(scheduler, "config", None)
+    continuous = getattr(config, "timestep_type", None) == "continuous"
+    # Euler then lists logarithms of the noise, for models that predict velocities.
+    logarithmic = continuous and getattr(config, "prediction_type", None) == "v_prediction"
+    if logarithmic or getattr(config, "sigma_data", None) is not None:
+        return False
+    highest, lowest = max(timesteps, default=NOISE), min(timesteps, default=0.0)
+    # Shares of the noise from 1 to 0 (Wuerstchen, IPNDM), angles, and scales of another training.
+    return highest <= NOISE + 1 and lowest >= -1 and (highest > 1.6 or len(timesteps) < 2)
+
+
+def _timesteps_of_a_step(scheduler: Any, timesteps: int) -> int:
+    """Returns 2 for a schedule of so many timesteps that lists the midpoints of steps, else 1."""
+    number = getattr(scheduler, "num_inference_steps", None)
+    both = isinstance(number, int) and number > 1 and timesteps >= 2 * number - 1
+    return 2 if both and getattr(scheduler, "order", 1) == 2 else 1
 
 
 class RunTracker:
@@ -166,9 +224,12 @@ class RunTracker:
 
     Attributes:
         number: number of runs that this thread has begun.
+        goes_on: the last of them has the schedule of the one before: its timesteps rise, as when
+            an image is inverted.
     """
 
     number = PerThread(0)
+    goes_on = PerThread(False)
     _schedule = PerThread[Any](None)
     _last_timestep = PerThread(-1.0)
 
@@ -189,6 +250,9 @@ class RunTracker:
         if schedule is not None:
             again = schedule is not self._schedule and own()
         new = earlier or again
+        if new:
+            known = schedule is not None and schedule is self._schedule
+            self.goes_on = known and own()
         self._schedule, self._last_timestep = schedule, timestep
         self.number += new
         return new

@@ -155,7 +155,7 @@ def test_a_summary_prints_a_table_and_turns_into_plain_values() -> None:
     assert summary.to_dict()["total"]["tokens"] == summary.total.tokens == 96
     guidance.reset()
     assert guidance.summary().rows == ()
-    assert "no token was compared" in str(guidance.summary())
+    assert "the model was not called" in str(guidance.summary())
 
 
 def test_dropout_spares_tokens_and_repeats_in_every_run() -> None:

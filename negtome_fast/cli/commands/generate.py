@@ -115,6 +115,7 @@ def _add_guidance(group: Any) -> None:
         metavar=("START", "END"),
         help="the window in fractions of the steps instead",
     )
+    add("--first-steps", type=int, help="the window as a number of steps instead")
     add("--matching", choices=("paper", "official"))
     add("--combine", choices=("nearest", "sum"), help="how several references are combined")
     add("--placement", choices=("output", "pre_projection"))
