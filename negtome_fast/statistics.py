@@ -58,13 +58,31 @@ class GuidanceSummary:
         rows: one entry for each guided block, in the order in which they ran.
         forwards: number of forwards of the model.
         guided: number of them that lay inside the window.
-        groups: number of guidance groups in the last guided forward; None if there was none.
+        groups: number of guidance groups in the last guided forward, over all parts; None if there
+            was none.
+        parts: number of guidance parts in that forward: 2 where the halves of classifier-free
+            guidance are concatenated.
     """
 
     rows: tuple[BlockRow, ...]
     forwards: int
     guided: int
     groups: int | None
+    parts: int = 1
+
+    @property
+    def grouping(self) -> str:
+        """Guidance parts and groups of the last guided forward, in words; empty if there was none.
+
+        It is "1 guidance group in the batch", or "2 guidance parts, 2 groups in each".
+        """
+        if self.groups is None:
+            return ""
+        groups = self.groups // self.parts
+        several = "s" if groups > 1 else ""
+        if self.parts == 1:
+            return f"{groups} guidance group{several} in the batch"
+        return f"{self.parts} guidance parts, {groups} group{several} in each"
 
     @property
     def total(self) -> BlockRow:
@@ -86,11 +104,12 @@ class GuidanceSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns forwards, guided, groups, total and rows as plain values that JSON can hold."""
+        """Returns forwards, guided, groups, parts, total and rows as plain values for JSON."""
         return {
             "forwards": self.forwards,
             "guided": self.guided,
             "groups": self.groups,
+            "parts": self.parts,
             "total": asdict(self.total),
             "rows": [asdict(row) for row in self.rows],
         }
@@ -98,7 +117,7 @@ class GuidanceSummary:
     def __str__(self) -> str:
         head = f"NegToMe guided {self.guided} of {self.forwards} model forwards"
         if self.groups is not None:
-            head += f", {self.groups} guidance group{'s' if self.groups > 1 else ''} in the batch"
+            head += f", {self.grouping}"
         if not self.rows:
             return head + "; no token was compared with a reference"
         rows = (*self.rows, self.total) if len(self.rows) > 1 else self.rows
