@@ -404,9 +404,7 @@ class Guidance:
             self._count_matches(self._step)
         with _statistics_lock:
             rows = self._statistics.rows()
-        return GuidanceSummary(
-            rows, self._forwards, self._guided, self._groups, parts=self._parts
-        )
+        return GuidanceSummary(rows, self._forwards, self._guided, self._groups, parts=self._parts)
 
     def _keep_matches(
         self, step: GuidanceStep, matches: CallMatches, shards: ShardedTokens | None

@@ -208,7 +208,9 @@ def _by_embeddings(call: ModelCall, images: int) -> list[int] | None:
             rows = [items[image * len(items) // images] for image in range(images)]
         else:
             continue
-        numbers = [_same_rows(rows[start : start + images]) for start in range(0, len(rows), images)]
+        numbers = [
+            _same_rows(rows[start : start + images]) for start in range(0, len(rows), images)
+        ]
         found = _numbered(list(zip(*([found] if found else []), *numbers, strict=True)))
     return found
 
