@@ -81,9 +81,11 @@ class NegToMeConfig:
             Authors: (32, 32) for SDXL, none for FLUX.1.
         placement: `"output"`: the output of the attention module; `"pre_projection"`: the input of
             its output projection, as in the authors' FLUX.1 code.
-        groups: number of equal contiguous parts of a forward's batch that never see each other.
-            None finds the halves of classifier-free guidance. Two prompts of four images each under
-            concatenated classifier-free guidance are four groups.
+        groups: number of equal contiguous groups of images that never see each other. They are
+            counted within each guidance part: the parts of a batch, such as the halves of
+            concatenated classifier-free guidance, are always found and kept apart. None: one group
+            for each prompt of a pipeline's call, and one in all for a bare model. 1: the images of
+            all prompts are one group.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
 
     Raises:

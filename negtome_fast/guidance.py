@@ -68,7 +68,8 @@ class Guidance:
 
     Args:
         config: the settings; `NegToMeConfig()` if None. Its `placement` is not used: the caller
-            chooses where to call `apply`. Its `groups`, if set, overrides that of `begin_step`.
+            chooses where to call `apply`. Its `groups`, if set, overrides that of `begin_step`
+            within each part.
         references: one entry for each reference from outside of the batch. If there are any, the
             configuration's `reference` is not used.
 
@@ -112,6 +113,7 @@ class Guidance:
         self._groups: int | None = None
         self._notes: dict[str, int] = {}
         self.watch.first_timestep = None
+        self._parts = 1
 
     def begin_run(self, *, goes_on: bool = False) -> None:
         """Restarts the dropout's random numbers, so that equal runs give equal results.
@@ -132,7 +134,9 @@ class Guidance:
         *,
         step: int | None = None,
         num_steps: int | None = None,
+        parts: int = 1,
         groups: int = 1,
+        order: Tensor | None = None,
         grid: Grid | None = None,
         tolerance: float | None = None,
     ) -> bool:
@@ -144,8 +148,12 @@ class Guidance:
                 token). May be None if the configuration has `steps` or `first_steps`.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
                 the configuration has `steps`, and `step` if it has `first_steps`.
-            groups: equal contiguous parts of the batch that never see each other; 2 where
-                unconditional and conditional halves are concatenated.
+            parts: guidance parts of the batch, equal and contiguous; 2 where unconditional and
+                conditional halves are concatenated. They never see each other.
+            groups: equal contiguous groups of images in each part, which never see each other;
+                2 for two prompts. The configuration's `groups`, if set, overrides it.
+            order: int64 (B,), the items of the batch, group by group and part by part, if parts or
+                groups are not contiguous.
             grid: (height, width) of the image tokens, needed if the configuration has `min_grid`;
                 `apply` may name another for its block.
             tolerance: rounding error of `timestep`, in timesteps; if None, that of a tensor's
@@ -155,18 +163,18 @@ class Guidance:
             timestep, rounding = read_timestep(timestep)
             tolerance = rounding if tolerance is None else tolerance
         active = self.config.includes_step(timestep, step, num_steps, tolerance or 0.0)
-        groups = self.config.groups or groups
+        groups = parts * (self.config.groups or groups)
         if self._step is not None:  # nobody closed it
             self._count_matches(self._step)
         # Read here and not in every block, because reading the environment is slow.
         torch_on_cpu = self.config.backend == "auto" and not os.environ.get(BACKEND_VARIABLE)
-        self._step = GuidanceStep(active, groups, grid, torch_on_cpu)
+        self._step = GuidanceStep(active, groups, grid, torch_on_cpu, parts, order)
         with _statistics_lock:
             self._forwards += 1
             if active:
                 self._guided += 1
                 self._measured += not any(self._settings.alphas)
-                self._groups = groups
+                self._groups, self._parts = groups, parts
         watch = self.watch
         self.say(watch.notice(self.config, timestep, step, num_steps, tolerance or 0.0, active))
         return active
@@ -211,7 +219,7 @@ class Guidance:
 
     @property
     def groups(self) -> int:
-        """Number of guidance groups of the open step."""
+        """Number of guidance groups of the open step, over all parts."""
         return self._step.groups if self._step is not None else 1
 
     @contextmanager
@@ -219,8 +227,9 @@ class Guidance:
         """Records the references: inside, `apply` keeps the tokens and returns them unchanged.
 
         Enter it after `begin_step` and before the forward that is guided. The batch of the forward
-        inside is groups * count items: the references in the conditioning of the first group, then
-        in that of the second, and so on. `end_step` drops the tokens.
+        inside is groups * count items, groups counted over all parts: the references in the
+        conditioning of the first group, then in that of the second, and so on. `end_step` drops the
+        tokens.
 
         Args:
             first, count: which references this forward holds; if count is None, all from `first`
@@ -251,6 +260,7 @@ class Guidance:
         grid: Grid | None = None,
         inplace: bool = False,
         shards: ShardedTokens | None = None,
+        branches: int = 1,
     ) -> Tensor:
         """Returns the guided tokens, or the argument itself if nothing is to be done.
 
@@ -261,6 +271,8 @@ class Guidance:
             inplace: write into `image_tokens`, which no other code may then hold.
             shards: how the tokens are distributed, if this rank holds only `image_tokens` of them.
                 All ranks must make the same calls; the summary of each counts all tokens.
+            branches: how often the batch holds all items of the step, one copy after the other, as
+                in negative attention guidance. The branches never see each other.
 
         Raises:
             RuntimeError: no step is open; the references were not recorded in it; or a program is
@@ -280,6 +292,7 @@ class Guidance:
             return image_tokens
         grid = grid or step.grid
         included = self._includes_block(block) and self.config.includes_grid(grid)
+        step.branches = branches
         if step.recording is not None:
             if included:
                 step.keep_reference(image_tokens, block, len(self.references))
@@ -289,7 +302,11 @@ class Guidance:
             return image_tokens
         step.guided_blocks += 1
         guide = self._apply_references if self.references else self._apply_batch
-        return guide(step, image_tokens, block, grid, inplace, shards)
+        if step.order is None:
+            return guide(step, image_tokens, block, grid, inplace, shards)
+        grouped = step.in_groups(image_tokens)
+        guided = guide(step, grouped, block, grid, False, shards)
+        return image_tokens if guided is grouped else step.in_batch(guided)
 
     def _apply_batch(
         self,
@@ -302,11 +319,18 @@ class Guidance:
     ) -> Tensor:
         """Guides items by others of their group."""
         config = self.config
-        if config.reference == "first" and image_tokens.shape[0] == step.groups:
+        several = step.groups > step.parts
+        if (several or config.reference == "first") and step.only_references(len(image_tokens)):
+            advice = (
+                "generate at least two images for each prompt, or use groups=1, which guides the "
+                "images of all prompts as one group"
+                if several
+                else "generate at least two images at once, or push away from an image from "
+                'outside of the batch, such as reference=Reference("image.png")'
+            )
             self._warn(
-                f"a batch of {step.groups} in {step.groups} group(s) has only reference items, so "
-                "nothing is pushed; generate at least two images at once, or push away from an "
-                'image from outside of the batch, such as reference=Reference("image.png")',
+                f"a batch of {len(image_tokens)} in {step.block_groups} group(s) has only "
+                f"reference items, so nothing is pushed; {advice}",
                 stacklevel=4,
             )
             return image_tokens
@@ -320,7 +344,7 @@ class Guidance:
             threshold=threshold,
             reference_mask=self._mask_on(grid, image_tokens.device),
             matching=config.matching,
-            groups=step.groups,
+            groups=step.block_groups,
             combine=config.combine,
             dropout=config.dropout,
             generator=self._generator_on(image_tokens.device),
@@ -341,17 +365,18 @@ class Guidance:
         inplace: bool,
         shards: ShardedTokens | None,
     ) -> Tensor:
-        """Guides each group (B / groups, N, D) by the references' tokens (R, M, D).
+        """Guides each group (B / block_groups, N, D) by the references' tokens (R, M, D).
 
         The references of a group were recorded in its conditioning.
         """
         references = step.take_reference(block, len(self.references))
         if shards is not None:
             references = shards.gather(references.flatten(0, 1)).unflatten(0, references.shape[:2])
-        if image_tokens.shape[0] % step.groups:
+        groups = step.block_groups
+        if image_tokens.shape[0] % groups:
             raise ValueError(
-                f"the batch of {image_tokens.shape[0]} items does not divide into {step.groups} "
-                "equal groups"
+                f"the batch of {image_tokens.shape[0]} items does not divide into {groups} equal "
+                "groups"
             )
         config = self.config
         alpha, threshold = self._settings.scalars_on(image_tokens.device)
@@ -367,7 +392,7 @@ class Guidance:
         guide = guide_tokens if shards is None else shards.guide_tokens
         several_thresholds = config.combine == "nearest" and threshold.ndim > 0
         parts, matches_of_all = [], []
-        for part, reference in zip(image_tokens.chunk(step.groups), references, strict=True):
+        for part, reference in zip(image_tokens.chunk(groups), references, strict=True):
             if several_thresholds and config.dropout > 0:
                 # A spared token does not tell which reference, and so which threshold, it met.
                 matches_of_all.append(guide(part, reference, **settings)[2])
@@ -409,6 +434,7 @@ class Guidance:
                 self.watch.first_timestep,
                 self.config.window,
                 notes,
+                self._parts,
             )
 
     def end_run(self, *, certain: bool = True) -> None:

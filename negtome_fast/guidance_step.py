@@ -36,14 +36,17 @@ class GuidanceStep:
 
     Attributes:
         active: the forward lies in the window.
-        groups: guidance groups of its batch.
+        groups: guidance groups of its batch, over all parts.
         grid: (height, width) of its image tokens, where known.
         torch_on_cpu: CPU tokens go to the torch backend without asking the environment.
+        parts: guidance parts of its batch; they divide `groups`.
+        order: int64 (B,), the items of the batch, group by group; None if groups are contiguous.
+        branches: how often the batch of the block that is guided holds all items of the forward.
         guided_blocks, skipped_blocks: number of calls of `apply` so far.
         recording: numbers of the references whose forward is running; None outside of `record`.
         recorded: number of references whose forward is done.
         calls: by block, number of its calls in the references' forward that is running.
-        reference_tokens: by block and call, the references' tokens (groups, R, M, D).
+        reference_tokens: by block and call, the references' tokens (groups * branches, R, M, D).
         matches: what the calls found, not yet counted; `kept_tokens` is their size.
         shares: this rank's counts in blocks whose tokens are distributed as `shards` describes.
     """
@@ -52,6 +55,9 @@ class GuidanceStep:
     groups: int
     grid: Grid | None
     torch_on_cpu: bool
+    parts: int = 1
+    order: Tensor | None = None
+    branches: int = 1
     guided_blocks: int = 0
     skipped_blocks: int = 0
     recording: slice | None = None
@@ -63,14 +69,40 @@ class GuidanceStep:
     shares: list[RankCounts] = field(default_factory=list)
     shards: ShardedTokens | None = None
 
+    @property
+    def block_groups(self) -> int:
+        """Number of groups in the batch of the block that is guided."""
+        return self.groups * self.branches
+
+    def only_references(self, items: int) -> bool:
+        """Returns True if each group has one item."""
+        return items == self.block_groups
+
+    def in_groups(self, image_tokens: Tensor) -> Tensor:
+        """Returns the tokens (B, N, D) of the items group by group."""
+        assert self.order is not None
+        return image_tokens.index_select(0, self._block_order(self.order, image_tokens.device))
+
+    def in_batch(self, image_tokens: Tensor) -> Tensor:
+        """Inverts `in_groups`."""
+        assert self.order is not None
+        order = self._block_order(self.order, image_tokens.device)
+        return torch.empty_like(image_tokens).index_copy(0, order, image_tokens)
+
+    def _block_order(self, order: Tensor, device: torch.device) -> Tensor:
+        order = order.to(device)
+        if self.branches == 1:
+            return order
+        return torch.cat([order + branch * len(order) for branch in range(self.branches)])
+
     def keep_reference(self, image_tokens: Tensor, block: str, references: int) -> None:
         """Keeps the tokens of one call of a block in the references' forward.
 
         Args:
-            image_tokens: (groups * count, M, D), where `recording` spans count references.
+            image_tokens: (block_groups * count, M, D), where `recording` spans count references.
             references: number of all references.
         """
-        recording, groups = self.recording, self.groups
+        recording, groups = self.recording, self.block_groups
         assert recording is not None
         count = recording.stop - recording.start
         if image_tokens.shape[0] != groups * count:
@@ -86,7 +118,7 @@ class GuidanceStep:
         kept[call][:, recording] = image_tokens.detach().unflatten(0, (groups, count))
 
     def take_reference(self, block: str, references: int) -> Tensor:
-        """Returns the tokens (groups, R, M, D) that the same call kept in the references' forward.
+        """Returns the tokens (block_groups, R, M, D) that the same call kept in the references' forward.
 
         Raises:
             RuntimeError: there are none.

@@ -63,13 +63,16 @@ class GuidanceSummary:
         rows: one entry for each guided block, in the order in which they ran.
         forwards: number of forwards of the model.
         guided: number of them that lay inside the window.
-        groups: number of guidance groups in the last guided forward; None if there was none.
+        groups: number of guidance groups in the last guided forward, over all parts; None if there
+            was none.
         measured: number of the forwards inside the window in which every alpha was 0.
         first_timestep: timestep of the first forward of the last run, 1000 (noise) to 0; None if
             there was no run or no timestep.
         window: the window in use, in words, such as `"first_steps=3"`; empty if not known.
         notes: what a user should know about these runs, each a sentence: the warnings, and images
             that pushing cannot separate.
+        parts: number of guidance parts in that forward: 2 where the halves of classifier-free
+            guidance are concatenated.
     """
 
     rows: tuple[BlockRow, ...]
@@ -80,6 +83,21 @@ class GuidanceSummary:
     first_timestep: float | None = None
     window: str = ""
     notes: tuple[str, ...] = ()
+    parts: int = 1
+
+    @property
+    def grouping(self) -> str:
+        """Guidance parts and groups of the last guided forward, in words; empty if there was none.
+
+        It is "1 guidance group in the batch", or "2 guidance parts, 2 groups in each".
+        """
+        if self.groups is None:
+            return ""
+        groups = self.groups // self.parts
+        several = "s" if groups > 1 else ""
+        if self.parts == 1:
+            return f"{groups} guidance group{several} in the batch"
+        return f"{self.parts} guidance parts, {groups} group{several} in each"
 
     @property
     def verdict(self) -> Verdict:
@@ -99,9 +117,7 @@ class GuidanceSummary:
         verdict, total = self.verdict, self.total
         share = f"{self.guided} of {self.forwards} model forwards"
         if verdict == "guided":
-            several = "s" if self.groups != 1 else ""
-            groups = f", {self.groups} guidance group{several} in the batch" if self.groups else ""
-            return f"NegToMe guided {share}{groups}"
+            return f"NegToMe guided {share}{self.grouping and ', '}{self.grouping}"
         if verdict == "measured only":
             return f"NegToMe measured only, because alpha is 0: {share} lay in the window"
         if not self.forwards:
@@ -153,6 +169,7 @@ class GuidanceSummary:
             "guided": self.guided,
             "measured": self.measured,
             "groups": self.groups,
+            "parts": self.parts,
             "total": asdict(self.total),
             "rows": [asdict(row) for row in self.rows],
         }

@@ -128,6 +128,7 @@ class FluxNegToMePipeline(_Guided, FluxPipeline):
                 t_end=900,
                 blocks=blocks,
                 placement="pre_projection",
+                groups=1,
                 time_dtype=dtype,
             )
         size = [
@@ -215,7 +216,7 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
                 t_end=800,
                 blocks=[glob.escape(name.removesuffix(".processor")) + "*" for name in blocks],
                 min_grid=(smallest, smallest) if smallest > 1 else None,
-                groups=2 if arguments.matching == "official" else None,
+                groups=1 if arguments.matching == "paper" or self._concatenates(kwargs) else 2,
             )
         size = [
             kwargs.get(name) or self.default_sample_size * self.vae_scale_factor
@@ -234,6 +235,11 @@ class StableDiffusionXLNegToMePipeline(_Guided, StableDiffusionXLPipeline):
             lambda: self._picture_encoder(arguments, size, kwargs["generator"]),
             mask,
         )
+
+    def _concatenates(self, arguments: Mapping[str, Any]) -> bool:
+        """Returns True if a call with these arguments has two guidance parts in its batch."""
+        scale = arguments.get("guidance_scale", 5.0)
+        return bool(scale > 1 and self.unet.config.time_cond_proj_dim is None)
 
     @torch.no_grad()
     def _picture_encoder(

@@ -157,14 +157,38 @@ class AttentionGuide(Unsaved):
                 f"tokens are the image; {advice}"
             )
         grid = image.grid if image else None
+        branches = 1
+        if tokens.shape[0] != self.items:
+            branches = self._branches(tokens, block, found[0])
 
         def guide(image_tokens: torch.Tensor, writable: bool) -> torch.Tensor:
             return self._guidance.apply(
-                image_tokens, block=block, grid=grid, inplace=writable, shards=shards
+                image_tokens,
+                block=block,
+                grid=grid,
+                inplace=writable,
+                shards=shards,
+                branches=branches,
             )
 
         copy_all = not (is_differentiable(tokens) or self._guidance.recording)
         return guide_image_part(tokens, guide, *found, inplace, copy_all)
+
+    def _branches(self, tokens: torch.Tensor, block: str, starts: tuple[int, ...]) -> int:
+        """Returns how often the batch of an attention output holds the items of the forward.
+
+        Negative attention guidance computes a positive and a negative branch inside of the blocks.
+        """
+        branches, rest = divmod(tokens.shape[0], self.items)
+        if branches and not rest and len(starts) == 1:
+            return branches
+        captions = ", and its captions have several lengths" if len(starts) > 1 else ""
+        raise ValueError(
+            f"{type(self._model).__name__}: the attention output of {block} has {tokens.shape[0]} items, but "
+            f"the latents have {self.items}{captions}, so it is not known which items belong "
+            "together; another library adds or drops items inside of the model: switch it off, or "
+            f'leave the block out by exclude_blocks=["{block}"]'
+        )
 
     def _shards_of(self, module: nn.Module) -> TokenShards | None:
         """Returns how the tokens guided at a block are distributed; None if they are not."""

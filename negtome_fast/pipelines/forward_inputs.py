@@ -1,9 +1,9 @@
-"""Inputs of a denoiser's forward: its latents, its timestep, the guidance groups of its batch."""
+"""Inputs of a denoiser's forward: its latents, its timestep, the groups of its batch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ..config import NegToMeConfig
 from ..guidance_step import read_timestep
+from .batch_groups import BatchGroups, divide_batch
 from .layouts import UNKNOWN, Layout
+from .running_call import ModelCall
 from .schedule import PipelineSchedule
-
-MAX_GROUPS = 3
-"""Perturbed-attention guidance and InstructPix2Pix concatenate three parts, the others two."""
 
 
 class ForwardInputs:
@@ -141,25 +140,47 @@ class ForwardInputs:
             )
         return timestep, rounding
 
-    def count_groups(self, model: nn.Module, latents: Tensor) -> int:
-        """Returns the number of guidance groups in the batch.
+    def divide_batch(
+        self,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        latents: Tensor,
+        groups: int | None,
+        references: bool,
+    ) -> BatchGroups:
+        """Finds the guidance parts and the groups of the batch.
 
-        Concatenated guidance repeats the latents; different images of a batch have different noise.
+        Args:
+            arguments: the arguments of the forward, by name.
+            latents: latents of the batch, items first.
+            groups: the configuration's number of groups in each part; None finds it.
+            references: items are guided by references from outside of the batch.
+
+        Raises:
+            ValueError: the batch and the pipeline's call disagree, or the groups do not divide it.
         """
-        if self._layout.guidance == "sequential":
-            return 1
-        if self._schedule is not None and self._schedule.call.guides_classifier_free() is False:
-            return 1
-        # InstructPix2Pix and inpainting append channels that differ between the parts.
+        call = ModelCall(model, self._schedule.pipe if self._schedule else None)
+        compared = [latents, *self._generated(model, arguments, latents, call)]
+        sequential = self._layout.guidance == "sequential"
+        return divide_batch(compared, call, groups, sequential, references)
+
+    def _generated(
+        self, model: nn.Module, arguments: Mapping[str, Any], latents: Tensor, call: ModelCall
+    ) -> Iterator[Tensor]:
+        """Yields the latents without the conditions, which may differ between guidance parts.
+
+        InstructPix2Pix and inpainting append channels, edit pipelines tokens or columns.
+        """
         config = getattr(model, "config", None)
         channels = getattr(config, "out_channels", None)
-        if latents.ndim == 4 and isinstance(channels, int):
-            latents = latents[:, :channels]
-        elif latents.ndim == 5 and latents.shape[2] == getattr(config, "in_channels", None):
-            latents = latents[:, :, :channels]
-        for groups in range(2, MAX_GROUPS + 1):
-            if latents.shape[0] % groups == 0:
-                first, *others = latents.chunk(groups)
-                if all(torch.equal(first, other) for other in others):
-                    return groups
-        return 1
+        if isinstance(channels, int) and latents.ndim == 4 and channels < latents.shape[1]:
+            yield latents[:, :channels]
+        elif isinstance(channels, int) and latents.ndim == 5:
+            frames_first = latents.shape[2] == getattr(config, "in_channels", None)
+            yield latents[:, :, :channels] if frames_first else latents[:, :channels]
+        tokens = self._layout.image_tokens(model, arguments) if latents.ndim == 3 else None
+        if tokens is not None and tokens.generated < tokens.num_tokens == latents.shape[1]:
+            yield latents[:, tokens.offset : tokens.offset + tokens.generated]
+        own = call.latents()
+        if own is not None and own.ndim == latents.ndim and own.shape[1:] != latents.shape[1:]:
+            yield latents[(slice(None), *(slice(0, size) for size in own.shape[1:]))]

@@ -20,7 +20,9 @@ from torch import nn
 from ..config import NegToMeConfig
 from ..guidance import Guidance
 from ..thread_state import PerThread, ThreadState
+from ..window_watch import PlannedStep
 from .attention_guide import AttentionGuide, is_differentiable
+from .batch_groups import BatchGroups
 from .block_caches import CacheGuard, check_cache, is_marked, refuse_cache, skipping
 from .blocks import attention_modules, guided_blocks
 from .compiled import (
@@ -38,6 +40,7 @@ from .reference_forward import reference_call, refuse_stateful
 from .references import References
 from .registration import BlockHook, RegisteredHooks, Unsaved, installing
 from .replaced_forwards import refuse_cache_hooks
+from .running_call import ModelCall
 from .schedule import PipelineSchedule, RunTracker
 
 _NEVER = object()
@@ -57,10 +60,10 @@ class ModelHooks(Unsaved):
         references: the references from outside of the batch, if any.
     """
 
-    # State of the run, found again when a run begins or the latents change their shape.
+    # State of the run. The tokens are found again when the latents change their shape.
     _run = PerThread(0)
     _shape = PerThread[tuple[int, ...] | None](None)
-    _groups = PerThread[int | None](None)
+    _divisions = PerThread[dict[tuple[int, ...], BatchGroups] | None](None)  # by shape of latents
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
     _skipping = PerThread[str | None](None)  # what may skip blocks in this run
@@ -181,20 +184,16 @@ class ModelHooks(Unsaved):
         config = self.guidance.config
         timestep, step, num_steps, rounding = self._inputs.time(arguments, config)
         self._notice_run(timestep, rounding, tuple(latents.shape))
-        if config.includes_step(timestep, step, num_steps, rounding) and self._groups is None:
-            refuse_tensor_parallel(model)
-            refuse_unknown_sharding(model)
-            refuse_cache_hooks(model)
-            self._attention.begin_run()
-            self._skipping = skipping(model, attention_modules(model, self.layout))
-            self._groups = config.groups or self._inputs.count_groups(model, latents)
-            self._captions = _NEVER
-            self._equal = None
+        division = BatchGroups()
+        if config.includes_step(timestep, step, num_steps, rounding):
+            division = self._divide(model, arguments, latents)
         active = self.guidance.begin_step(
             timestep,
             step=step,
             num_steps=num_steps,
-            groups=self._groups or 1,
+            parts=division.parts,
+            groups=division.groups,
+            order=division.order,
             tolerance=rounding,
         )
         if active or self._cache_guard is not None:
@@ -208,7 +207,7 @@ class ModelHooks(Unsaved):
         else:
             call = self._inputs.bind(model, args, kwargs)
             try:
-                self._record(self._references, model, call, latents, (timestep, rounding))
+                self._record(self._references, model, call, latents, division, (timestep, rounding))
             except BaseException:
                 self._close_forward(completed=False)
                 raise
@@ -224,16 +223,41 @@ class ModelHooks(Unsaved):
                 self._plan_run(schedule, timestep, rounding)
             if self._references is not None:
                 self._references.begin_run()
-        if (self._runs.number, shape) != (self._run, self._shape):
-            self._run, self._shape, self._groups = self._runs.number, shape, None
+        if self._runs.number != self._run:
+            self._run, self._shape, self._divisions = self._runs.number, None, None
+        if shape != self._shape:
+            self._shape, self._captions, self._equal = shape, _NEVER, None
+
+    def _divide(
+        self, model: nn.Module, arguments: dict[str, Any], latents: torch.Tensor
+    ) -> BatchGroups:
+        """Returns the groups of a guided forward, found once per run and shape of the latents."""
+        if self._divisions is None:
+            self._divisions = {}
+            refuse_cache_hooks(model)
+            self._attention.begin_run()
+            self._skipping = skipping(model, attention_modules(model, self.layout))
+        shape = tuple(latents.shape)
+        if shape not in self._divisions:
+            refuse_tensor_parallel(model)
+            refuse_unknown_sharding(model)
+            self._divisions[shape] = self._inputs.divide_batch(
+                model,
+                arguments,
+                latents,
+                self.guidance.config.groups,
+                references=self._references is not None,
+            )
+        return self._divisions[shape]
 
     def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
         """Tells the guidance what is known of the steps of the run that begins."""
-        guidance, steps, ends_early = self.guidance, [], False
+        guidance, ends_early = self.guidance, False
+        steps: list[PlannedStep] = []
         running = schedule.call.running
         if running:  # another pipeline that shares the model may have another schedule
             steps, ends_early = schedule.plan(timestep, rounding)
-        change = running and schedule.call.has_callback()
+        change = running and ModelCall(self._model, schedule.pipe).has_callback()
         plan = guidance.watch.plan(steps, ends_early=ends_early, settings_may_change=change)
         guidance.say(plan)
 
@@ -293,6 +317,7 @@ class ModelHooks(Unsaved):
         model: nn.Module,
         call: inspect.BoundArguments,
         latents: torch.Tensor,
+        division: BatchGroups,
         time: tuple[float, float],
     ) -> None:
         """Runs the model on the references, in the conditioning of each group's first item.
@@ -304,13 +329,11 @@ class ModelHooks(Unsaved):
         Args:
             call: the arguments of the run's own forward.
             latents: latents of the run, items first.
+            division: groups of the run's batch.
             time: timestep and its rounding error.
         """
-        groups, batch = self.guidance.groups, latents.shape[0]
-        if batch % groups:
-            raise ValueError(
-                f"the batch of {batch} items does not divide into {groups} equal groups"
-            )
+        batch, conditioned = latents.shape[0], division.first_items(latents.shape[0])
+        groups = len(conditioned)
         refuse_stateful(call.arguments, self.model_name)
         name = self._inputs.latents_name(call.arguments)
         schedule, attention = self._schedule, self._attention
@@ -321,14 +344,14 @@ class ModelHooks(Unsaved):
             tokens,
             _generated_channels(model),
             schedule.scheduler_at(*time) if schedule else None,
-            schedule.call.generator() if schedule else None,
+            lambda: ModelCall(model, schedule.pipe if schedule else None).generator(),
         )
         self._notice_equal(latents, call.arguments, given)
         group_size = batch // groups
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), group_size):
             some = given[first : first + group_size]
-            items = [group * group_size for group in range(groups) for _ in some]
+            items = [item for item in conditioned for _ in some]
             selected = reference_call(call, name, batch, items, some * groups, tokens, self.layout)
             attention.items = len(items)
             if tokens is not None and tokens.starts is not None and len(tokens.starts) == batch:

@@ -7,7 +7,7 @@ outputs are kept, and the run's own forward is pushed away from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ class References:
         tokens: ImageTokens | None,
         channels: int | None,
         scheduler: tuple[Any, Tensor] | None,
-        generator: torch.Generator | None,
+        generator: Callable[[], torch.Generator | None],
     ) -> list[Tensor]:
         """Returns the model's input for each reference at this step: (1, ...), dtype of `latents`.
 
@@ -158,7 +158,7 @@ class References:
             channels: channels that the model generates, where known; its input may have more.
             scheduler: a copy of the scheduler at this step, and the timestep (1,); None where not
                 known.
-            generator: the caller's generator.
+            generator: finds the caller's generator; called once per run.
         """
         place = (tokens.generated, tokens.grid, tokens.frames) if tokens else None
         key = (tuple(latents.shape[1:]), place, latents.device)
@@ -169,7 +169,7 @@ class References:
             ]
             self._key, self._noise = key, ()
         if not self._noise:
-            self._noise = draw_noise(self._clean, generator)
+            self._noise = draw_noise(self._clean, generator())
         return [
             at_timestep(clean, noise if reference.noise else None, scheduler).to(latents.dtype)
             for reference, clean, noise in zip(

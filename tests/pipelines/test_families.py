@@ -30,8 +30,11 @@ from negtome_fast.pipelines import (
 )
 
 IMAGES = 3
-EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0)
-"""Settings that push every token, except those of the reference image."""
+EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, groups=1)
+"""Settings that push every token, except those of the reference image.
+
+Captions of several lengths are several prompts, whose images `groups=1` guides together.
+"""
 
 
 @functools.cache

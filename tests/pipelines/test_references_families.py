@@ -25,7 +25,7 @@ from negtome_fast.pipelines import encoders, known_layouts, negtome_guidance
 from negtome_fast.pipelines.references import at_timestep
 
 IMAGES = 3
-EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, alpha=0.5)
+EVERY_TOKEN = NegToMeConfig(threshold=-1, t_end=0, alpha=0.5, groups=1)
 SINGLE_PRECISION = ("kandinsky 5",)
 """Families whose models compute parts in fp32, whatever the dtype of their input."""
 CACHED = ("flux2-klein-kv", "qwen-2.1")
