@@ -5,7 +5,8 @@ Nothing in the pipeline is copied or replaced: hooks are registered on its denoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from .references import Reference, References
 from .replaced_forwards import refuse_cache_hooks
 from .schedule import PipelineSchedule
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "unet_2")
 """Attributes of a pipeline that hold the models to guide."""
 
 
@@ -127,10 +128,12 @@ def apply_negtome(
     instead.
 
     Args:
-        pipe: a pipeline with a `transformer`, a `transformer_2` or a `unet`, all of which are
-            guided as one; or one such model. Prefer the pipeline: it knows the exact timesteps, the
-            number of steps, and whether its batch holds the two halves of classifier-free guidance.
-            (For a bare model, images from equal seeds look like halves; set `groups=1` then.)
+        pipe: a pipeline with a `transformer`, a `transformer_2`, an `unconditional_transformer`, a
+            `unet` or a `unet_2`, all of which are guided as one; or one such model. A warning names
+            other components that could be guided. Prefer the pipeline: it knows the exact
+            timesteps, the number of steps, and whether its batch holds the two halves of
+            classifier-free guidance. (For a bare model, images from equal seeds look like halves;
+            set `groups=1` then.)
         config: the settings; if None, the authors' for the model's family, `preset("flux")` or
             `preset("sdxl")`.
         reference: one `Reference` or several, images or latents from outside of the batch. Every
@@ -154,6 +157,8 @@ def apply_negtome(
     After an error the pipeline is as it was.
     """
     models, is_pipeline = denoisers_of(pipe)
+    if is_pipeline:
+        _name_unguided(pipe, models)
     given = reference is not None and not isinstance(reference, str)
     for model, compiled in models.items():
         _check_model(model, references=given, compiled=compiled)
@@ -247,8 +252,35 @@ def _listed(reference: Reference | Sequence[Reference]) -> list[Reference]:
     return list(entries)
 
 
+def _name_unguided(pipe: Any, models: dict[nn.Module, bool]) -> None:
+    """Warns of components that are denoisers by their class and are not guided."""
+    for name, model in _other_denoisers(pipe, models).items():
+        warnings.warn(
+            f"{type(pipe).__name__}.{name} is a {type(model).__name__} too and is not guided; if "
+            f"it also makes the images, call apply_negtome(pipe.{name}) as well",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _other_denoisers(pipe: Any, models: Collection[nn.Module]) -> dict[str, nn.Module]:
+    """Returns further components of a pipeline that are denoisers by their class, by name."""
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in vars(pipe).items()}
+    kinds = {type(model) for model in models}
+    return {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+        and part not in models
+        and (type(part) in kinds or layout_of(part) is not UNKNOWN)
+    }
+
+
 def denoisers_of(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
-    """Finds the denoisers. Wan 2.2 has two: `transformer` for the noisy part, then `transformer_2`.
+    """Finds the denoisers.
+
+    Wan 2.2 has two, `transformer` for the noisy part, then `transformer_2`. Ideogram 4 has one for
+    each half of classifier-free guidance.
 
     Returns:
         Each denoiser, with True if it is compiled; and True if `pipe` is a pipeline.
@@ -259,8 +291,10 @@ def denoisers_of(pipe: Any) -> tuple[dict[nn.Module, bool], bool]:
     shells = [(getattr(part, "_orig_mod", part), part) for part in parts]
     models = {model: shell is not model for model, shell in shells if isinstance(model, nn.Module)}
     if not models:
+        others = _other_denoisers(pipe, ()) if hasattr(pipe, "__dict__") else {}
+        ways = "".join(f"; give its {name}" for name in others)
         raise TypeError(
             "expected a diffusers pipeline with a transformer or a unet, or such a model, "
-            f"not {type(pipe).__name__}"
+            f"not {type(pipe).__name__}{ways}"
         )
     return models, is_pipeline

@@ -9,6 +9,9 @@ from torch import nn
 from ..config import NegToMeConfig
 from .layouts import Layout
 
+_PROJECTIONS = ("to_out", "out_layer", "img_attn_proj")
+"""Names of the output projection of the image: diffusers', Kandinsky's, JoyImage's."""
+
 
 def is_attention(module: nn.Module, layout: Layout) -> bool:
     """Returns True if the layout counts this module as an attention module."""
@@ -51,7 +54,7 @@ def output_projection(block: nn.Module) -> nn.Module | None:
     """Returns the output projection of an attention module; None if it has none."""
     if getattr(block, "pre_only", False):
         return None
-    projection = getattr(block, "to_out", None)
+    projection = next((part for name in _PROJECTIONS if (part := getattr(block, name, None))), None)
     if isinstance(projection, (nn.ModuleList, nn.Sequential)):
         return projection[0]
     return projection if isinstance(projection, nn.Module) else None

@@ -89,9 +89,24 @@ def _setting(vae: Any, name: str) -> Any:
 
 def patchify_and_normalise(vae: Any, latents: Tensor) -> Tensor:
     """FLUX.2: (B, C, h, w) to (B, 4 C, h/2, w/2), scaled by the statistics of a batch norm."""
+    return normalise_patches(vae, patchify(latents, pixels_first=False))
+
+
+def pixels_first_and_normalise(vae: Any, latents: Tensor) -> Tensor:
+    """Ideogram 4: as FLUX.2, but the channels are 4 pixels of C rather than C of 4 pixels."""
+    return normalise_patches(vae, patchify(latents, pixels_first=True))
+
+
+def patchify(latents: Tensor, pixels_first: bool) -> Tensor:
+    """Puts patches of 2 x 2 into channels: (B, C, h, w) to (B, 4 C, h/2, w/2)."""
     items, channels, height, width = latents.shape
     patches = latents.view(items, channels, height // 2, 2, width // 2, 2)
-    patches = patches.permute(0, 1, 3, 5, 2, 4).reshape(items, 4 * channels, height // 2, -1)
+    order = (0, 3, 5, 1, 2, 4) if pixels_first else (0, 1, 3, 5, 2, 4)
+    return patches.permute(order).reshape(items, 4 * channels, height // 2, width // 2)
+
+
+def normalise_patches(vae: Any, patches: Tensor) -> Tensor:
+    """Scales patches in channels by the statistics of the VAE's batch norm."""
     mean, variance = (
         value.to(patches).view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var)
     )

@@ -34,7 +34,8 @@ from .compiled import (
 )
 from .equal_items import Pair, equal_pairs, notes_on
 from .forward_inputs import ForwardInputs
-from .layouts import ImageTokens, Layout
+from .image_tokens import ImageTokens, check_own_latents
+from .layouts import Layout
 from .parallel_plan import refuse_tensor_parallel, refuse_unknown_sharding, token_shards
 from .reference_forward import reference_call, refuse_stateful
 from .references import References
@@ -288,6 +289,8 @@ class ModelHooks(Unsaved):
         if captions is not self._captions:
             self._captions = captions
             self._run_tokens = self.layout.image_tokens(model, arguments)
+            own = self._schedule.call.latents() if self._schedule else None
+            check_own_latents(model, self._run_tokens, latents, own)
         self._hook_projections()
         shards = token_shards(model, self.layout, self._run_tokens)
         self._attention.open(self._run_tokens, latents.shape[0], shards)

@@ -11,37 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from ..config import Grid
 from .encoders import ReferenceEncoder
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """The image among the tokens of one forward.
-
-    Attributes:
-        num_tokens: number of tokens in the model's image stream. An attention output with this many
-            tokens is all image.
-        generated: number of these, from `offset` on, that are generated. The others are conditions:
-            an edit pipeline puts them after, an image-to-video pipeline before.
-        grid: (height, width) with frames * height * width = generated, where known.
-        frames: number of generated frames in a video's latents; 1 for an image. Attention outputs
-            (items * frames, height * width, D), one frame each, are guided as whole videos.
-        starts: first image token of each item in an attention output that also holds text, for
-            models that put captions of several lengths before the image. None: `Layout.joint`
-            says where the image is.
-        offset: index of the first generated token in the image stream.
-    """
-
-    num_tokens: int
-    generated: int
-    grid: Grid | None = None
-    frames: int = 1
-    starts: tuple[int, ...] | None = None
-    offset: int = 0
+from .image_tokens import ImageTokens
+from .unknown import unknown_image_tokens
 
 
 def as_it_is(value: float) -> float:
@@ -116,20 +90,7 @@ class Layout:
     adapt: Callable[[nn.Module, Layout], Layout] | None = None
 
 
-def latent_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens | None:
-    """Guesses from the first tensor of an unknown model: (B, N, C), or (B, C, H, W) in patches."""
-    latents = next((value for value in arguments.values() if isinstance(value, torch.Tensor)), None)
-    if latents is None or latents.ndim not in (3, 4):
-        return None
-    if latents.ndim == 3:
-        return ImageTokens(latents.shape[1], latents.shape[1])
-    patch = getattr(getattr(model, "config", None), "patch_size", None)
-    patch = patch if isinstance(patch, int) else 1
-    height, width = latents.shape[2] // patch, latents.shape[3] // patch
-    return ImageTokens(height * width, height * width, (height, width))
-
-
-UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=latent_image_tokens)
+UNKNOWN = Layout(latents="", scheduler_timestep=None, image_tokens=unknown_image_tokens)
 """Layout of classes that are not in the table: tuples and lengths tell which tokens are image."""
 
 _LAYOUTS: dict[str, Layout] = {}

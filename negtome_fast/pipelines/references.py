@@ -161,7 +161,11 @@ class References:
             generator: finds the caller's generator; called once per run.
         """
         place = (tokens.generated, tokens.grid, tokens.frames) if tokens else None
-        key = (tuple(latents.shape[1:]), place, latents.device)
+        shape = latents.shape[1:]
+        if tokens is not None and latents.ndim == 3:
+            # Ideogram 4 has text among the tokens of one denoiser, and none in the other's.
+            shape = torch.Size([tokens.generated, shape[1]])
+        key = (tuple(shape), place, latents.device)
         if key != self._key:
             self._clean = [
                 self._encode(number, reference, pipe, latents, tokens, channels)
@@ -205,6 +209,8 @@ class References:
                 candidates += [encode.pack(c) for c in candidates if c.ndim in (4, 5)]
         for candidate in candidates:
             if _fits(candidate, latents, tokens, channels):
+                if tokens is not None and candidate.ndim == 3:
+                    candidate = generated_part(candidate, tokens)
                 return candidate.to(latents.device)
         shape = tuple((candidates[0] if reference.latents is None else reference.latents).shape)
         raise ValueError(
@@ -212,6 +218,13 @@ class References:
             f"run, {tuple(latents.shape)}; generate in their size, or give the reference as an "
             "image, which is resized"
         )
+
+
+def generated_part(latents: Tensor, tokens: ImageTokens) -> Tensor:
+    """Returns the generated tokens of packed latents (1, tokens, C), of all or of these alone."""
+    if latents.shape[1] == tokens.generated:
+        return latents
+    return latents[:, tokens.offset : tokens.offset + tokens.generated]
 
 
 def _fits(

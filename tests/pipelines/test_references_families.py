@@ -30,8 +30,15 @@ SINGLE_PRECISION = ("kandinsky 5",)
 """Families whose models compute parts in fp32, whatever the dtype of their input."""
 CACHED = ("flux2-klein-kv", "qwen-2.1")
 """Families whose pipelines keep keys and values of one forward for the next one."""
-LATENTS_ONLY = ("CosmosTransformer3DModel",)
-"""Denoisers whose references must be given as latents: Cosmos scales its latents by itself."""
+LATENTS_ONLY = (
+    "CosmosTransformer3DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
+)
+"""Denoisers whose references must be given as latents.
+
+Cosmos scales its latents by itself, and JoyImage's latents also hold the images to edit.
+"""
 
 
 @pytest.fixture

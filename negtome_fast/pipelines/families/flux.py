@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..encoders import PACKED, ReferenceEncoder, pack_pixels, patchify_and_normalise
+from ..image_tokens import grid_of_places, not_known
 from ..layouts import ImageTokens, Layout, as_it_is, times_1000
 
 
@@ -25,15 +26,13 @@ def tokens_by_ids(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens
     ids = ids[0] if ids.ndim == 3 else ids
     own = ids[:, 0] == ids[:, 0].min()
     generated = int(own.sum())
-    rows_and_columns = ids[own, 1:3]
-    extent = rows_and_columns.amax(0) - rows_and_columns.amin(0)
-    height, width = (int(length) + 1 for length in extent.tolist())
-    grid = (height, width) if height * width == generated else None
-    if bool(own[:generated].all()):
-        return ImageTokens(num_tokens, generated, grid)
-    if bool(own[-generated:].all()):
-        return ImageTokens(num_tokens, generated, grid, offset=num_tokens - generated)
-    return ImageTokens(num_tokens, num_tokens)
+    grid = grid_of_places(ids[own, 1:3])
+    if grid is not None and len(ids) == num_tokens:
+        if bool(own[:generated].all()):
+            return ImageTokens(num_tokens, generated, grid)
+        if bool(own[-generated:].all()):
+            return ImageTokens(num_tokens, generated, grid, offset=num_tokens - generated)
+    raise not_known(model, "its img_ids do not place the tokens of one image row by row")
 
 
 BUILT_LIKE_FLUX = Layout(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..image_tokens import not_known
 from ..layouts import ImageTokens
 
 
@@ -37,8 +39,13 @@ def qwen_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     own = shapes[0] if isinstance(shapes[0], (list, tuple)) and shapes[0] else shapes
     if not isinstance(own[0], (list, tuple)):
         own = [own]
+    total = sum(math.prod(shape) for shape in own)
+    if total != num_tokens:
+        raise not_known(model, f"its img_shapes have {total} tokens, and its latents {num_tokens}")
     layered = len(own) > 1 and getattr(model.config, "use_layer3d_rope", False)
     own = own[:-1] if layered else own[:1]
     height, width = own[0][1:]
+    if any(tuple(shape[1:]) != (height, width) for shape in own):
+        raise not_known(model, f"its layers have the sizes {own}")
     frames = sum(shape[0] for shape in own)
     return ImageTokens(num_tokens, frames * height * width, (height, width), frames)

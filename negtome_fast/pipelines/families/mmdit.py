@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..encoders import IMAGE, PACKED_FRAME, ReferenceEncoder, pack_pixels, standardise
+from ..image_tokens import not_known
 from ..layouts import ImageTokens, Layout, times_1000
 from .grids import patches, qwen_image_tokens
 
@@ -36,6 +37,32 @@ def hidream_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Imag
     square = latents.shape[-2] == latents.shape[-1]
     longest: Any = model.max_seq
     return image if square else replace(image, num_tokens=longest)
+
+
+def joyimage_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Reads latents (B, images, C, F, H, W); the last image is generated.
+
+    The model puts its tokens before those of the images to edit.
+    """
+    latents = arguments["hidden_states"]
+    images = latents.shape[1] if latents.ndim == 6 else 1
+    sizes = zip(latents.shape[-3:], model.config.patch_size, strict=True)
+    frames, height, width = (length // step for length, step in sizes)
+    count = frames * height * width
+    return ImageTokens(images * count, count, (height, width), frames)
+
+
+def joyimage_plus_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Reads `shape_list`: per item, (frames, rows, columns) of the generated image and of others.
+
+    The latents (B, tokens, C, ...) are patches, padded after the images to edit.
+    """
+    own = {tuple(shapes[0]) for shapes in arguments["shape_list"]}
+    if len(own) != 1:
+        raise not_known(model, f"the images of a batch have the sizes {sorted(own)}")
+    frames, height, width = own.pop()
+    count = frames * height * width
+    return ImageTokens(arguments["hidden_states"].shape[1], count, (height, width), frames)
 
 
 TWO_STREAMS = Layout(image_tokens=patches, fresh_outputs=True)
@@ -115,5 +142,19 @@ LAYOUTS = {
         joint="image_first",
         blocks=("double_stream_blocks.*", "single_stream_blocks.*"),
         encode=IMAGE,
+    ),
+    "JoyImageEditTransformer3DModel": replace(
+        TWO_STREAMS,
+        family="JoyImage-Edit",
+        guidance="sequential",
+        image_tokens=joyimage_tokens,
+        blocks=("double_blocks.*",),
+    ),
+    "JoyImageEditPlusTransformer3DModel": replace(
+        TWO_STREAMS,
+        family="JoyImage-Edit Plus",
+        image_tokens=joyimage_plus_tokens,
+        captions="shape_list",
+        blocks=("double_blocks.*",),
     ),
 }

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encoders import IMAGE, PACKED_FRAME, ReferenceEncoder, one_frame, patchify_and_normalise
+from ..encoders import (
+    IMAGE,
+    PACKED_FRAME,
+    ReferenceEncoder,
+    one_frame,
+    pack_pixels,
+    patchify_and_normalise,
+    pixels_first_and_normalise,
+)
+from ..image_tokens import grid_of_places, not_known
 from ..layouts import ImageTokens, Layout, times_1000
 from .grids import patches
 
@@ -55,9 +64,33 @@ def z_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageToken
 def krea2_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
     """Reads `hidden_states` (B, N, C) and `position_ids` (text + N, 3) of (0, row, column)."""
     count = arguments["hidden_states"].shape[1]
-    places = arguments["position_ids"][-count:, 1:]
-    height, width = (int(last) + 1 for last in places.amax(0).tolist())
-    return ImageTokens(count, count, (height, width) if height * width == count else None)
+    places = arguments["position_ids"][-count:]
+    grid = grid_of_places(places[:, 1:])
+    if grid is None or bool((places[:, 0] != places[0, 0]).any()):
+        raise not_known(model, "its position_ids do not place the tokens of one image row by row")
+    return ImageTokens(count, count, grid)
+
+
+IDEOGRAM_IMAGE = 2
+"""Kind of the image's tokens in `indicator`; captions have another, padding has 0."""
+
+
+def ideogram4_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
+    """Reads `indicator` (B, S), the kind of each token, and `position_ids` (B, S, 3).
+
+    The latents (B, S, C) have zeros where the captions are, which come first and end together.
+    """
+    kinds, places = arguments["indicator"], arguments["position_ids"]
+    own = kinds == IDEOGRAM_IMAGE
+    count = int(own[0].sum())
+    start = own.shape[1] - count
+    if not bool((own[:, start:].all() & ~own[:, :start].any()).all()):
+        raise not_known(model, "its indicator does not put one image at the end of each item")
+    grid = grid_of_places(places[0, start:, 1:])
+    same = (places[:, start:] == places[:1, start:]).all()
+    if grid is None or not bool(same & (places[:, start:, 0] == places[0, start, 0]).all()):
+        raise not_known(model, "its position_ids do not place the tokens of one image row by row")
+    return ImageTokens(own.shape[1], count, grid, offset=start)
 
 
 LAYOUTS = {
@@ -102,6 +135,16 @@ LAYOUTS = {
         blocks=("transformer_blocks.*",),
         fresh_outputs=True,
         encode=PACKED_FRAME,
+    ),
+    "Ideogram4Transformer2DModel": Layout(
+        family="Ideogram 4",
+        scheduler_timestep=lambda value: (1 - value) * 1000,
+        guidance="sequential",
+        image_tokens=ideogram4_image_tokens,
+        captions="indicator",
+        blocks=("layers.*",),
+        fresh_outputs=True,
+        encode=ReferenceEncoder(normalise=pixels_first_and_normalise, pack=pack_pixels, packing=2),
     ),
     "ErnieImageTransformer2DModel": Layout(
         family="ERNIE-Image",

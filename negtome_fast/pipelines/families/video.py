@@ -24,6 +24,7 @@ from ..encoders import (
     channels_last,
     frames_first,
 )
+from ..image_tokens import not_known
 from ..layouts import ImageTokens, Layout
 
 Counter = Callable[[nn.Module, Mapping[str, Any]], ImageTokens]
@@ -48,6 +49,24 @@ def given_tokens(timestep: Any, tokens: int) -> int:
     if tokens % len(times):
         return 0
     return int((times != 0).int().argmax()) * (tokens // len(times))
+
+
+def times_agree(model: nn.Module, timestep: Any, image: ImageTokens) -> ImageTokens:
+    """Returns the image tokens, unless some that they count as generated are given.
+
+    Args:
+        timestep: as in `given_tokens`.
+
+    Raises:
+        ValueError: a token after the first generated one has the time 0, and others have not.
+    """
+    if isinstance(timestep, torch.Tensor) and timestep.ndim > 1:
+        times = timestep[0].flatten()
+        if image.num_tokens % len(times) == 0 and bool((times != 0).any()):
+            times = times.repeat_interleave(image.num_tokens // len(times))
+            if bool((times[image.offset :][: image.generated] == 0).any()):
+                raise not_known(model, "its timesteps say that frames between others are given")
+    return image
 
 
 def video_tokens(size: Sequence[int], patch: Sequence[int], given: int = 0) -> ImageTokens:
@@ -80,7 +99,8 @@ def wan_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
     """
     size, patch = arguments["hidden_states"].shape[2:], model.config.patch_size
     tokens = math.prod(length // step for length, step in zip(size, patch, strict=True))
-    return video_tokens(size, patch, given_tokens(arguments.get("timestep"), tokens))
+    times = arguments.get("timestep")
+    return times_agree(model, times, video_tokens(size, patch, given_tokens(times, tokens)))
 
 
 def channels_first_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
@@ -128,7 +148,11 @@ def ltx_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
     (B, 3, N) of (frame, row, column), and conditions, at time 0, come before.
     """
     tokens = arguments["hidden_states"].shape[1]
-    given = given_tokens(arguments.get("timestep"), tokens)
+    times = arguments.get("timestep")
+    return times_agree(model, times, _ltx_tokens(arguments, tokens, given_tokens(times, tokens)))
+
+
+def _ltx_tokens(arguments: Mapping[str, Any], tokens: int, given: int) -> ImageTokens:
     size = [arguments[name] for name in ("num_frames", "height", "width") if arguments.get(name)]
     if len(size) == 3:
         return replace(video_tokens(size, (1, 1, 1), given), num_tokens=tokens)
@@ -166,6 +190,8 @@ def cosmos_tokens(model: Any, arguments: Mapping[str, Any]) -> ImageTokens:
         return whole
     generated = mask[0, 0].flatten(1).amin(1) < 1
     given = int(generated.int().argmax())
+    if not bool(generated[given:].all()):
+        raise not_known(model, "its condition_mask says that frames between others are given")
     return video_tokens(size, model.config.patch_size, given * whole.num_tokens // whole.frames)
 
 

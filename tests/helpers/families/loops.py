@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.families.core import (
     TEXT,
@@ -21,6 +21,8 @@ from helpers.families.core import (
 )
 from helpers.families.images import QWEN, UNET_XL, Z_IMAGE, long_captions
 from helpers.families.videos import FRAMES, HUNYUAN, PIXELS_32, WAN
+
+JOYIMAGE = {"rope_dim_list": (2, 2, 4)}
 
 
 def packed(run: Run) -> tuple[int, ...]:
@@ -88,6 +90,54 @@ def omnigen(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
         "input_image_sizes": {},
         "attention_mask": run.repeated(visible[:, None].repeat(1, length + tokens, 1)),
         "position_ids": run.repeated(torch.stack(positions)),
+    }
+
+
+def ideogram4(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
+    """Return Ideogram 4's arguments: 12 tokens with the caption at their end, then the image."""
+    from diffusers import Ideogram4Pipeline
+
+    height, width = run.grid(16)
+    length = 12
+    text = run.text(tokens=length)
+    places, segments, kinds = Ideogram4Pipeline._prepare_ids(
+        list(run.captions), height, width, length, torch.device("cpu")
+    )
+    return {
+        "hidden_states": nn.functional.pad(latents, (0, 0, length, 0)),
+        "timestep": (1 - timesteps / 1000).to(latents.dtype),
+        "encoder_hidden_states": nn.functional.pad(text, (0, 0, 0, height * width)),
+        "position_ids": places,
+        "segment_ids": segments,
+        "indicator": kinds,
+    }
+
+
+def joyimage(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
+    """Return JoyImage-Edit's arguments: the image to edit, then the generated one."""
+    given = run.given(4, 1, *run.grid(8), seed=5)
+    return {
+        "hidden_states": torch.stack([given, latents[:, :, None]], dim=1),
+        "timestep": timesteps,
+        "encoder_hidden_states": run.text(),
+    }
+
+
+def joyimage_plus(run: Run, latents: Tensor, timesteps: Tensor) -> dict[str, Any]:
+    """Return JoyImage-Edit Plus's arguments: patches of the generated image, then of others.
+
+    Every other image has a second image to edit, where the others have padding.
+    """
+    sizes = [(1, *run.grid(16)), (1, 2, 4), (1, 3, 1)]
+    given = run.given(8 + 3, *latents.shape[2:], seed=5)
+    given[1::2, 8:] = 0
+    return {
+        "hidden_states": torch.cat([latents, run.repeated(given)], dim=1),
+        "timestep": timesteps,
+        "encoder_hidden_states": run.both(run.text()),
+        "encoder_hidden_states_mask": run.repeated(run.mask()),
+        "shape_list": [sizes[: 3 - item % 2] for item in range(run.images)]
+        * (run.batch // run.images),
     }
 
 
@@ -220,6 +270,20 @@ FAMILIES: dict[str, Family] = {
             "FlowMatchEulerDiscreteScheduler", invert_sigmas=True, num_train_timesteps=1),
         schedule=lambda steps: {"sigmas": [1 - step / steps for step in range(steps)]},
         several_captions=True, timesteps=lambda t: 1000 * (1 - t)),
+    # Its pipeline takes words alone, and calls a second denoiser with the image alone.
+    "ideogram4": LoopFamily(
+        Denoiser(
+            "Ideogram4Transformer2DModel", in_channels=16, intermediate_size=32, adaln_dim=16,
+            llm_features_dim=16, mrope_section=(1, 1, 1)),
+        packed, ideogram4, answer=lambda output: -output[:, 12:], cfg=False, several_captions=True),
+    # Their pipelines round sizes to those of the training, or take no embeddings.
+    "joyimage-edit": LoopFamily(
+        Denoiser("JoyImageEditTransformer3DModel", **JOYIMAGE), unpacked, joyimage,
+        answer=lambda output: output[:, -1, :, 0], cfg=False),
+    "joyimage-edit-plus": LoopFamily(
+        Denoiser("JoyImageEditPlusTransformer3DModel", **JOYIMAGE),
+        lambda run: (math.prod(run.grid(16)), 4, 1, 2, 2), joyimage_plus,
+        answer=lambda output: output[:, :-11], several_captions=True),
     # Its pipeline takes no embeddings.
     "bria-fibo": LoopFamily(
         Denoiser(
