@@ -53,7 +53,8 @@ class NudgeResult:
         `"converged"`: a further step would not move it by `tolerance` of its norm (for "squared":
         the minimum was reached). `"steps"`: all steps were used. `"distance"`: the item is on the
         sphere of radius `max_distance`. `"non-finite"`: the item or its points hold a NaN or an
-        infinity, and the item was not moved.
+        infinity, and the item was not moved; or the next step would have left the range of fp32
+        (fp64 for fp64), and was not taken.
         """
         return tuple(REASONS[code] for code in self.stopped.tolist())
 
@@ -104,7 +105,8 @@ def nudge(
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
 
     Returns:
-        `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Not differentiable.
+        `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Latents saturate at the
+        largest finite number of their dtype: finite ones stay finite. Not differentiable.
 
     Raises:
         ValueError, TypeError: invalid arguments; the message names shapes.
