@@ -16,6 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ..arguments import check_dense
 from ..ops import check_backend_name
 from . import ops
 from .call import NudgeCall, Objective
@@ -143,6 +144,7 @@ def nudge(
 def _check_latents(latents: Tensor) -> None:
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a tensor (B, ...), got {type(latents).__name__}")
+    check_dense("latents", latents)
     if latents.dim() < 2:
         raise ValueError(f"latents must have the shape (B, ...), got {tuple(latents.shape)}")
     if latents.dtype not in DTYPES:
@@ -170,6 +172,7 @@ def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
         return None
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} must be a tensor of points, got {type(points).__name__}")
+    check_dense(name, points)
     if points.dtype != latents.dtype or points.device != latents.device:
         raise TypeError(
             f"{name} and latents must share dtype and device; {name} is {points.dtype} on "
@@ -203,6 +206,7 @@ def _per_item(
             wanted = "positive" if positive else "finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
         return torch.full((items,), value, dtype=dtype, device=latents.device)
+    check_dense(name, value)
     if value.shape not in ((), (1,), (items,)):
         raise ValueError(
             f"{name} must be a number or one for each of the {items} items, "
