@@ -57,9 +57,10 @@ def test_real_and_imaginary_parts_of_conjugates_are_matched(backend: str) -> Non
         dense = part.clone()
         found = nf.match_tokens(part, REFERENCE, backend=backend)
         expected = nf.match_tokens(dense, REFERENCE, backend=backend)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[0], expected[0])
         layer = nf.NegToMe(backend=backend)
-        assert torch.equal(layer(part), layer(dense))
+        torch.testing.assert_close(layer(part), layer(dense))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,7 +178,7 @@ def test_vmap_computes_each_part(backend: str) -> None:
     assert torch.equal(each[1], nf.negtome(twice[1], REFERENCE, backend=backend))
     by_alpha = torch.vmap(lambda a: nf.negtome(x, alpha=a, backend=backend))(ALPHA)
     assert torch.equal(by_alpha[1], nf.negtome(x, alpha=-0.4, backend=backend))
-    with pytest.raises(RuntimeError, match="under torch.vmap; use inplace=False"):
+    with pytest.raises(RuntimeError, match="does not work under"):
         torch.vmap(lambda t: nf.negtome(t, inplace=True, backend=backend))(twice)
 
 
