@@ -18,9 +18,15 @@ TINY = tl.constexpr(1e-12)
 
 
 @triton.jit
+def square(p, q, ss, sg, gg):
+    """`|p L0 + q g|^2` from the inner products of L0 (s) and g, up to rounding."""
+    return p * p * ss + 2.0 * p * q * sg + q * q * gg
+
+
+@triton.jit
 def length(p, q, ss, sg, gg):
     """`|p L0 + q g|` from the inner products of L0 (s) and g."""
-    return tl.sqrt(tl.maximum(p * p * ss + 2.0 * p * q * sg + q * q * gg, 0.0))
+    return tl.sqrt(tl.maximum(square(p, q, ss, sg, gg), 0.0))
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def nudge_kernel(
     latents, out (B, width), unit stride inside an item; desired, undesired: means (1 or B, width)
     fp32 or None, stride 0 where shared; alpha, beta, radius (B,) fp32; distance (B,) fp32; taken
     and reason (B,) int64; trace (B, steps + 1) fp32 or None. Reasons: 0 converged, 1 steps,
-    2 distance, 3 non-finite.
+    2 distance, 3 non-finite, which includes a step that would leave the range of fp32.
     """
     item = tl.program_id(0).to(tl.int64)
     latents_ptr += item * stride_latents
@@ -120,6 +126,7 @@ def nudge_kernel(
     active = finite
     converged = active & (not active)
     on_sphere = converged
+    lost = converged
     if trace_ptr is not None:
         trace_ptr += item * (steps + 1)
         value = value_of(p, q, ss, sg, gg, slope, OBJECTIVE)
@@ -148,6 +155,9 @@ def nudge_kernel(
             next_p = p - step_size * tl.where(at_start, on_start * left, on_start + pull * p)
             next_q = q - step_size * tl.where(at_start, on_g * left, on_g + pull * q)
         far = length(next_p, next_q, ss, sg, gg)
+        # A step out of the range of fp32 is not taken. A maximum would pass over NaN.
+        lost = lost | (active & (not (square(next_p, next_q, ss, sg, gg) < float("inf"))))
+        active = active & (not lost)
         outside = far >= radius
         shrink = tl.where(outside, radius / tl.maximum(far, TINY), 1.0)
         next_p = next_p * shrink
@@ -166,7 +176,7 @@ def nudge_kernel(
         converged = finite
     reason = tl.where(converged, 0, 1)
     reason = tl.where(on_sphere, 2, reason)
-    reason = tl.where(finite, reason, 3)
+    reason = tl.where(finite & (not lost), reason, 3)
     tl.store(distance_ptr + item, tl.where(finite, length(p, q, ss, sg, gg), 0.0))
     tl.store(taken_ptr + item, taken.to(tl.int64))
     tl.store(reason_ptr + item, reason.to(tl.int64))

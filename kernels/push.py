@@ -243,7 +243,8 @@ def push_kernel(
                     other=0.0,
                 ).to(tl.float32)
                 away = tl.where(slot_moved[:, None], exact - matched, 0.0)
-                result += slot_alpha * away
+                # Each sum saturates, so that no infinity meets another of the other sign.
+                result = round_to(result + slot_alpha * away, tl.float32, INTERPRETED)
         else:
             matched = tl.load(
                 target_pointers[:, None] + (offsets * stride_rd)[None, :],

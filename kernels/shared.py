@@ -20,6 +20,11 @@ SCALE_BLOCK = tl.constexpr(tuning.SCALE_BLOCK)
 MASKED = tl.constexpr(-1.0)
 NON_FINITE = tl.constexpr(-2.0)
 
+# The largest finite numbers of the dtypes.
+LARGEST_FP16 = tl.constexpr(65504.0)
+LARGEST_BF16 = tl.constexpr((2 - 2**-7) * 2.0**127)
+LARGEST_FP32 = tl.constexpr((2 - 2**-23) * 2.0**127)
+
 # Sizes that change from call to call, and strides of arrays that are read once. Triton compiles a
 # value of 1 and a factor of 16 into a kernel: not for these.
 RUNTIME_SIZES = [
@@ -175,7 +180,13 @@ def exact_cosine(
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Finite fp32 `value` rounded to `dtype`, to nearest even."""
+    """fp32 `value`, not NaN, rounded to `dtype`, to nearest even; beyond its range, its largest."""
+    if dtype == tl.float16:
+        value = tl.clamp(value, -LARGEST_FP16, LARGEST_FP16)
+    elif dtype == tl.bfloat16:
+        value = tl.clamp(value, -LARGEST_BF16, LARGEST_BF16)
+    else:
+        value = tl.clamp(value, -LARGEST_FP32, LARGEST_FP32)
     if INTERPRETED and dtype == tl.bfloat16:
         # The interpreter truncates to bf16, and its own rounding carries wrongly.
         bits = value.to(tl.uint32, bitcast=True)

@@ -40,10 +40,19 @@ class MatchProblem:
     small_elements: int = 0
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise `TypeError` for a sparse or nested tensor, whose memory is not an array of tokens."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor; pass one shape: torch.nested.to_padded_tensor")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
+
+
 def check_tokens(x: Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless `x` is tokens `(B, N, D)` of a known dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor (B, N, D), got {type(x).__name__}")
+    check_dense("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must have the shape (B, N, D), got {tuple(x.shape)}")
     if x.dtype not in DTYPES:
@@ -125,6 +134,7 @@ def _external(
     x: Tensor, reference: Tensor, mask: Tensor | None, matching: str, groups: int
 ) -> MatchProblem:
     items, tokens, channels = x.shape
+    check_dense("reference", reference)
     if reference.dim() not in (2, 3, 4):
         raise ValueError(
             f"reference must be (M, D), (R, M, D) or (B, R, M, D), got {tuple(reference.shape)}"
@@ -182,6 +192,7 @@ def _mask(
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {kind}; pass {name} > 0.5, for example")
+    check_dense(name, mask)
     if mask.device != x.device:
         raise TypeError(f"{name} is on {mask.device}, x is on {x.device}")
     if tuple(mask.shape) not in shapes:
@@ -239,6 +250,9 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
             # A product keeps the number symbolic in the graph; `full` would specialise on it.
             return torch.ones((), dtype=compute_dtype(x.dtype), device=x.device) * value
         return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
+    check_dense(name, value)
+    if value.is_meta and not x.is_meta:
+        raise TypeError(f"{name} is on meta, without a value; x is on {x.device}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if value.numel() == 1:
@@ -248,7 +262,8 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
             f"{name} must be a scalar or one value for each of the {slots} references, "
             f"got the shape {tuple(value.shape)}"
         )
-    given, value = value, value.detach().to(compute_dtype(x.dtype))
+    # A lazily negated view, such as `z.conj().imag`, has the negative in its memory.
+    given, value = value, value.detach().to(compute_dtype(x.dtype)).resolve_neg()
     # Values on an accelerator are not read: that would wait for the device.
     if value.device.type == "cpu" and _is_real(value):
         if not all(math.isfinite(number) for number in value.reshape(-1).tolist()):
@@ -260,10 +275,12 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
 
 
 def _is_real(value: Tensor) -> bool:
-    """Return True if the tensor's values can be read now: not while compiling or tracing."""
+    """Return True if the tensor's values can be read now: not while compiling or under `vmap`."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def draw_source_mask(

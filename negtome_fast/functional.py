@@ -140,6 +140,8 @@ def guide_tokens(
     if not (source_mask is None and generator is None and type(dropout) is float and dropout == 0):
         source_mask = draw_source_mask(x, source_mask, dropout, generator)
     ops.check_backend_name(backend)
+    if not skips:
+        ops.check_transforms(x, external, inplace)
     nothing_to_push = pairing.mode == "first" and x.shape[0] == groups
     if nothing_to_push:
         _warn_nothing_to_push(x.shape, groups)
@@ -167,17 +169,38 @@ def guide_tokens(
 
 
 def _check_writable(x: Tensor, reference: ReferenceTokens) -> None:
-    if not x.is_contiguous() and any(
-        step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
-    ):
+    if not x.is_contiguous() and (wrong := _overlap(x)):
         raise ValueError(
-            f"inplace=True needs memory for every token; x {tuple(x.shape)} is expanded "
+            f"inplace=True needs memory for every token; x {tuple(x.shape)} {wrong} "
             f"(strides {x.stride()}); use inplace=False or x.clone()"
         )
     if torch.is_grad_enabled() and (
         x.requires_grad or (isinstance(reference, Tensor) and reference.requires_grad)
     ):
         raise ValueError("inplace=True is not differentiable; use inplace=False or torch.no_grad()")
+
+
+def _overlap(x: Tensor) -> str:
+    """Say in words why elements of `x` share memory; empty if they do not."""
+    strided = [(step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if any(step == 0 for step, _ in strided):
+        return "is expanded"
+    if torch.compiler.is_compiling():
+        return ""
+    reach = 0
+    for step, size in sorted(strided):
+        if step <= reach:
+            return _shared_elements(strided)
+        reach += step * (size - 1)
+    return ""
+
+
+def _shared_elements(strided: list[tuple[int, int]]) -> str:
+    """`_overlap` of strides that do not say it at once, by the places of all elements."""
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for step, size in strided:
+        places = (places[:, None] + step * torch.arange(size, device="cpu")).flatten()
+    return "overlaps itself" if len(places.unique()) < len(places) else ""
 
 
 @torch.no_grad()

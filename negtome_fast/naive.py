@@ -7,6 +7,8 @@ It is the oracle of all tests, written to be read, not to be fast.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,34 @@ def per_slot(value: Tensor, x: Tensor, slots: int) -> Tensor:
     if value.device.type == "cpu" and x.device.type != "cpu" and value.numel() == 1:
         value = torch.full((), float(value), dtype=dtype, device=x.device)
     return value.to(x.device, dtype).expand(slots)
+
+
+def saturated(values: Tensor, out: Tensor) -> Tensor:
+    """Round `values`, of the dtype of the arithmetic, into `out`: no finite one becomes infinite.
+
+    Beyond the range of the dtype of `out` the result is its largest finite number, or the negative
+    of that; NaN stays NaN. `out` may be `values`, which may be changed. Returns `out`.
+    """
+    limit = torch.finfo(out.dtype).max
+    if out.dtype == values.dtype:
+        return torch.clamp(values, -limit, limit, out=out)
+    return out.copy_(values.clamp_(-limit, limit))
+
+
+class Saturated(torch.autograd.Function):
+    """`saturated` of `(values, dtype)` as a new tensor; the gradient passes, as through a rounding.
+
+    So it is in the operator: saturation is a constant of the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = values.dtype
+        return saturated(values.clone(), torch.empty_like(values, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
 
 
 def is_finite(tokens: Tensor) -> Tensor:
@@ -109,7 +139,9 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
             chosen = reference[pairing.reference_item(item, slot)].to(dtype)[index[item, slot]]
             step = alpha[slot] * (original - chosen)
             moved += torch.where(pushed[item, slot, :, None], step, 0.0)
-        result[item] = torch.where(pushed[item].any(0)[:, None], moved.to(x.dtype), x[item])
+            saturated(moved, moved)
+        moved = saturated(moved, torch.empty_like(x[item]))
+        result[item] = torch.where(pushed[item].any(0)[:, None], moved, x[item])
     out.copy_(result)
 
     slots = torch.arange(pairing.slots, device=x.device)[:, None]

@@ -139,10 +139,40 @@ def can_skip_dispatcher(*tensors: Any) -> bool:
         if tensor is not None and (
             type(tensor) is not Tensor
             or tensor.is_meta
+            # The memory of these says less, or something else, than their values.
+            or tensor.is_neg()
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
             or (differentiated and tensor.requires_grad)
         ):
             return False
     return True
+
+
+def check_transforms(x: Tensor, reference: Tensor | None, inplace: bool) -> None:
+    """Raise `RuntimeError` for transforms of torch that the operators do not have.
+
+    They are the derivatives of forward mode, for which torch would return zero, and of
+    `torch.func`, and `vmap` in place. Not needed where `can_skip_dispatcher`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if inplace and torch._C._functorch.is_batchedtensor(x):
+        raise RuntimeError("inplace=True does not work under torch.vmap; use inplace=False")
+    given = [tensor for tensor in (x, reference) if tensor is not None]
+    forward = forward_ad._current_level >= 0
+    if forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise RuntimeError(
+            "negtome has no forward-mode derivative (torch.func.jvp, dual numbers); "
+            "use torch.autograd.grad"
+        )
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    under_grad = any(level.key() == torch._C._functorch.TransformType.Grad for level in levels)
+    if under_grad and any(tensor.requires_grad for tensor in given):
+        raise RuntimeError(
+            "negtome has no derivative under torch.func (grad, vjp, jacrev, hessian); "
+            "use torch.autograd.grad"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,6 +302,22 @@ def guide_(*arguments: Any) -> tuple[Tensor, Tensor]:
 @guide_.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(_call(*arguments))
+
+
+def _guide_negated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`guide_` of views that negate lazily, such as `z.conj().imag`: the memory is the negative.
+
+    torch's own answer to them cannot write into the view of an operator that returns other tensors.
+    """
+    values = (v.resolve_neg() if isinstance(v, Tensor) else v for v in rest)
+    resolved = x.resolve_neg()
+    result: tuple[Tensor, Tensor] = guide_(resolved, *values)
+    if resolved is not x:
+        x.copy_(resolved)
+    return result
+
+
+guide_._lib.impl("guide_", _guide_negated, "Negative")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

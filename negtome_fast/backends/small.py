@@ -21,45 +21,19 @@ from ..call import Call
 from ..naive import NOTHING, compute_dtype
 from ..pairing import Pairing
 from .pieces import EPSILON, RUN, padded
+from .small_places import Places, places_of
 
 #: A call is small if tokens and scores of all pairs have no more elements than this.
 SMALL = 4 * 2**20
 #: If the sum of norms is less than this, no difference of two tokens overflows.
 LARGEST = {dtype: torch.finfo(dtype).max / 4 for dtype in (torch.float32, torch.float64)}
+#: A larger alpha, of either sign, could push a token beyond the range even of bf16, fp32 and fp64:
+#: the norms of matched tokens are at most the root of that range. Such a call is not small.
+STRONGEST = 1e12
+#: The dtype that any push can leave, and its largest number.
+NARROW, LIMIT = torch.float16, torch.finfo(torch.float16).max
 #: Up to this many columns, the unvectorised maximum with index beats a search run by run.
 DIRECT = 2 * RUN
-
-
-class _Places(NamedTuple):
-    """Constants of a pairing: P items move, and each of them meets S references.
-
-    Attributes:
-        moving: int64 `(P,)`, the items that move.
-        own: int64 `(P, 1, N)`, the row of each moving token among those of the batch.
-        starts: int64 `(P, S, N)`, the row of the reference's first token among all reference
-            tokens, the same for all N; None if it is `S * length`.
-        items: int64 `(P, S)`, number of the reference item.
-        offsets: int64 `(S, 1)`, slot times the length of a reference.
-        order: int64 `(P * S)`, positions of the results of `_both_ways`; None except for `others`.
-        one, other: int64, the two items of each of its products.
-        length: number of tokens of a reference.
-        nothing, stays: fp32 and int64 `(G, 1, N)`, -inf and -1: the results of items that do not
-            move.
-        none: -1, `()`.
-    """
-
-    moving: Tensor
-    own: Tensor
-    starts: Tensor | None
-    items: Tensor
-    offsets: Tensor
-    order: Tensor | None
-    one: Tensor
-    other: Tensor
-    length: int
-    nothing: Tensor
-    stays: Tensor
-    none: Tensor
 
 
 class _Tokens(NamedTuple):
@@ -73,51 +47,12 @@ class _Tokens(NamedTuple):
     finite: bool
 
 
-@lru_cache(maxsize=64)
-def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Places:
-    items = [
-        [pairing.reference_item(item, slot) for slot in range(pairing.slots)]
-        for item in pairing.sources
-    ]
-    in_batch = pairing.mode != "external"
-    # Shared: the references of all items begin at row 0 of the table of reference tokens.
-    shared = pairing.groups == 1 if pairing.mode == "first" else not (in_batch or pairing.per_item)
-    first, second, order = [], [], []
-    if pairing.mode == "others":
-        pairs = [(s, o) for s, row in zip(pairing.sources, items, strict=True) for o in row]
-        products = [pair for pair in pairs if pair[0] < pair[1]]
-        first, second = [one for one, _ in products], [other for _, other in products]
-        number = {pair: place for place, pair in enumerate(products)}
-        number |= {(b, a): place + len(products) for (a, b), place in number.items()}
-        # The rows of a product are the source's tokens, or the reference's with "official".
-        order = [number[(s, o) if matching == "paper" else (o, s)] for s, o in pairs]
-
-    def constant(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-    with torch.inference_mode(False):
-        numbers, still = constant(items), (pairing.groups, 1, tokens)
-        moving = constant(pairing.sources)
-        return _Places(
-            moving,
-            moving[:, None, None] * tokens + torch.arange(tokens, device="cpu"),
-            None if shared else (numbers * length)[..., None].expand(-1, -1, tokens),
-            numbers,
-            torch.arange(pairing.slots, device="cpu")[:, None] * length,
-            constant(order) if order else None,
-            constant(first),
-            constant(second),
-            length,
-            torch.full(still, NOTHING, dtype=torch.float32, device="cpu"),
-            torch.full(still, -1, dtype=torch.int64, device="cpu"),
-            constant(-1),
-        )
-
-
 def fits(call: Call) -> bool:
-    """Return True if a call is small, and not empty."""
+    """Return True if a call is small, not empty, and of an alpha up to `STRONGEST`."""
     x = call.x
-    return x.is_cpu and 0 < elements(x.shape, call.reference.shape[1], call.pairing) <= SMALL
+    if not x.is_cpu or not 0 < elements(x.shape, call.reference.shape[1], call.pairing) <= SMALL:
+        return False
+    return call.alpha is None or all(abs(a) <= STRONGEST for a in call.alpha.view(-1).tolist())
 
 
 def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:
@@ -226,7 +161,7 @@ def _excluded(norm: Tensor, finite: bool, allowed: Tensor | None) -> Tensor | No
 
 
 def _both_ways(
-    sources: _Tokens, places: _Places, slots: int, mask: Tensor | None
+    sources: _Tokens, places: Places, slots: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(B, S, N)` of "others".
 
@@ -254,7 +189,7 @@ def _both_ways(
 
 
 def _match(
-    sources: _Tokens, references: _Tokens, call: Call, places: _Places
+    sources: _Tokens, references: _Tokens, call: Call, places: Places
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(P, S, N)` of the items that move; -inf and -1 where nothing matches."""
     pairing, mask, paper = call.pairing, call.reference_mask, call.matching == "paper"
@@ -291,7 +226,7 @@ def match(call: Call) -> tuple[Tensor, Tensor]:
     x, reference, pairing = call.x, call.reference, call.pairing
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    places = places_of(pairing, call.matching, x.shape[1], reference.shape[1])
     found = _match(sources, references, call, places)
     similarity = _with_those_that_stay(found[0], pairing, places.nothing.to(found[0].dtype))
     return similarity, _with_those_that_stay(found[1], pairing, places.stays)
@@ -307,7 +242,7 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
             return done
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    places = places_of(pairing, call.matching, x.shape[1], reference.shape[1])
     found = _match(sources, references, call, places)
 
     finite = sources.finite and references.finite
@@ -357,17 +292,18 @@ def _flat(items: int, tokens: int) -> _Flat:
 def guide_from_first(
     x: Tensor, alpha: Tensor, threshold: Tensor, source_mask: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """`guide` for one group and "first", without a mask; None if a token is not finite.
+    """`guide` for one group and "first", without a mask; None if a token or the push is too large.
 
     This is the most common call, so it is written out: half of its time goes into views and Python.
     """
+    strength = alpha.item()
     items, tokens, channels = x.shape
     flat = _flat(items, tokens)
     dtype = compute_dtype(x.dtype)
     own_copy = x.dtype != dtype or not x.is_contiguous()
     wide = (x.to(dtype).contiguous() if own_copy else x).view(-1, channels)
     norm = torch.linalg.vector_norm(wide, dim=1).clamp_min_(EPSILON)
-    if not norm.sum().item() < LARGEST[dtype]:
+    if not norm.sum().item() < LARGEST[dtype] or abs(strength) > STRONGEST:
         return None
     target, source = wide.split_with_sizes(flat.sizes)
     target_norm, source_norm = norm.split_with_sizes(flat.sizes)
@@ -381,7 +317,7 @@ def guide_from_first(
         pushed &= source_mask.reshape(-1)[tokens:]
 
     step = wide.index_select(0, index.where(pushed, flat.own))
-    if alpha.item() < 0:
+    if strength < 0:
         step = torch.sub(source, step, out=step).mul_(-alpha)
     else:
         step = step.sub_(source).mul_(alpha)
@@ -389,6 +325,8 @@ def guide_from_first(
         out[0].copy_(x[0])
     if own_copy or out is x:
         source.sub_(step)
+    if x.dtype == NARROW:
+        source.clamp_(-LIMIT, LIMIT)
     if own_copy:
         out[1:].copy_(source.view(items - 1, tokens, channels))
     elif out is not x:
@@ -417,7 +355,7 @@ class _Choice(NamedTuple):
     alpha: Tensor
 
 
-def _choose(found: tuple[Tensor, Tensor], call: Call, places: _Places) -> tuple[Tensor, _Choice]:
+def _choose(found: tuple[Tensor, Tensor], call: Call, places: Places) -> tuple[Tensor, _Choice]:
     """The cosine of each token's match, and the reference token that it is pushed from."""
     (similarity, index), starts, slot = found, places.starts, None
     dtype, numbers = similarity.dtype, (call.alpha, call.threshold)
@@ -493,8 +431,14 @@ def _push(
 
     if out is not x and pairing.mode == "first":
         out[:: pairing.group_size].copy_(x[:: pairing.group_size])
-    if finite:
+    if finite and x.dtype != NARROW:
         torch.sub(source, step, out=target)
         return
+    moved = torch.sub(source, step, out=step)
+    if x.dtype == NARROW:
+        moved.clamp_(-LIMIT, LIMIT)
+    if finite:
+        target.copy_(moved)
+        return
     moves = pushed.any(dim=1).view(*source.shape[:-1], 1)
-    torch.where(moves, (source - step).to(x.dtype), _moving(x, pairing), out=target)
+    torch.where(moves, moved.to(x.dtype), _moving(x, pairing), out=target)

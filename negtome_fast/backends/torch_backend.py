@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..naive import NOTHING, compute_dtype, is_finite, per_slot
+from ..naive import NOTHING, compute_dtype, is_finite, per_slot, saturated
 from ..pairing import Pairing
 from . import coarse, small
 from .pieces import EPSILON, RUN, Search, improve, padded, piece_rows, slices
@@ -326,6 +326,7 @@ def _moved(
         chosen = chosen.to(dtype)
         step = torch.sub(original, chosen, out=chosen).mul_(alpha_here)
         if len(numbers) == 1:
-            return torch.add(step, original, out=out)
-        moved = torch.where((number >= 0)[:, None], step.add_(moved), moved)
-    return out.copy_(moved)
+            return saturated(step.add_(original), out)
+        step = saturated(step.add_(moved), step)
+        moved = torch.where((number >= 0)[:, None], step, moved)
+    return saturated(moved, out)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_tokens
 from ..functional import negtome as _negtome
+from ..naive import Saturated
 
 
 def negtome(
@@ -83,5 +84,5 @@ def _with_pair_mask(
     moves = best > threshold
     if dropout > 0.0:
         moves &= torch.rand(moves.shape, device=x.device) > dropout
-    moved = (wide + alpha * (wide - reference[index])).to(x.dtype)
+    moved = Saturated.apply(wide + alpha * (wide - reference[index]), x.dtype)
     return torch.where(moves[..., None], moved, x)

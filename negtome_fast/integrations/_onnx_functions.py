@@ -9,6 +9,9 @@ over the slots of references and over blocks of columns, become `Loop`.
 
 from typing import TypeVar, Union
 
+import numpy
+import torch
+from onnx.numpy_helper import from_array
 from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
@@ -19,6 +22,7 @@ DOMAIN = Opset("negtome_fast", 1)
 BLOCK, RUN = 256, 64
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])  # noqa: UP007, onnxscript knows no other form
 _FLOAT, _DOUBLE, _INT64, _BOOL = 1, 11, 7, 9  # of onnx.TensorProto
+_TORCH = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
 
 
 @script(DOMAIN, default_opset=op)
@@ -85,21 +89,30 @@ def match_slots(x: T, reference: T, allowed: BOOL, table: INT64, official: BOOL)
 
 
 @script(DOMAIN, default_opset=op)
-def push_all(x: T, tokens: T, place: INT64, pushed: BOOL, alpha: T) -> T:
-    """x + the pushes of every slot: tokens (P * M, D), place and pushed (B, C, N), alpha (C,)."""
+def push_all(x: T, tokens: T, place: INT64, pushed: BOOL, alpha: T, largest: T) -> T:
+    """x + the pushes of every slot: tokens (P * M, D), place and pushed (B, C, N), alpha (C,).
+
+    The sum saturates at `largest` after each push, so that no infinity meets another.
+    """
     moved = x
     zero = op.CastLike(0.0, x)
     for slot in range(op.Squeeze(op.Shape(alpha), [0])):
         chosen = op.Gather(tokens, op.Gather(place, slot, axis=1))
         step = op.Gather(alpha, slot) * (x - chosen)
         moves = op.Unsqueeze(op.Gather(pushed, slot, axis=1), [2])
-        moved = moved + op.Where(moves, step, zero)
+        moved = op.Clip(moved + op.Where(moves, step, zero), -largest, largest)
     return moved
 
 
 def _compute(tokens):
     """Tokens in fp64 if they are fp64, else in fp32."""
     return tokens if tokens.dtype == _DOUBLE else op.Cast(tokens, to=_FLOAT)
+
+
+def _largest(dtype, wide):
+    """The largest finite number of `dtype`, in the dtype of `wide`."""
+    number = torch.finfo(_TORCH[dtype]).max
+    return op.CastLike(op.Constant(value=from_array(numpy.array(number))), wide)
 
 
 def _length(tokens, axis):
@@ -240,8 +253,11 @@ def guide(
         moved = op.Add(wide, op.Mul(strength, op.Sub(wide, chosen)))
         moves = op.Squeeze(pushed, first)
     else:
-        moved = push_all(wide, tokens, place, pushed, alpha)
+        arithmetic = _largest(_DOUBLE if x.dtype == _DOUBLE else _FLOAT, wide)
+        moved = push_all(wide, tokens, place, pushed, alpha, arithmetic)
         moves = op.Cast(op.ReduceMax(op.Cast(pushed, to=_INT64), first, keepdims=0), to=_BOOL)
+    largest = _largest(x.dtype, wide)
+    moved = op.Clip(moved, op.Neg(largest), largest)
     y = op.CastLike(op.Where(op.Unsqueeze(moves, second), moved, wide), x)
     flat = op.Add(op.Mul(slot, columns), token)
     return y, similarity, op.Where(pushed, flat, none)

@@ -16,6 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ..arguments import check_dense
 from ..ops import check_backend_name
 from . import ops
 from .call import NudgeCall, Objective
@@ -53,7 +54,8 @@ class NudgeResult:
         `"converged"`: a further step would not move it by `tolerance` of its norm (for "squared":
         the minimum was reached). `"steps"`: all steps were used. `"distance"`: the item is on the
         sphere of radius `max_distance`. `"non-finite"`: the item or its points hold a NaN or an
-        infinity, and the item was not moved.
+        infinity, and the item was not moved; or the next step would have left the range of fp32
+        (fp64 for fp64), and was not taken.
         """
         return tuple(REASONS[code] for code in self.stopped.tolist())
 
@@ -104,7 +106,8 @@ def nudge(
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
 
     Returns:
-        `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Not differentiable.
+        `NudgeResult`. Arithmetic is fp32 (fp64 for fp64), rounded once. Latents saturate at the
+        largest finite number of their dtype: finite ones stay finite. Not differentiable.
 
     Raises:
         ValueError, TypeError: invalid arguments; the message names shapes.
@@ -141,6 +144,7 @@ def nudge(
 def _check_latents(latents: Tensor) -> None:
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a tensor (B, ...), got {type(latents).__name__}")
+    check_dense("latents", latents)
     if latents.dim() < 2:
         raise ValueError(f"latents must have the shape (B, ...), got {tuple(latents.shape)}")
     if latents.dtype not in DTYPES:
@@ -168,6 +172,7 @@ def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
         return None
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} must be a tensor of points, got {type(points).__name__}")
+    check_dense(name, points)
     if points.dtype != latents.dtype or points.device != latents.device:
         raise TypeError(
             f"{name} and latents must share dtype and device; {name} is {points.dtype} on "
@@ -201,6 +206,7 @@ def _per_item(
             wanted = "positive" if positive else "finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
         return torch.full((items,), value, dtype=dtype, device=latents.device)
+    check_dense(name, value)
     if value.shape not in ((), (1,), (items,)):
         raise ValueError(
             f"{name} must be a number or one for each of the {items} items, "

@@ -26,7 +26,7 @@ from ..arguments import (
     parameter_tensor,
 )
 from ..functional import guide_tokens, match_tokens
-from ..naive import NOTHING, compute_dtype, is_finite
+from ..naive import NOTHING, Saturated, compute_dtype, is_finite
 from .layouts import ImageTokens
 
 
@@ -269,8 +269,10 @@ def _push(
     for slot in range(number):
         chosen = references[slot].to(moved.dtype)[index[:, slot].clamp_min(0)]
         step = alpha[slot] * (original - chosen)
-        moved = moved + torch.where(pushed[:, slot, :, None], step, 0.0)
-    guided = torch.where(pushed.any(dim=1)[..., None], moved.to(x.dtype), x)
+        step = torch.where(pushed[:, slot, :, None], step, 0.0)
+        moved = Saturated.apply(moved + step, moved.dtype)
+    moved = Saturated.apply(moved, x.dtype)
+    guided = torch.where(pushed.any(dim=1)[..., None], moved, x)
     flat = torch.where(pushed, slots * tokens + index, -1)
     if combine == "nearest":
         return guided, similarity.amax(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)

@@ -36,6 +36,11 @@ def moved(tensor: Tensor, device: str) -> Tensor:
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def lazily_negated(tensor: Tensor) -> Tensor:
+    """The values of `tensor` as a view of their negatives in memory, as `z.conj().imag` is."""
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -113,6 +118,17 @@ def _poke(value: float) -> Callable[[Tensor], None]:
 def _scale(factor: float) -> Callable[[Tensor], None]:
     def change(x: Tensor) -> None:
         x[:, ::3] *= factor
+
+    return change
+
+
+def _large(share: float) -> Callable[[Tensor], Tensor]:
+    """Finite tokens of which the largest are a share of what their norms, or dtype, can hold."""
+
+    def change(x: Tensor) -> Tensor:
+        # Norms are of fp32: their squares overflow long before the numbers of bf16 and fp32 do.
+        largest = min(float(torch.finfo(x.dtype).max), 1e18)
+        return (x.float() * (share * largest)).clamp(-largest, largest).to(x.dtype)
 
     return change
 
@@ -207,6 +223,22 @@ SHAPES = [
 SLOW_SHAPES = [(2, 1000, 96), (3, 1000, 640), (2, 2500, 40)]
 
 
+def _beyond_the_range() -> list[Case]:
+    """Finite tokens that a push would carry beyond the largest number of their dtype."""
+    half, shape = torch.float16, (3, 40, 24)
+    builds = {
+        "first, float16": plain(shape, half),
+        "others, float16": plain(BASE, half, reference="others"),
+        "others, sum, float16": plain(BASE, half, reference="others", combine="sum"),
+        "official, float16": plain(shape, half, matching="official", alpha=-3.0),
+        "three references, float16": external((3, 33, 24), shape, half, alpha=2 * ONE_EACH),
+        "first, bfloat16": plain(shape, torch.bfloat16, alpha=1e30),
+        "others, float32": plain(shape, reference="others", alpha=-1e30),
+        "others, sum, float32": plain(shape, reference="others", combine="sum", alpha=1e30),
+    }
+    return [Case(f"{name}, saturated", altered(b, _large(0.3))) for name, b in builds.items()]
+
+
 def _table() -> list[Case]:
     cases = [Case(name, build) for name, build in MODES.items()]
     for label in ("first", "others", "official"):
@@ -222,6 +254,7 @@ def _table() -> list[Case]:
         ):
             cases.append(Case(f"{label}, {short}", plain((4, 50, 24), dtype, **arguments)))
         cases.append(Case(f"three references, {short}", external((3, 33, 24), dtype=dtype)))
+    cases += _beyond_the_range()
     for shape in (*SHAPES, *SLOW_SHAPES):
         slow = shape in SLOW_SHAPES
         size = "x".join(map(str, shape))

@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from helpers.cases import lazily_negated
 from helpers.pipelines_fixtures import flux_pipeline
 from negtome_fast.functional import guide_tokens
 from negtome_fast.pipelines import (
@@ -144,15 +145,22 @@ class Failure(str):
 
 
 def guide_part(
-    x: Tensor, *, stream: int | None = None, weight: Tensor | None = None, **arguments: Any
+    x: Tensor,
+    *,
+    stream: int | None = None,
+    weight: Tensor | None = None,
+    negated: bool = False,
+    **arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """`TokenShards.guide_tokens` on this rank's part of the tokens.
+    """`TokenShards.guide_tokens` on this rank's part of the tokens, `negated` as a lazy view.
 
     With `weight`, the gradient of its product with the result takes the place of the similarity.
     """
     assert dist.group.WORLD is not None
     shards = TokenShards(dist.group.WORLD, ImageTokens(stream or x.shape[1], x.shape[1]))
     own = x[:, shards.own].clone()
+    if negated:
+        own = lazily_negated(own)
     if "seed" in arguments:
         arguments["generator"] = torch.Generator().manual_seed(arguments.pop("seed"))
     if weight is None:
@@ -164,9 +172,14 @@ def guide_part(
 
 
 def guide_alone(
-    x: Tensor, *, stream: int | None = None, weight: Tensor | None = None, **arguments: Any
+    x: Tensor,
+    *,
+    stream: int | None = None,
+    weight: Tensor | None = None,
+    negated: bool = False,
+    **arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """The same in one process."""
+    """The same in one process, without a lazy view."""
     if "seed" in arguments:
         arguments["generator"] = torch.Generator().manual_seed(arguments.pop("seed"))
     x = x.clone()

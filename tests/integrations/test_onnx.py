@@ -43,6 +43,7 @@ SIGNATURES = (
     "official, masked",
     "first, bfloat16",
     "others, float16",
+    "others, sum, float16",
 )
 
 
@@ -127,6 +128,8 @@ def test_ties_and_numbers_that_are_not_finite_are_among_the_cases() -> None:
     for first in ("first", "official"):
         for kind in ("duplicates", "nan", "infinite", "zero tokens", "beyond fp32 norms"):
             assert made[f"{first}, {kind}"] in exported, (first, kind)
+    for combine in ("", ", sum"):
+        assert made[f"others{combine}, float16, saturated"] in exported
 
 
 def test_double_precision_stays_double() -> None:

@@ -248,7 +248,7 @@ class TestWhatIsRemembered:
     def test_numbers_made_in_inference_mode_serve_outside_of_it(self) -> None:
         arguments._known_number.cache_clear()
         arguments._known_problem.cache_clear()
-        small._places.cache_clear()
+        small.places_of.cache_clear()
         x = similar(4, 64, 32)
         with torch.inference_mode():
             expected = negtome(x, alpha=0.7, threshold=0.2)

@@ -47,6 +47,7 @@ def broken() -> Tensor:
 
 
 X = tokens(ITEMS, TOKENS, CHANNELS)
+LARGE = (2e4 * X).clamp(-65504, 65504).half()
 CASES: dict[str, dict[str, Any]] = {
     "first": {"x": X},
     "first, groups": {"x": X, "groups": 2},
@@ -105,6 +106,10 @@ CASES: dict[str, dict[str, Any]] = {
     "not finite": {"x": broken()},
     "not finite, official": {"x": broken(), "matching": "official"},
     "gradient": {"x": X, "weight": tokens(ITEMS, TOKENS, CHANNELS, seed=2)},
+    "saturated": {"x": LARGE},
+    "saturated, official": {"x": LARGE, "matching": "official", "alpha": -3.0},
+    "negated": {"x": X, "negated": True, "reference": "others"},
+    "negated, official": {"x": X, "negated": True, "matching": "official", "inplace": True},
     "gradient, others": {
         "x": X,
         "weight": tokens(ITEMS, TOKENS, CHANNELS, seed=2),

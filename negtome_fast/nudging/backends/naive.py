@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...naive import saturated
 from ..call import NudgeCall
 
 TINY = 1e-12
@@ -19,7 +20,7 @@ def nudge(call: NudgeCall, out: Tensor, trace: Tensor | None) -> tuple[Tensor, T
     distances, counts, reasons = [], [], []
     for item in range(call.latents.shape[0]):
         moved, distance, taken, reason, values = descend(ItemProblem(call, item), call)
-        out[item] = moved.to(out.dtype) if taken else call.latents[item]
+        out[item] = saturated(moved, torch.empty_like(out[item])) if taken else call.latents[item]
         distances.append(distance)
         counts.append(taken)
         reasons.append(reason)
@@ -42,7 +43,11 @@ def descend(problem: ItemProblem, call: NudgeCall) -> tuple[Tensor, Tensor, int,
     latents, taken, on_sphere, trace = start, 0, False, [problem.value(start)]
     reason = STEPS
     for _ in range(call.steps):
-        proposal, at_radius = problem.project(problem.step(latents, taken == 0, call.step_size))
+        proposal = problem.step(latents, taken == 0, call.step_size)
+        if not bool((proposal - start).norm().isfinite()):
+            reason = NON_FINITE
+            break
+        proposal, at_radius = problem.project(proposal)
         if (proposal - latents).norm() <= call.tolerance * start.norm():
             reason = DISTANCE if on_sphere else CONVERGED
             break

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...naive import saturated
 from ..call import NudgeCall
 
 TINY = 1e-12
@@ -96,7 +97,7 @@ def nudge(call: NudgeCall, out: Tensor, trace: Tensor | None) -> tuple[Tensor, T
     p = q = torch.zeros_like(plane.norm)
     taken = torch.zeros_like(p, dtype=torch.int64)
     active, on_sphere = plane.finite, torch.zeros_like(plane.finite)
-    converged = torch.zeros_like(active)
+    converged, lost = torch.zeros_like(active), torch.zeros_like(active)
     size = torch.full_like(p, 1.0 if squared else call.step_size)
     if call.objective == "cosine":
         size = size * plane.ss
@@ -106,6 +107,8 @@ def nudge(call: NudgeCall, out: Tensor, trace: Tensor | None) -> tuple[Tensor, T
         along_start, along_g = plane.gradient(p, q)
         next_p, next_q = p - size * along_start, q - size * along_g
         distance = plane.length(next_p, next_q)
+        lost = lost | (active & ~distance.isfinite())
+        active = active & ~lost
         outside = distance >= call.radius
         shrink = torch.where(outside, call.radius / distance.clamp_min(TINY), 1.0)
         next_p, next_q = next_p * shrink, next_q * shrink
@@ -123,6 +126,7 @@ def nudge(call: NudgeCall, out: Tensor, trace: Tensor | None) -> tuple[Tensor, T
     reason = torch.where(converged, 0, 1)
     reason = torch.where(on_sphere, 2, reason)
     moved = start + p[:, None] * start + q[:, None] * g
-    out.copy_(torch.where((taken > 0)[:, None], moved.to(out.dtype), call.latents))
+    moved = saturated(moved, torch.empty_like(out))
+    out.copy_(torch.where((taken > 0)[:, None], moved, call.latents))
     distance = torch.where(plane.finite, plane.length(p, q), 0.0)
-    return distance, taken, torch.where(plane.finite, reason, 3)
+    return distance, taken, torch.where(plane.finite & ~lost, reason, 3)
