@@ -183,12 +183,13 @@ class Guide:
         percent = percents(first, model_sampling)[0]
         steps = ", ".join(f"{sigma:.3g}" for sigma in run.sigmas[:-1][:4])
         highest, lowest = self.window.sigmas(model_sampling)
+        in_sigmas = f" (sigma {min(highest, self._highest):.3g} to {lowest:.3g})"
         run.tell(
-            f"not guided: no step of this run lies in the window, {self.window} (sigma "
-            f"{highest:.3g} to {lowest:.3g}). The run begins at sigma {first:.3g}, percent "
-            f"{percent:.3g}; its steps are at {steps}{', ...' if len(run.sigmas) > 5 else ''}. To "
-            f"guide its first steps, set window={fitting.unit}, start={fitting.start:g}, "
-            f"end={fitting.end:g}"
+            f"not guided: no step of this run lies in the window, {self.window}"
+            f"{in_sigmas if self.window.unit == 'percent' else ''}. The run begins at sigma "
+            f"{first:.3g}, percent {percent:.3g}; its steps are at {steps}"
+            f"{', ...' if len(run.sigmas) > 5 else ''}. To guide its first steps, set window="
+            f"{fitting.unit}, start={fitting.start:g}, end={fitting.end:g}"
         )
 
     def _tell_of_missing_forwards(self, run: Run) -> None:
