@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,14 +29,30 @@ FRAMES = {"QwenImageTransformer2DModel": 1, "WanModel": 2, "HunyuanVideo": 2}
 EDITING = ("Flux", "QwenImageTransformer2DModel")  # FLUX Kontext, Qwen-Image-Edit
 
 
+LATER = {
+    "txt_ids_dims": [],
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+    "meanflow_sum": False,
+    "vec_in_dim": None,
+}
+"""Parameters that later versions of ComfyUI need: their values for the models above."""
+
+
+def completed(parameters: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a class, with those of `LATER` that its dataclass has."""
+    names = {field.name for field in fields(parameters)}
+    return {**{name: value for name, value in LATER.items() if name in names}, **arguments}
+
+
 def build(name: str) -> torch.nn.Module:
     """A small random model of a class in `PLACES`."""
     comfyui_program.import_comfy()
     import comfy.ops
     from comfy.ldm.aura.mmdit import MMDiT
-    from comfy.ldm.chroma.model import Chroma
-    from comfy.ldm.flux.model import Flux
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.chroma.model import Chroma, ChromaParams
+    from comfy.ldm.flux.model import Flux, FluxParams
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
     from comfy.ldm.pixart.pixartms import PixArtMS
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
@@ -69,14 +86,14 @@ def build(name: str) -> torch.nn.Module:
     qwen |= {"joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
     wan = {"dim": 32, "ffn_dim": 48, "text_dim": 32, "num_heads": 2, "num_layers": 1}
     recipes: dict[str, tuple[Any, dict[str, Any]]] = {
-        "Flux": (Flux, flux),
-        "Chroma": (Chroma, chroma),
+        "Flux": (Flux, completed(FluxParams, flux)),
+        "Chroma": (Chroma, completed(ChromaParams, chroma)),
         "OpenAISignatureMMDITWrapper": (OpenAISignatureMMDITWrapper, sd3),
         "MMDiT": (MMDiT, aura),
         "PixArtMS": (PixArtMS, pixart),
         "QwenImageTransformer2DModel": (QwenImageTransformer2DModel, qwen),
         "WanModel": (WanModel, wan),
-        "HunyuanVideo": (HunyuanVideo, hunyuan),
+        "HunyuanVideo": (HunyuanVideo, completed(HunyuanVideoParams, hunyuan)),
     }
     kind, arguments = recipes[name]
     model = kind(**arguments, dtype=torch.float32, operations=comfy.ops.manual_cast)

@@ -13,7 +13,7 @@ import torch
 
 import negtome_fast as nf
 from helpers import comfyui_program
-from helpers.comfyui_classes import EDITING, FLUX, build, call, draw_latents
+from helpers.comfyui_classes import EDITING, FLUX, build, call, completed, draw_latents
 from negtome_fast.guidance import Guidance
 from negtome_fast.integrations.comfyui import nodes
 from negtome_fast.integrations.comfyui.guide import guides_of
@@ -143,9 +143,11 @@ def test_flux_is_guided_as_in_diffusers() -> None:
     pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
     comfyui_program.import_comfy()
     import comfy.ops
-    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.flux.model import Flux, FluxParams
 
-    ours = Flux(**FLUX, dtype=torch.float32, operations=comfy.ops.manual_cast)
+    ours = Flux(
+        **completed(FluxParams, FLUX), dtype=torch.float32, operations=comfy.ops.manual_cast
+    )
     comfyui_program.randomise(ours).eval()
     theirs = diffusers_twin(ours)
     draw = torch.Generator().manual_seed(2)
@@ -189,8 +191,10 @@ def patched_model() -> Any:
     comfyui_program.import_comfy()
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
-    config = comfy.supported_models.FluxSchnell({"image_model": "flux", **FLUX})
+    arguments = completed(FluxParams, FLUX)
+    config = comfy.supported_models.FluxSchnell({"image_model": "flux", **arguments})
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device="cpu")
     comfyui_program.randomise(model.diffusion_model)

@@ -6,6 +6,7 @@ Run where `COMFYUI_PATH` names a checkout of ComfyUI whose requirements this Pyt
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -200,8 +201,12 @@ def test_areas_are_parts_of_a_batch_and_windows_of_a_batch_are_refused() -> None
     torch.testing.assert_close(moved[0], plain[0])
     assert (moved[1:] - plain[1:]).abs().amax((1, 2, 3)).min() > 0.01
     model = diversity(unet())
-    values = (2, 0, "standard_static", 1, False, "pyramid", 0)
-    windows = node("nodes_context_windows", "ContextWindowsManualNode", model, *values)
+    values: tuple[Any, ...] = (2, 0, "standard_static", 1, False, "pyramid", 0)
+    module, name = "nodes_context_windows", "ContextWindowsManualNode"
+    kind = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    if "freenoise" in inspect.signature(kind.execute).parameters:
+        values = (*values, False)
+    windows = node(module, name, model, *values)
     with pytest.raises(ValueError, match="where the run's 4 images make 8"):
         sampled(windows, 4)
 
