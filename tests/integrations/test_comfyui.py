@@ -277,6 +277,7 @@ def test_the_newer_schema_has_the_same_nodes(monkeypatch: pytest.MonkeyPatch) ->
         assert len(set(names)) == len(names) == len(node.inputs) + len(node.outputs)
         assert (schema["node_id"], schema["is_output_node"]) == (node.name, node.shows)
         kinds = {"Model", "Image", "Vae", "Mask", "Latent", "Float", "Int", "String", "Combo"}
+        kinds |= {"Boolean"}
         assert {kind for _, kind, _, _ in schema["inputs"]} <= kinds
     (text,), ui = asyncio.run(listed())[2].execute(model=model("Flux"), samples=1)[0][1:], None
     assert text == "this model is not guided by NegToMe" and ui is None
@@ -321,7 +322,8 @@ def test_the_example_workflows_use_the_nodes_as_they_are() -> None:
                 continue
             used.add(node["type"])
             (own,) = [one for one in nodes.NODES if one.name == node["type"]]
-            values = [one for one in own.inputs if one.kind in ("FLOAT", "INT", "STRING", "COMBO")]
+            kinds = ("FLOAT", "INT", "STRING", "COMBO", "BOOLEAN")
+            values = [one for one in own.inputs if one.kind in kinds]
             given = node.get("widgets_values", [])
             for socket, value in zip(values, given, strict=True):
                 options = socket.options

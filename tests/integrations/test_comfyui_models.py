@@ -13,6 +13,7 @@ import torch
 
 import negtome_fast as nf
 from helpers import comfyui_program
+from helpers.comfyui_classes import EDITING, FLUX, build, call, completed, draw_latents
 from negtome_fast.guidance import Guidance
 from negtome_fast.integrations.comfyui import nodes
 from negtome_fast.integrations.comfyui.guide import guides_of
@@ -22,81 +23,6 @@ pytestmark = pytest.mark.skipif(
     "COMFYUI_PATH" not in os.environ,
     reason="needs ComfyUI: set COMFYUI_PATH to a checkout whose requirements this Python has",
 )
-
-FLUX = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 24,
-    "context_in_dim": 32,
-    "hidden_size": 64,
-    "mlp_ratio": 4.0,
-    "num_heads": 2,
-    "depth": 1,
-    "depth_single_blocks": 2,
-    "axes_dim": [8, 12, 12],
-    "theta": 10000,
-    "patch_size": 2,
-    "qkv_bias": True,
-    "guidance_embed": False,
-}
-
-
-def build(name: str) -> torch.nn.Module:
-    """A small random model of a class in `PLACES`."""
-    comfyui_program.import_comfy()
-    import comfy.ops
-    from comfy.ldm.aura.mmdit import MMDiT
-    from comfy.ldm.chroma.model import Chroma
-    from comfy.ldm.flux.model import Flux
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
-    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
-    from comfy.ldm.pixart.pixartms import PixArtMS
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-    from comfy.ldm.wan.model import WanModel
-
-    flux = {**FLUX, "hidden_size": 32, "axes_dim": [4, 6, 6], "depth_single_blocks": 1}
-    chroma = {k: v for k, v in flux.items() if k not in ("vec_in_dim", "guidance_embed")}
-    chroma |= {"in_channels": 64, "out_channels": 64}
-    chroma |= {"in_dim": 64, "out_dim": 32, "hidden_dim": 48, "n_layers": 1}
-    hunyuan = {**flux, "patch_size": [1, 2, 2], "byt5": False, "meanflow": False}
-    sd3 = {
-        "input_size": None,
-        "in_channels": 16,
-        "depth": 1,
-        "num_blocks": 2,
-        "adm_in_channels": 24,
-        "context_embedder_config": {
-            "target": "torch.nn.Linear",
-            "params": {"in_features": 32, "out_features": 64},
-        },
-        "num_patches": 64,
-        "pos_embed_max_size": 8,
-        "qk_norm": "rms",
-        "x_block_self_attn_layers": [0],
-    }
-    aura = {"in_channels": 16, "out_channels": 16, "dim": 32, "n_layers": 2, "n_double_layers": 1}
-    aura |= {"n_heads": 2, "global_conddim": 32, "cond_seq_dim": 32, "max_seq": 64}
-    pixart = {"hidden_size": 32, "depth": 1, "num_heads": 2, "caption_channels": 32}
-    pixart |= {"model_max_length": 8, "micro_condition": False, "in_channels": 16}
-    qwen = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-    qwen |= {"joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
-    wan = {"dim": 32, "ffn_dim": 48, "text_dim": 32, "num_heads": 2, "num_layers": 1}
-    recipes: dict[str, tuple[Any, dict[str, Any]]] = {
-        "Flux": (Flux, flux),
-        "Chroma": (Chroma, chroma),
-        "OpenAISignatureMMDITWrapper": (OpenAISignatureMMDITWrapper, sd3),
-        "MMDiT": (MMDiT, aura),
-        "PixArtMS": (PixArtMS, pixart),
-        "QwenImageTransformer2DModel": (QwenImageTransformer2DModel, qwen),
-        "WanModel": (WanModel, wan),
-        "HunyuanVideo": (HunyuanVideo, hunyuan),
-    }
-    kind, arguments = recipes[name]
-    model = kind(**arguments, dtype=torch.float32, operations=comfy.ops.manual_cast)
-    if name == "OpenAISignatureMMDITWrapper":
-        model.pos_embed.zero_()  # a buffer that a checkpoint would fill
-    return comfyui_program.randomise(model).eval()
-
 
 ATTENTIONS = {
     "Flux": 2,
@@ -108,32 +34,6 @@ ATTENTIONS = {
     "WanModel": 2,
     "HunyuanVideo": 2,
 }
-FRAMES = {"QwenImageTransformer2DModel": 1, "WanModel": 2, "HunyuanVideo": 2}
-
-
-def call(model: torch.nn.Module, latents: torch.Tensor, **conditions: Any) -> torch.Tensor:
-    count = len(latents)
-    draw = torch.Generator().manual_seed(5)
-    context = torch.randn(1, 5, 32, generator=draw).expand(count, -1, -1)
-    arguments: dict[str, Any] = {
-        "context": context,
-        "y": torch.randn(1, 24, generator=draw).expand(count, -1),
-    }
-    arguments |= conditions
-    if type(model).__name__ == "Chroma":
-        arguments["guidance"] = torch.zeros(count)
-    with torch.inference_mode():
-        output: torch.Tensor = model(latents, torch.full((count,), 0.9), **arguments)
-    return output
-
-
-def draw_latents(name: str, count: int) -> torch.Tensor:
-    frames = (FRAMES[name],) if name in FRAMES else ()
-    size = (40, 48) if name == "PixArtMS" else (8, 12)  # its positions need at least 32
-    return torch.randn(count, 16, *frames, *size, generator=torch.Generator().manual_seed(1))
-
-
-EDITING = ("Flux", "QwenImageTransformer2DModel")  # FLUX Kontext, Qwen-Image-Edit
 
 
 @pytest.mark.parametrize(
@@ -243,9 +143,11 @@ def test_flux_is_guided_as_in_diffusers() -> None:
     pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
     comfyui_program.import_comfy()
     import comfy.ops
-    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.flux.model import Flux, FluxParams
 
-    ours = Flux(**FLUX, dtype=torch.float32, operations=comfy.ops.manual_cast)
+    ours = Flux(
+        **completed(FluxParams, FLUX), dtype=torch.float32, operations=comfy.ops.manual_cast
+    )
     comfyui_program.randomise(ours).eval()
     theirs = diffusers_twin(ours)
     draw = torch.Generator().manual_seed(2)
@@ -289,8 +191,10 @@ def patched_model() -> Any:
     comfyui_program.import_comfy()
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
-    config = comfy.supported_models.FluxSchnell({"image_model": "flux", **FLUX})
+    arguments = completed(FluxParams, FLUX)
+    config = comfy.supported_models.FluxSchnell({"image_model": "flux", **arguments})
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device="cpu")
     comfyui_program.randomise(model.diffusion_model)

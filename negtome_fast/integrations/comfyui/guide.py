@@ -6,64 +6,38 @@ attention-output patches or `places.hooked` give it the image tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from negtome_fast.config import NOISE, NegToMeConfig
 from negtome_fast.guidance import Guidance
 from negtome_fast.pipelines.reference_forward import select_items
+from negtome_fast.thread_state import PerThread, ThreadState
 
-from .places import UNET, check_model, hooked, image_grid
+from .places import (
+    UNET,
+    Attention,
+    ForwardTokens,
+    attentions_of,
+    check_model,
+    hooked,
+    image_grid,
+    unet_grid,
+    watched,
+)
 from .references import ReferenceImages
+from .refusals import APPLY_MODEL, OUTER_SAMPLE, refuse_inexact_nodes
+from .run import Run
+from .window import Window, percents
 
 KEY = "negtome_fast"
-# Values of comfy.patcher_extension.WrappersMP, repeated here so that the pack can be imported and
-# tested without ComfyUI.
-OUTER_SAMPLE = "outer_sample"
-APPLY_MODEL = "apply_model"
-COMPILED = "torch.compile"
-
-
-@dataclass(frozen=True)
-class Window:
-    """The guided part of a run.
-
-    Attributes:
-        start, end: both ends, included. In percent, from 0 (noise) to 1 (image) as in ComfyUI's
-            other nodes; or in sigmas, the higher one first.
-        unit: `"percent"` or `"sigma"`.
-
-    Raises:
-        ValueError: the two are out of order or out of range.
-    """
-
-    start: float
-    end: float
-    unit: Literal["percent", "sigma"] = "percent"
-
-    def __post_init__(self) -> None:
-        if self.unit == "percent" and not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"a window in percent goes from 0 (noise) to 1 (image), so 0 <= start <= end <= 1, "
-                f"not start={self.start:g}, end={self.end:g}"
-            )
-        if self.unit == "sigma" and not self.start >= self.end >= 0:
-            raise ValueError(
-                f"a window in sigmas goes from high (noise) to 0 (image), so start >= end >= 0, "
-                f"not start={self.start:g}, end={self.end:g}"
-            )
-
-    def sigmas(self, model_sampling: Any) -> tuple[float, float]:
-        """Returns the (highest, lowest) sigma of the window."""
-        if self.unit == "sigma":
-            return self.start, self.end
-        highest, lowest = map(model_sampling.percent_to_sigma, (self.start, self.end))
-        return float(highest), float(lowest)
+_NEVER = -1.0
+"""A time that no window holds."""
 
 
 class Guide:
@@ -74,7 +48,15 @@ class Guide:
         config: the settings; the window sets t_start and t_end.
         window: the guided steps.
         references: images that guide the batch; None to guide it by its own images.
+        across_prompts: without references, push the images of all prompts as one group.
+
+    Attributes:
+        guidance: the settings, and the statistics of the last run.
+        run: the last run, and what the user was told of it; None before.
     """
+
+    _paused = PerThread(False)
+    _forward = PerThread[ForwardTokens | None](None)
 
     def __init__(
         self,
@@ -82,13 +64,19 @@ class Guide:
         config: NegToMeConfig,
         window: Window,
         references: ReferenceImages | None = None,
+        across_prompts: bool = False,
     ) -> None:
         self.title = title
         self.window = window
         self.references = references
+        self.across_prompts = across_prompts
         self.guidance = Guidance(config, references.settings if references else ())
+        self.run: Run | None = None
+        self._groups = 1
+        self._idle = self._running = False
         self._highest = 1.0
-        self._paused = False
+        self._attentions: WeakKeyDictionary[nn.Module, list[Attention]] = WeakKeyDictionary()
+        self._thread_state = ThreadState()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guide:
         """Returns itself: when ComfyUI clones a model it copies its patches, not its wrappers."""
@@ -106,14 +94,41 @@ class Guide:
         return clone
 
     def sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Wraps a run (OUTER_SAMPLE): sets the window's sigmas and the references' latents."""
-        patcher = executor.class_obj.model_patcher
-        if patcher.get_wrappers(APPLY_MODEL, COMPILED):
-            raise ValueError(
-                "NegToMe does not guide a model that was compiled by a node: the compiled code "
-                "would not call it. Remove the node that compiles the model"
-            )
+        """Wraps a run (OUTER_SAMPLE): sets the window's sigmas and the references' latents.
+
+        Raises:
+            ValueError: the run cannot be guided as the settings say.
+        """
+        guider = executor.class_obj
+        refuse_inexact_nodes(guider)
+        patcher = guider.model_patcher
+        self.guidance.reset()
+        self.guidance.begin_run()
+        self._attentions.clear()
+        run = self.run = Run.of(self.title, executor, noise, *args, **kwargs)
         model_sampling = patcher.get_model_object("model_sampling")
+        highest, lowest = self._set_window(model_sampling)
+        self._groups = self._prompt_groups(run)
+        self._idle = self.references is None and run.items == self._groups
+        if self._idle:
+            self._tell_of_one_image(run)
+        elif run.sigmas and (lowest > max(run.sigmas) or highest < min(run.sigmas)):
+            self._tell_of_window(run, model_sampling)
+        if self.references is not None:
+            self.references.begin_run(patcher.model, noise, run.seed)
+        self._running = True
+        try:
+            samples = executor(noise, *args, **kwargs)
+        finally:
+            self._running = False
+        if not run.notes and not run.guided:
+            self._tell_of_window(run, model_sampling)
+        self._tell_of_missing_forwards(run)
+        run.tell_equal_images(samples)
+        return samples
+
+    def _set_window(self, model_sampling: Any) -> tuple[float, float]:
+        """Sets the window of the configuration; returns its (highest, lowest) sigma."""
         self._highest = float(model_sampling.sigma_max)
         highest, lowest = self.window.sigmas(model_sampling)
         if lowest > self._highest:
@@ -123,12 +138,73 @@ class Guide:
             )
         settings = {"t_start": self._time(highest), "t_end": self._time(lowest)}
         self.guidance.configure(self.guidance.config.with_overrides(**settings))
-        self.guidance.reset()
-        self.guidance.begin_run()
+        return highest, lowest
+
+    def _prompt_groups(self, run: Run) -> int:
+        """Returns the number of guidance groups of a run's images, from their prompts.
+
+        References are in the conditioning of a group's first image; so where images of one prompt
+        are not next to each other, each image is a group.
+        """
+        groups = run.prompt_groups
         if self.references is not None:
-            given = inspect.signature(executor.original).bind(noise, *args, **kwargs).arguments
-            self.references.begin_run(patcher.model, noise, given.get("seed") or 0)
-        return executor(noise, *args, **kwargs)
+            return groups or run.items
+        if self.across_prompts:
+            return 1
+        if groups is None or groups == run.items > 1:
+            prompts = ", ".join(str(number + 1) for number in run.prompts)
+            raise ValueError(
+                f"the images of this batch have the prompts {prompts}, and images are pushed away "
+                "from images of the same prompt. Give every prompt the same number of images, at "
+                "least 2, one after the other; or set across_prompts, which pushes them all as one "
+                "group"
+            )
+        return groups
+
+    def _tell_of_one_image(self, run: Run) -> None:
+        remedy = (
+            "Set batch_size to 2 or more, or use NegToMe (avoid image), which works with one image"
+        )
+        if self.guidance.config.reference == "others":
+            raise ValueError(
+                f"reference=others pushes each image away from the others, and the batch has one "
+                f"image. {remedy}"
+            )
+        run.tell(
+            "not guided: the batch has one image, and nothing that it could be pushed away from. "
+            + remedy
+        )
+
+    def _tell_of_window(self, run: Run, model_sampling: Any) -> None:
+        if len(run.sigmas) < 2:
+            run.tell(f"not guided: no step of this run lies in the window, {self.window}")
+            return
+        first, fitting = run.sigmas[0], self.window.for_run(run.sigmas, model_sampling)
+        percent = percents(first, model_sampling)[0]
+        steps = ", ".join(f"{sigma:.3g}" for sigma in run.sigmas[:-1][:4])
+        highest, lowest = self.window.sigmas(model_sampling)
+        in_sigmas = f" (sigma {min(highest, self._highest):.3g} to {lowest:.3g})"
+        run.tell(
+            f"not guided: no step of this run lies in the window, {self.window}"
+            f"{in_sigmas if self.window.unit == 'percent' else ''}. The run begins at sigma "
+            f"{first:.3g}, percent {percent:.3g}; its steps are at {steps}"
+            f"{', ...' if len(run.sigmas) > 5 else ''}. To guide its first steps, set window="
+            f"{fitting.unit}, start={fitting.start:g}, end={fitting.end:g}"
+        )
+
+    def _tell_of_missing_forwards(self, run: Run) -> None:
+        """Tells of steps in the window in which the model did not run."""
+        steps = dict.fromkeys(run.sigmas[:-1])
+        ran = {self._time(sigma) for sigma in run.forwards}
+        inside = [
+            time for time in map(self._time, steps) if self.guidance.config.includes_step(time)
+        ]
+        missing = [time for time in inside if not any(abs(time - one) < 1e-2 for one in ran)]
+        if missing and len(ran) < len(steps) and not self._idle:
+            run.tell(
+                f"in {len(missing)} of the {len(inside)} steps in the window the model did not "
+                "run, so nothing was guided there: another node reuses earlier outputs. Remove it"
+            )
 
     def forward(
         self,
@@ -144,24 +220,40 @@ class Guide:
         """Wraps a forward (APPLY_MODEL) at a sigma t (B,): opens and closes a step of the guidance.
 
         ComfyUI's batch has one part (items, ...) for each entry of `cond_or_uncond`, as many as fit
-        into memory. These parts are the guidance groups.
+        into memory. These parts are the guidance groups; images of several prompts divide them.
+
+        Raises:
+            ValueError: the batch is not that of the run's images, or another node skipped blocks.
         """
         options = transformer_options or {}
         conditions = (c_concat, c_crossattn, control)
         if self._paused:
             return executor(x, t, *conditions, options, **kwargs)
-        diffusion_model = executor.class_obj.diffusion_model
-        unet = type(diffusion_model).__name__ == UNET
-        grid = None if unet else image_grid(diffusion_model, x)[1:]
-        groups = len(options.get("cond_or_uncond") or [0])
-        active = self.guidance.begin_step(self._time(float(t.max())), groups=groups, grid=grid)
+        if self.run is None or not self._running:
+            raise ValueError(
+                "this sampler runs the model without the wrappers of a run (OUTER_SAMPLE), so the "
+                "window is not known; use one of ComfyUI's samplers, or a model without NegToMe"
+            )
+        run, sigma, parts = self.run, float(t.max()), len(options.get("cond_or_uncond") or [0])
+        model = executor.class_obj.diffusion_model
+        grid = None if type(model).__name__ == UNET else image_grid(model, x)[1:]
+        active = self.guidance.begin_step(
+            _NEVER if self._idle else self._time(sigma), groups=parts * self._groups, grid=grid
+        )
+        run.forwards.append(sigma)
+        run.guided += active
         completed = False
         try:
-            places = hooked(diffusion_model, x, self._apply) if active and not unet else None
-            with places or nullcontext():
+            if active:
+                _check_items(x.shape[0], parts, run.items)
+            with self._blocks(model, x, active) as blocks:
                 if active and self.references is not None:
                     self._record(executor, x, t, conditions, options, kwargs)
+                blocks.items = x.shape[0]
+                blocks.ran.clear()
                 output = executor(x, t, *conditions, options, **kwargs)
+            if not options.get("patches_replace", {}).get("dit"):  # these may leave blocks out
+                self._check_blocks(run, len(blocks.ran), active, sigma)
             completed = True
             return output
         finally:
@@ -176,20 +268,59 @@ class Guide:
         return self._after(tokens, options, "attn2")
 
     def _after(self, tokens: torch.Tensor, options: dict[str, Any], attention: str) -> torch.Tensor:
-        if self._paused or not self.guidance.active:
+        forward = self._forward
+        if self._paused or forward is None:
+            return tokens
+        place = (*options["block"], options.get("block_index", 0), attention)
+        forward.ran.add(place)
+        if not self.guidance.active:
             return tokens
         (part, number, *_), index = options["block"], options.get("block_index", 0)
-        shape = options.get("activations_shape")
-        return self.guidance.apply(
-            tokens,
-            block=f"{part}_blocks.{number}.transformer_blocks.{index}.{attention}",
-            grid=None if shape is None else (shape[-2], shape[-1]),
-        )
+        block = f"{part}_blocks.{number}.transformer_blocks.{index}.{attention}"
+        grid = unet_grid(tokens, block, forward.items, options)
+        return self.guidance.apply(tokens, block=block, grid=grid)
 
     def _apply(self, tokens: torch.Tensor, block: str) -> torch.Tensor:
-        if self._paused:
-            return tokens
         return self.guidance.apply(tokens, block=block, inplace=True)
+
+    @contextmanager
+    def _blocks(self, model: nn.Module, x: torch.Tensor, active: bool) -> Iterator[ForwardTokens]:
+        """Guides the attention modules of the forwards inside, or watches whether they run."""
+        with self._reached(model, x, active) as forward:
+            outer, self._forward = self._forward, forward
+            try:
+                yield forward
+            finally:
+                self._forward = outer
+
+    def _reached(
+        self, model: nn.Module, x: torch.Tensor, active: bool
+    ) -> AbstractContextManager[ForwardTokens]:
+        if type(model).__name__ == UNET:
+            return nullcontext(ForwardTokens(x.shape[0]))
+        if model not in self._attentions:
+            self._attentions[model] = attentions_of(model)
+        attentions = self._attentions[model]
+        if active:
+            return hooked(model, x, self._apply, attentions)
+        if self.run is not None and len(attentions) == self.run.blocks:
+            return watched(attentions)
+        return nullcontext(ForwardTokens(x.shape[0]))
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        if self._forward is not None:
+            self._forward.paused = paused
+
+    def _check_blocks(self, run: Run, blocks: int, active: bool, sigma: float) -> None:
+        """Refuses a forward that ran fewer attention modules than another one of its run."""
+        if blocks < run.blocks and (active or run.guided):
+            raise ValueError(
+                f"at sigma {sigma:.3g} the model ran {blocks} of {run.blocks} attention modules: "
+                "another node skips some and reuses their earlier outputs, which NegToMe cannot "
+                "guide exactly. Remove that node, or guide a model without it"
+            )
+        run.blocks = max(run.blocks, blocks)
 
     def _record(
         self,
@@ -205,7 +336,7 @@ class Guide:
         A forward holds at most as many references as the run has items: ComfyUI has reserved memory
         for those.
         """
-        assert self.references is not None
+        assert self.references is not None and self._forward is not None
         groups, model = self.guidance.groups, executor.class_obj
         items, count = x.shape[0] // groups, len(self.references.settings)
         firsts = torch.arange(groups, device="cpu") * items
@@ -218,6 +349,7 @@ class Guide:
                 selected_t, selected, others = select_items(
                     (t, conditions, kwargs), x.shape[0], chosen
                 )
+                self._forward.items = len(latents)
                 with self.guidance.record(first, len(references)):
                     executor(latents, selected_t, *selected, options, **others)
 
@@ -229,6 +361,16 @@ class Guide:
         return NOISE * min(sigma / self._highest, 1.0)
 
 
+def _check_items(batch: int, parts: int, items: int) -> None:
+    if batch != parts * items:
+        raise ValueError(
+            f"this model forward has a batch of {batch}, where the run's {items} images make "
+            f"{parts * items} in {parts} condition(s): another node puts tiles, frames or windows "
+            "into the batch, and NegToMe would take them for images. Remove that node, or guide a "
+            "model without it"
+        )
+
+
 @contextmanager
 def _alone(guide: Guide, options: dict[str, Any]) -> Iterator[None]:
     """Pauses the model's other guides, which must not guide this guide's references."""
@@ -236,12 +378,12 @@ def _alone(guide: Guide, options: dict[str, Any]) -> Iterator[None]:
     guides = [other for other in map(_guide_of, wrappers) if other is not None]
     others = [other for other in guides if other is not guide and not other._paused]
     for other in others:
-        other._paused = True
+        other._pause(True)
     try:
         yield
     finally:
         for other in others:
-            other._paused = False
+            other._pause(False)
 
 
 def _guide_of(wrapper: Callable[..., Any]) -> Guide | None:

@@ -14,8 +14,9 @@ import torch
 
 from negtome_fast.config import NegToMeConfig
 
-from .guide import Guide, Window, guides_of
+from .guide import Guide, guides_of
 from .references import ReferenceImages
+from .window import Window
 
 CATEGORY = "model_patches/negtome"
 
@@ -168,7 +169,7 @@ WINDOW = (
         1000.0,
         0.001,
         "First guided step: percent 0.0, or the highest sigma. The authors: sigma 1.0 for FLUX, "
-        "percent 0.0 for SDXL.",
+        "percent 0.0 for SDXL. A run with denoise 0.5 begins at percent 0.5 or so.",
     ),
     _number(
         "end",
@@ -229,10 +230,16 @@ def batch_diversity(
     reference: Any,
     blocks: str = "",
     min_grid: int = 0,
+    across_prompts: bool = False,
 ) -> tuple[Any]:
     """Returns a clone of the model that pushes the images of a batch away from each other."""
     config = _config(alpha, threshold, blocks, min_grid, reference=reference)
-    guide = Guide("NegToMe (batch diversity)", config, Window(start, end, window))
+    guide = Guide(
+        "NegToMe (batch diversity)",
+        config,
+        Window(start, end, window),
+        across_prompts=across_prompts,
+    )
     return (guide.attach(model),)
 
 
@@ -257,10 +264,17 @@ def avoid_image(
 
 
 def info(model: Any, samples: Any) -> tuple[Any, str]:
-    """Returns the samples, and the counts of the model's last run, block by block."""
-    guides = guides_of(model)
-    texts = [f"{guide.title}: {guide.guidance.summary()}" for guide in guides]
+    """Returns the samples, and what is known of the model's last run."""
+    texts = map(_report, guides_of(model))
     return samples, "\n\n".join(texts) or "this model is not guided by NegToMe"
+
+
+def _report(guide: Guide) -> str:
+    """Returns the counts of a guide's last run, block by block, and what the user was told."""
+    notes = list(guide.run.notes) if guide.run is not None else []
+    if guide.guidance.config.alpha == 0:
+        notes.append("measured only: alpha is 0, so nothing was pushed")
+    return "\n".join([f"{guide.title}: {guide.guidance.summary()}", *notes])
 
 
 NODES = (
@@ -269,7 +283,8 @@ NODES = (
         "NegToMe (batch diversity)",
         "Pushes the images of one batch away from each other: every image token away from its "
         "most similar token in the first image of the batch, or in all others. Needs a batch of "
-        "at least 2.",
+        "at least 2; for a single image use NegToMe (avoid image). Put it after HyperTile and "
+        "TomePatchModel, nearer to the sampler.",
         (
             MODEL,
             *STRENGTH,
@@ -285,6 +300,16 @@ NODES = (
                 },
             ),
             *FILTERS,
+            Socket(
+                "across_prompts",
+                "BOOLEAN",
+                {
+                    "default": False,
+                    "tooltip": "For batches in which images have different prompts. Off: images "
+                    "are pushed away from images of their own prompt. On: all are one group.",
+                },
+                optional=True,
+            ),
         ),
         (Socket("model", "MODEL"),),
         batch_diversity,
@@ -294,7 +319,7 @@ NODES = (
         "NegToMe (avoid image)",
         "Pushes what is generated away from a picture, or from a region of it; a negative alpha "
         "pulls toward it. Works with a single image. Guided steps run the model once more for "
-        "each picture.",
+        "each picture. Put it after HyperTile and TomePatchModel, nearer to the sampler.",
         (
             MODEL,
             Socket(
@@ -320,7 +345,8 @@ NODES = (
         "NegToMeInfo",
         "NegToMe info",
         "Shows what NegToMe did in the sampling that made these samples: for each block, the share "
-        "of tokens matched and pushed, and their mean similarity.",
+        "of tokens matched and pushed, and their mean similarity; and why it did nothing, if it "
+        "did nothing.",
         (
             Socket("model", "MODEL", {"tooltip": "The guided model that the sampler was given."}),
             Socket("samples", "LATENT", {"tooltip": "The sampler's output. It is passed through."}),

@@ -7,14 +7,18 @@ projections of its attention modules instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from negtome_fast.config import Grid
+
+from .refusals import ORDER
 
 Apply = Callable[[torch.Tensor, str], torch.Tensor]
 """(image tokens (B, N, D) that may be written into, name of the block) -> the guided tokens."""
@@ -95,16 +99,42 @@ def check_model(model: Any) -> None:
 
 
 @dataclass
-class _Forward:
+class Attention:
+    """An attention module of a model, by the module of its output projection."""
+
+    block: str
+    module: nn.Module
+    place: Place
+
+
+def attentions_of(model: nn.Module) -> list[Attention]:
+    """Returns the attention modules of a model of a class in `PLACES`."""
+    found = []
+    for name, module in model.named_modules():
+        for place in PLACES[type(model).__name__]:
+            block = name.removesuffix(f".{place.projection}")
+            if block != name and fnmatchcase(block, place.blocks):
+                found.append(Attention(block, module, place))
+    return found
+
+
+@dataclass
+class ForwardTokens:
     """Numbers of tokens in one forward.
 
     Attributes:
+        items: items of the latents' batch.
         image: tokens of the generated image.
         stream: tokens of the image stream, once a block has shown them: image and conditions.
+        ran: attention modules that ran so far.
+        paused: another node's references are in the model, which are not looked at.
     """
 
-    image: int
-    stream: int
+    items: int
+    image: int = 0
+    stream: int = 0
+    ran: set[Any] = field(default_factory=set)
+    paused: bool = False
 
 
 def image_grid(model: nn.Module, latents: torch.Tensor) -> tuple[int, int, int]:
@@ -116,56 +146,127 @@ def image_grid(model: nn.Module, latents: torch.Tensor) -> tuple[int, int, int]:
     return frames, height, width
 
 
+def unet_grid(tokens: torch.Tensor, block: str, items: int, options: dict[str, Any]) -> Grid:
+    """Returns the (height, width) of the tokens (B, N, D) of a UNet's attention.
+
+    Args:
+        items: items of the latents' batch.
+        options: what ComfyUI tells an attention patch. Before `activations_shape` was in it, the
+            grid was one of the latents', halved some times.
+
+    Raises:
+        ValueError: the tokens are not those of the images.
+    """
+    count = tokens.shape[1]
+    shape = options.get("activations_shape")
+    height, width = (shape or options["original_shape"])[-2:]
+    while shape is None and height * width > max(count, 1):
+        height, width = -(-height // 2), -(-width // 2)
+    if tokens.shape[0] != items or count != height * width:
+        raise ValueError(
+            f"{block} has a batch of {tokens.shape[0]} with {count} tokens each, where the latents "
+            f"make {items} with {height} x {width}. Another node changes the tokens inside of the "
+            f"attention and restores them after NegToMe (HyperTile, ToMe). {ORDER}"
+        )
+    return height, width
+
+
 @contextmanager
-def hooked(model: nn.Module, latents: torch.Tensor, apply: Apply) -> Iterator[None]:
+def hooked(
+    model: nn.Module,
+    latents: torch.Tensor,
+    apply: Apply,
+    attentions: Sequence[Attention] | None = None,
+) -> Iterator[ForwardTokens]:
     """Calls `apply` on the image tokens of every attention output of the forwards inside.
 
     Args:
         model: ComfyUI's diffusion model, of a class in `PLACES`; the hooks are removed at the end.
         latents: latents of the size that the forwards inside are given.
         apply: guides image tokens.
+        attentions: `attentions_of(model)`, if they are known.
     """
     frames, height, width = image_grid(model, latents)
     tokens = frames * height * width
-    forward = _Forward(tokens, tokens)
-    places = PLACES[type(model).__name__]
+    forward = ForwardTokens(latents.shape[0], tokens, tokens)
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            for place in places:
-                suffix = f".{place.projection}"
-                if name.endswith(suffix) and fnmatchcase(name.removesuffix(suffix), place.blocks):
-                    register = _on_output if place.at == "output" else _on_input
-                    hook = register(module, name.removesuffix(suffix), place, forward, apply)
-                    hooks.callback(hook.remove)
-        yield
+        for one in attentions_of(model) if attentions is None else attentions:
+            register = _on_output if one.place.at == "output" else _on_input
+            hooks.callback(register(one, forward, apply).remove)
+        yield forward
+
+
+@contextmanager
+def watched(attentions: Sequence[Attention]) -> Iterator[ForwardTokens]:
+    """Notes whether the attention modules run in the forwards inside: all, if the last one does."""
+    forward = ForwardTokens(0)
+
+    def note(*_: Any) -> None:
+        if not forward.paused:
+            forward.ran.update(one.block for one in attentions)
+
+    hook = attentions[-1].module.register_forward_pre_hook(note)
+    try:
+        yield forward
+    finally:
+        hook.remove()
 
 
 def _on_output(
-    module: nn.Module, block: str, place: Place, forward: _Forward, apply: Apply
+    attention: Attention, forward: ForwardTokens, apply: Apply
 ) -> torch.utils.hooks.RemovableHandle:
-    def guide(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        _guide(output, block, place, forward, apply)
+    alone = _is_alone(attention.module._forward_hooks)
 
-    return module.register_forward_hook(guide)
+    def guide(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if alone:
+            _guide(output, attention, forward, apply)
+            return None
+        kept = output.clone()  # a hook of another node may keep the output
+        _guide(kept, attention, forward, apply)
+        return kept
+
+    return attention.module.register_forward_hook(guide)
 
 
 def _on_input(
-    module: nn.Module, block: str, place: Place, forward: _Forward, apply: Apply
+    attention: Attention, forward: ForwardTokens, apply: Apply
 ) -> torch.utils.hooks.RemovableHandle:
-    channels: int = module.out_features  # type: ignore[assignment]
+    channels: int = attention.module.out_features  # type: ignore[assignment]
+    alone = _is_alone(attention.module._forward_pre_hooks)
 
-    def guide(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        _guide(inputs[0][..., :channels], block, place, forward, apply)
+    def guide(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if alone:
+            _guide(inputs[0][..., :channels], attention, forward, apply)
+            return None
+        kept = inputs[0].clone()
+        _guide(kept[..., :channels], attention, forward, apply)
+        return (kept, *inputs[1:])
 
-    return module.register_forward_pre_hook(guide)
+    return attention.module.register_forward_pre_hook(guide)
 
 
-def _guide(tokens: torch.Tensor, block: str, place: Place, forward: _Forward, apply: Apply) -> None:
+def _is_alone(hooks: Mapping[int, Any]) -> bool:
+    """Returns True if no other node has a hook there, which could keep the tensor."""
+    return all(getattr(hook, "__module__", None) == __name__ for hook in hooks.values())
+
+
+def _guide(
+    tokens: torch.Tensor, attention: Attention, forward: ForwardTokens, apply: Apply
+) -> None:
     """Guides the image among the tokens (B, S, D) in place; nobody else may hold them."""
-    count = tokens.shape[1]
+    if forward.paused:
+        return
+    place, block, count = attention.place, attention.block, tokens.shape[1]
+    forward.ran.add(block)
     if place.order == "image":
         forward.stream = count
     may_hold_others = place.order != "image" or place.conditions
+    if tokens.shape[0] != forward.items:
+        raise ValueError(
+            f"{block} has a batch of {tokens.shape[0]} where the latents have {forward.items}; "
+            "NegToMe would take the added items for images. Remove the node that adds items "
+            "inside of the model, such as a sampler with negative attention guidance (NAG)"
+        )
     if count < forward.image or (count > forward.image and not may_hold_others):
         raise ValueError(
             f"{block} has {count} tokens where the latents make {forward.image}; NegToMe cannot "
