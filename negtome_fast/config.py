@@ -6,7 +6,6 @@ nothing about models; `Guidance` and the pipelines read it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,8 @@ NOISE = 1000.0
 
 _ROUNDING = 1e-3
 """Slack at both ends of the window, in timesteps: flow schedulers give 899.99994 for 900."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 _CHOICES = {
     "reference": ("first", "others"),
@@ -284,8 +285,10 @@ def _check_names(values: Mapping[str, Any]) -> None:
 def _real(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")
+    # The arithmetic is in fp32; an integer may be too large even for a float.
+    if not abs(value) <= _LARGEST:
+        told = value if isinstance(value, float) else f"an integer of {len(str(value))} digits"
+        raise ValueError(f"{name} must be finite in fp32, at most {_LARGEST:.4g}, not {told}")
     return float(value)
 
 
