@@ -51,6 +51,19 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_writable(field: str, folder: Path) -> None:
+    """Check that a folder can be made and written to, before the work whose result it gets.
+
+    Raises:
+        OSError: names the field and the folder.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"`{field}` {folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"`{field}` {folder} cannot be written: no access to {existing}")
+
+
 def is_partial(path: Path) -> bool:
     """Return True for a file or folder that is being written, or was until a process was killed."""
     return _PARTIAL.fullmatch(path.name) is not None

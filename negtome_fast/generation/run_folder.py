@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..files import is_partial, remove_abandoned, write_atomically
+from ..files import check_writable, is_partial, remove_abandoned, write_atomically
 from .settings import RECORD
 
 _PACKAGES = ("negtome-fast", "torch", "triton", "diffusers", "transformers", "numpy", "pillow")
@@ -42,7 +41,7 @@ class RunFolder:
         """The contents of `run.json`; `save_record` writes them."""
         self._earlier = _earlier_files(path, overwrite)
         self._new = not path.is_dir()
-        _check_writable(path)
+        check_writable("folder", path)
 
     @contextmanager
     def recording(self, record: dict[str, Any]) -> Iterator[None]:
@@ -185,15 +184,6 @@ def _earlier_files(folder: Path, overwrite: bool) -> set[str]:
         )
     names = {path.name for path in found}
     return {RECORD} | {n for n in names if _MADE.fullmatch(n) or _COPIED.fullmatch(n)}
-
-
-def _check_writable(folder: Path) -> None:
-    """Check before the model is loaded what would fail after it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"`folder` {folder} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"`folder` {folder} cannot be written: no access to {existing}")
 
 
 def versions() -> dict[str, str]:
