@@ -120,6 +120,8 @@ class NegToMeConfig:
             raise ValueError(f"dropout is a probability, 0 to 1, not {self.dropout}")
         self._check_window()
         self._set("seed", _whole("seed", self.seed, at_least=0))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         if self.groups is not None:
             self._set("groups", _whole("groups", self.groups, at_least=1))
         if self.min_grid is not None:
@@ -285,10 +287,11 @@ def _check_names(values: Mapping[str, Any]) -> None:
 def _real(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
-    # The arithmetic is in fp32; an integer may be too large even for a float.
-    if not abs(value) <= _LARGEST:
-        told = value if isinstance(value, float) else f"an integer of {len(str(value))} digits"
-        raise ValueError(f"{name} must be finite in fp32, at most {_LARGEST:.4g}, not {told}")
+    if not value - value == 0:  # an integer may be too large for `math.isfinite`
+        raise ValueError(f"{name} must be finite, not {value}")
+    if abs(value) > _LARGEST:
+        told = f"{value:g}" if isinstance(value, float) else f"{len(str(abs(value)))} digits"
+        raise ValueError(f"{name} must be at most {_LARGEST:.4g}, the largest in fp32, not {told}")
     return float(value)
 
 

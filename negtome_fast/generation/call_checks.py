@@ -24,6 +24,7 @@ RESERVED = {
 }
 """Arguments that a run sets itself, with the reason."""
 
+_COUNTS = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
 _SCALES = ("guidance_scale", "true_cfg_scale")
 
 
@@ -38,7 +39,9 @@ def check_values(call: Mapping[str, Any]) -> None:
             raise ValueError(f"`call` {name}: {RESERVED[name]}, so leave it out")
         _check_plain(name, value)
         if name.endswith(_SCALES) and isinstance(value, (int, float)):
-            check_scale(f"`call` {name}", value)
+            check_scale(f"`call` {name}={value:g}", value)
+        if name in _COUNTS and isinstance(value, (int, float)) and value < 1:
+            raise ValueError(f"`call` {name}={value:g} must be at least 1")
 
 
 def check_signature(pipeline: type, call: Mapping[str, Any]) -> None:
@@ -54,12 +57,12 @@ def check_signature(pipeline: type, call: Mapping[str, Any]) -> None:
     except Exception:  # an annotation that names what is imported for type checkers only
         hints = {}
     for name, value in call.items():
-        if name not in known:
+        if name not in known or name == "self":
             raise ValueError(f"`call` {name}: {pipeline.__name__} has no {name}")
         hint = hints.get(name, Any)
         if value != known[name].default and not _fits(value, hint):
             raise TypeError(
-                f"`call` {name}: {pipeline.__name__} takes {_told(hint)}, not {value!r:.80}"
+                f"`call` {name}={value!r:.80}: {pipeline.__name__} takes {_told(hint)} here"
             )
 
 
@@ -68,7 +71,7 @@ def check_scale(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{field} must be a number, not {value!r:.80}")
     if not 0 <= value <= 1e6:
-        raise ValueError(f"{field} must be a finite number of at least 0, got {value:g}")
+        raise ValueError(f"{field} must be finite and at least 0, got {value:g}")
 
 
 def _check_plain(name: str, value: Any) -> None:
@@ -79,12 +82,13 @@ def _check_plain(name: str, value: Any) -> None:
         for entry in value:
             _check_plain(name, entry)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"`call` {name}: must be finite, got {value}")
+        raise ValueError(f"`call` {name}={value} must be finite")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"`call` {name}: an integer of {len(str(value))} digits is too large")
+        raise ValueError(f"`call` {name}= an integer of {len(str(value))} digits is too large")
     elif value is not None and not isinstance(value, (str, int, float)):
         raise TypeError(
-            f"`call` {name}: a record holds plain values only, not {type(value).__name__}"
+            f"`call` {name}= must be a plain value, as a record holds it, not "
+            f"{type(value).__name__}"
         )
 
 

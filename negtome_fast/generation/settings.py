@@ -185,7 +185,7 @@ class Settings:
             check_fields(settings)
             config = NegToMeConfig.from_dict(record["config"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{error!r}" if isinstance(error, KeyError) else f"{error}"
+            reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
             raise ValueError(
                 f"{path} is not the record of a run of negtome-fast generate: {reason}"
             ) from error

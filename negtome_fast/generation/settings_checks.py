@@ -89,6 +89,12 @@ def check_source(settings: Settings) -> None:
                     f"`{name}` {getattr(settings, name)}: the embedded model has only one {name}; "
                     "leave it out, or choose another `model`"
                 )
+        for name in ("height", "width"):
+            if (getattr(settings, name) or _EMBEDDED_GRID) < _EMBEDDED_GRID:
+                raise ValueError(
+                    f"`{name}` must be at least {_EMBEDDED_GRID} for the embedded model, got "
+                    f"{getattr(settings, name)}"
+                )
     elif settings.revision is not None and Path(settings.model).expanduser().is_dir():
         raise ValueError(
             f"`revision` {settings.revision}: `model` {settings.model} is a folder, which has no "
@@ -154,6 +160,8 @@ def _check_collections(settings: Settings) -> None:
     for entry in files:
         if not isinstance(entry.image, str) or not isinstance(entry.mask, (str, type(None))):
             raise TypeError(f"`references` must name files, not {shown(entry)}")
+        if "\0" in f"{entry.image}{entry.mask}":
+            raise ValueError(f"`references` must name files, not {shown(entry)}")
         if not isinstance(entry.noise, bool):
             raise TypeError(f"`references`: noise must be true or false, not {shown(entry.noise)}")
     for name in ("guidance", "call"):

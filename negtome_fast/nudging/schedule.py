@@ -57,7 +57,7 @@ class NudgeSchedule:
         for name in ("steps", "nearest", "pool"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be at least 1 and whole, got {value!r}")
         if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
             raise TypeError(f"window must be two values (start, end), not {self.window!r}")
         for part in self.window:
