@@ -39,7 +39,7 @@ def check_values(call: Mapping[str, Any]) -> None:
             raise ValueError(f"`call` {name}: {RESERVED[name]}, so leave it out")
         _check_plain(name, value)
         if name.endswith(_SCALES) and isinstance(value, (int, float)):
-            check_scale(f"`call` {name}={value:g}", value)
+            check_scale(f"`call` {name}=", value)
         if name in _COUNTS and isinstance(value, (int, float)) and value < 1:
             raise ValueError(f"`call` {name}={value:g} must be at least 1")
 
@@ -62,16 +62,22 @@ def check_signature(pipeline: type, call: Mapping[str, Any]) -> None:
         hint = hints.get(name, Any)
         if value != known[name].default and not _fits(value, hint):
             raise TypeError(
-                f"`call` {name}={value!r:.80}: {pipeline.__name__} takes {_told(hint)} here"
+                f"`call` {name}={shown(value)}: {pipeline.__name__} takes {_told(hint)} here"
             )
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def check_scale(field: str, value: Any) -> None:
     """Refuse a scale of classifier-free guidance that is not a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{field} must be a number, not {value!r:.80}")
+        raise TypeError(f"{field} must be a number, not {shown(value)}")
     if not 0 <= value <= 1e6:
-        raise ValueError(f"{field} must be finite and at least 0, got {value:g}")
+        raise ValueError(f"{field} must be a number between 0 and 1,000,000, got {shown(value)}")
 
 
 def _check_plain(name: str, value: Any) -> None:

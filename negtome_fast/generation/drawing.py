@@ -10,6 +10,7 @@ import torch
 
 from ..config import NegToMeConfig
 from ..pipelines import negtome_guidance
+from ..pipelines.references import Reference
 from .call_checks import check_signature, check_values
 from .loading import pipeline_class
 from .settings import EMBEDDED, Settings
@@ -133,6 +134,15 @@ def draw(
 
 
 def configuration(pipe: Any, settings: Settings) -> NegToMeConfig:
-    """Return the whole configuration: the authors' for the family, the preset's, the caller's."""
-    with negtome_guidance(pipe, **settings.overrides()) as handle:
+    """Return the whole configuration: the authors' for the family, the preset's, the caller's.
+
+    Raises:
+        ValueError: the pipeline cannot be guided like this, or cannot encode the references.
+    """
+    from PIL import Image
+
+    references = [entry.load() for entry in settings.references]
+    if settings.preset == "sharpen":
+        references = [Reference(Image.new("RGB", (8, 8)))]  # drafts that are not drawn yet
+    with negtome_guidance(pipe, reference=references or None, **settings.overrides()) as handle:
         return handle.config

@@ -23,13 +23,14 @@ from ..nudging.bank import ReferenceBank
 from ..nudging.loop import generate_with_nudging
 from ..nudging.schedule import METHODS, Method
 from . import nudge_filters
+from .call_checks import shown
 from .contact_sheet import Row, sheet
 from .drawing import call_arguments, check_call_before_loading
 from .loading import check_machine, load_pipeline
 from .media import png
 from .run_folder import RunFolder, versions
 from .settings import EMBEDDED, Settings
-from .settings_checks import check_count, check_fields, shown
+from .settings_checks import check_count, check_fields
 
 MOST_ATTEMPTS = 1_000
 """Largest number of attempts at an image."""

@@ -17,7 +17,7 @@ from ..pipelines import negtome_guidance
 from ..pipelines.references import Reference
 from .contact_sheet import Row, reference_rows, sheet
 from .drawing import call_arguments, check_call_before_loading, configuration, draw
-from .loading import load_pipeline
+from .loading import check_machine, load_pipeline
 from .media import blurred, encode_video, frames, is_image, png, still
 from .outcome import GUIDED, caveat, label, outcome_of
 from .run_folder import RunFolder, plain_value, versions
@@ -75,6 +75,7 @@ def generate(
     settings.check()
     output = RunFolder(folder, overwrite=overwrite)
     if pipe is None:
+        check_machine(settings)
         check_call_before_loading(settings)
         pipe = load_pipeline(settings)
     call = call_arguments(pipe, settings)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import NegToMeConfig
-from .settings_checks import check_batch, check_fields, check_mask, shown
+from .call_checks import shown
+from .settings_checks import check_batch, check_fields, check_mask
 
 if TYPE_CHECKING:
     from ..pipelines.references import Reference

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .call_checks import check_scale, check_values
+from .call_checks import check_scale, check_values, shown
 
 if TYPE_CHECKING:
     from ..config import NegToMeConfig
@@ -140,12 +140,6 @@ def check_mask(settings: Settings, checked: Checked, name: str) -> None:
             f"the mask {name} leaves none of the {height} x {width} tokens: white covers less than "
             "half of each. Use a larger region"
         )
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _check_collections(settings: Settings) -> None:
