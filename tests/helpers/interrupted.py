@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.pipelines_fixtures import flux_pipeline
-
 resource = pytest.importorskip("resource", reason="processes cannot be limited here")
 
 
@@ -61,6 +59,8 @@ class NoisePipeline:
     """A text-to-image pipeline whose images are noise of their seeds; its model never runs."""
 
     def __init__(self) -> None:
+        from helpers.pipelines_fixtures import flux_pipeline
+
         self.transformer = flux_pipeline().transformer
         self.image_processor: Any = None
 

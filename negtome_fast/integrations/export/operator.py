@@ -71,7 +71,7 @@ class Operator:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             if value > MOST[name]:
-                raise ValueError(f"{name} must be at most {MOST[name]}, got {value:.6g}")
+                raise ValueError(f"{name} must be at most {MOST[name]}, got {value!r:.40}")
         if self.reference != "external" and self.items < 2:
             raise ValueError(f"reference {self.reference!r} needs at least 2 items")
         if self.inplace and self.reference == "others":
