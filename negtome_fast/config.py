@@ -284,9 +284,10 @@ def _check_names(values: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {known}")
 
 
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
+def _real(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name} must be a number, not {type(given).__name__}: {given!r}")
+    value: Any = given
     if not value - value == 0:  # an integer may be too large for `math.isfinite`
         raise ValueError(f"{name} must be finite, not {value}")
     if abs(value) > _LARGEST:

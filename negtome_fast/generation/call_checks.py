@@ -51,9 +51,9 @@ def check_signature(pipeline: type, call: Mapping[str, Any]) -> None:
         TypeError: an argument is of another type; names it.
         ValueError: the pipeline has no such argument.
     """
-    known = inspect.signature(pipeline.__call__).parameters  # type: ignore[operator]
+    known = inspect.signature(pipeline.__call__).parameters
     try:
-        hints = typing.get_type_hints(pipeline.__call__)  # type: ignore[operator]
+        hints = typing.get_type_hints(pipeline.__call__)
     except Exception:  # an annotation that names what is imported for type checkers only
         hints = {}
     for name, value in call.items():

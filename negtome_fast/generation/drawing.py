@@ -75,7 +75,7 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _check_generates_from_text(pipeline: type) -> None:
-    name, known = pipeline.__name__, inspect.signature(pipeline.__call__).parameters  # type: ignore[operator]
+    name, known = pipeline.__name__, inspect.signature(pipeline.__call__).parameters
     for needed in ("prompt", "generator"):
         if needed not in known:
             raise ValueError(f"{name} takes no {needed}, so it does not generate from text alone")

@@ -16,13 +16,10 @@ import torch
 
 from ..config import NegToMeConfig
 from .call_checks import shown
-from .settings_checks import check_batch, check_fields, check_mask
+from .settings_checks import EMBEDDED, check_batch, check_fields, check_mask
 
 if TYPE_CHECKING:
     from ..pipelines.references import Reference
-
-EMBEDDED = "tiny-flux-avatars"
-"""Name of the model that is part of the package."""
 
 RECORD = "run.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,7 @@
 """Checks of the fields of `Settings`: types, ranges, and what the batch and the model allow.
 
-All run before a model is loaded or a folder is made. They cover records that strangers wrote.
+All run before a model is loaded or a folder is made. They cover records that strangers wrote, so
+nothing is taken for granted of the `Settings` that they get.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from .call_checks import check_scale, check_values, shown
 if TYPE_CHECKING:
     from ..config import NegToMeConfig
     from ..config import ReferenceSettings as Checked
-    from .settings import Settings
+
+EMBEDDED = "tiny-flux-avatars"
+"""Name of the model that is part of the package."""
 
 MOST = {
     "images": 10_000,
@@ -32,7 +35,7 @@ _EMBEDDED_GRID = 8
 """Pixels a side of one token of the embedded model."""
 
 
-def check_fields(settings: Settings) -> None:
+def check_fields(settings: Any) -> None:
     """Check the types and ranges of all fields but the guidance and the references' files.
 
     Raises:
@@ -74,14 +77,12 @@ def check_whole(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be an integer, not {shown(value)}")
 
 
-def check_source(settings: Settings) -> None:
+def check_source(settings: Any) -> None:
     """Refuse settings of a model on the Hub for a model that is none.
 
     Raises:
         ValueError: names the field.
     """
-    from .settings import EMBEDDED
-
     if settings.model == EMBEDDED:
         for name in ("revision", "variant"):
             if getattr(settings, name) is not None:
@@ -102,7 +103,7 @@ def check_source(settings: Settings) -> None:
         )
 
 
-def check_batch(settings: Settings, config: NegToMeConfig, drafts: bool) -> None:
+def check_batch(settings: Any, config: NegToMeConfig, drafts: bool) -> None:
     """Check that every image has something to differ from.
 
     Args:
@@ -123,7 +124,7 @@ def check_batch(settings: Settings, config: NegToMeConfig, drafts: bool) -> None
         )
 
 
-def check_mask(settings: Settings, checked: Checked, name: str) -> None:
+def check_mask(settings: Any, checked: Checked, name: str) -> None:
     """Refuse a mask that leaves no token of the embedded model, whose tokens are known.
 
     Raises:
@@ -142,16 +143,15 @@ def check_mask(settings: Settings, checked: Checked, name: str) -> None:
         )
 
 
-def _check_collections(settings: Settings) -> None:
-    from .settings import ReferenceFile
-
+def _check_collections(settings: Any) -> None:
     prompts = settings.prompts
     if not isinstance(prompts, (tuple, list)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(f"`prompts` must be strings, not {shown(prompts)}")
-    files = settings.references
-    if not isinstance(files, (tuple, list)) or not all(isinstance(f, ReferenceFile) for f in files):
-        raise TypeError(f"`references` must be of the type ReferenceFile, not {shown(files)}")
-    for entry in files:
+    if not isinstance(settings.references, (tuple, list)):
+        raise TypeError(f"`references` must be a sequence, not {shown(settings.references)}")
+    for entry in settings.references:
+        if not all(hasattr(entry, name) for name in ("image", "mask", "noise")):
+            raise TypeError(f"`references` must be of the type ReferenceFile, not {shown(entry)}")
         if not isinstance(entry.image, str) or not isinstance(entry.mask, (str, type(None))):
             raise TypeError(f"`references` must name files, not {shown(entry)}")
         if "\0" in f"{entry.image}{entry.mask}":

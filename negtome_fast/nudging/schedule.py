@@ -95,5 +95,5 @@ def _check_real(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     # An infinite radius is no limit.
-    if not math.isfinite(value) and not (name == "max_distance" and value > 0):
+    if not math.isfinite(value) and not (name == "max_distance" and float(value) > 0):
         raise ValueError(f"{name} must be finite, got {value}")

@@ -97,7 +97,10 @@ def test_a_description_never_lies_beside_the_kernels_of_another_export(
     ("words", "message"),
     [
         (f"--channels {2**70}", "--channels must be at most 65536, got 1180591620717411303424"),
-        ("--channels 64 --tokens 99999999999", "--tokens must be at most 16777216, got 99999999999"),
+        (
+            "--channels 64 --tokens 99999999999",
+            "--tokens must be at most 16777216, got 99999999999",
+        ),
         ("--channels 64 --items 65536", "--items must be at most 65535, got 65536"),
     ],
 )
