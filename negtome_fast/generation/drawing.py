@@ -144,5 +144,9 @@ def configuration(pipe: Any, settings: Settings) -> NegToMeConfig:
     references = [entry.load() for entry in settings.references]
     if settings.preset == "sharpen":
         references = [Reference(Image.new("RGB", (8, 8)))]  # drafts that are not drawn yet
-    with negtome_guidance(pipe, reference=references or None, **settings.overrides()) as handle:
-        return handle.config
+    with negtome_guidance(pipe, **settings.overrides()) as handle:
+        config = handle.config
+    if references:
+        with negtome_guidance(pipe, config, reference=references):
+            pass  # it would have refused references that cannot be encoded
+    return config
