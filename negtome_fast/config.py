@@ -6,7 +6,6 @@ nothing about models; `Guidance` and the pipelines read it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,8 @@ NOISE = 1000.0
 
 _ROUNDING = 1e-3
 """Slack at both ends of the window, in timesteps: flow schedulers give 899.99994 for 900."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 _CHOICES = {
     "reference": ("first", "others"),
@@ -125,6 +126,8 @@ class NegToMeConfig:
             raise ValueError(f"dropout is a probability, 0 to 1, not {self.dropout}")
         self._check_window()
         self._set("seed", _whole("seed", self.seed, at_least=0))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         if self.groups is not None:
             self._set("groups", _whole("groups", self.groups, at_least=1))
         if self.min_grid is not None:
@@ -321,11 +324,15 @@ def _check_names(values: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {known}")
 
 
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
-    if not math.isfinite(value):
+def _real(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name} must be a number, not {type(given).__name__}: {given!r}")
+    value: Any = given
+    if not value - value == 0:  # an integer may be too large for `math.isfinite`
         raise ValueError(f"{name} must be finite, not {value}")
+    if abs(value) > _LARGEST:
+        told = f"{value:g}" if isinstance(value, float) else f"{len(str(abs(value)))} digits"
+        raise ValueError(f"{name} must be at most {_LARGEST:.4g}, the largest in fp32, not {told}")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .. import __version__
 from .commands import COMMANDS
 from .fields import in_options
+from .options import printable
 
 DEBUG_VARIABLE = "NEGTOME_FAST_DEBUG"
 
@@ -37,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return COMMANDS[options.command].run(options)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         message = in_options(str(error), parser, options)
-        print(f"negtome-fast: error: {message}".replace("\n", " "), file=sys.stderr)
+        line = f"negtome-fast: error: {message}".replace("\n", " ")
+        print(printable(line), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("negtome-fast: interrupted", file=sys.stderr)

@@ -90,13 +90,22 @@ def add_files(parser: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def printable(text: str) -> str:
+    """Return the text with escapes for what a terminal would obey or could not show.
+
+    Names in files may have been chosen to move the cursor or to hide a part of the line.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Show every `UserWarning` as one line on standard error, and no other warnings."""
 
     def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning):
-            print(f"negtome-fast: warning: {message}".replace("\n", " "), file=sys.stderr)
+            line = f"negtome-fast: warning: {message}".replace("\n", " ")
+            print(printable(line), file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

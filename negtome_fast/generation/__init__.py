@@ -7,8 +7,9 @@ from .contact_sheet import reference_rows
 from .drawing import call_arguments, configuration, draw
 from .loading import default_device, load_pipeline
 from .media import blurred, encode_video, is_image
+from .outcome import told
 from .run import GenerationResult, generate
-from .run_folder import new_folder, plain_value, versions
+from .run_folder import new_folder, numbered_folder, plain_value, versions
 from .settings import (
     APPLICATIONS,
     EMBEDDED,
@@ -37,8 +38,10 @@ __all__ = [
     "is_image",
     "load_pipeline",
     "new_folder",
+    "numbered_folder",
     "plain_value",
     "reference_rows",
     "take_guidance",
+    "told",
     "versions",
 ]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.pictures import read_frames
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -60,17 +62,15 @@ def sheet(title: str, rows: Sequence[Row], footer: str, tile: int = 160) -> Imag
 
 
 def reference_rows(references: Sequence[ReferenceFile]) -> list[Row]:
-    """Rows of a sheet with every reference that is an image, and its mask."""
-    from PIL import Image
+    """Rows of a sheet with every reference that is a file, and its mask; of videos one frame."""
+    from .media import still
 
     rows = []
     for entry in references:
         if Path(entry.image).is_file():
-            with Image.open(entry.image) as image:
-                shown = [image.convert("RGB")]
+            shown = [still(read_frames(entry.image, "reference image"))]
             if entry.mask is not None and Path(entry.mask).is_file():
-                with Image.open(entry.mask) as mask:
-                    shown.append(mask.convert("RGB").resize(shown[0].size))
+                shown.append(still(read_frames(entry.mask, "mask")).resize(shown[0].size))
             rows.append(Row("reference" + (" and mask" if entry.mask else ""), shown))
     return rows
 

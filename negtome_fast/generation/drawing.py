@@ -10,17 +10,36 @@ import torch
 
 from ..config import NegToMeConfig
 from ..pipelines import negtome_guidance
+from ..pipelines.references import Reference
+from .call_checks import check_signature, check_values
+from .loading import pipeline_class
 from .settings import EMBEDDED, Settings
+
+
+def check_call_before_loading(settings: Settings) -> None:
+    """Check what the pipeline's class alone tells, if it is known without loading the model.
+
+    Raises:
+        ValueError, TypeError: as `call_arguments`.
+    """
+    check_values(settings.call)
+    pipeline = pipeline_class(settings)
+    if pipeline is not None:
+        _check_generates_from_text(pipeline)
+        check_signature(pipeline, settings.call)
 
 
 def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     """Return the arguments of the pipeline's call, without prompt, number of images and generators.
 
     Raises:
-        ValueError: the pipeline does not generate from text, or lacks an argument of a setting.
+        ValueError, TypeError: the pipeline does not generate from text, lacks an argument of a
+            setting, or takes another type.
     """
     known = inspect.signature(type(pipe).__call__).parameters
-    _check_generates_from_text(pipe, known)
+    _check_generates_from_text(type(pipe))
+    check_values(settings.call)
+    check_signature(type(pipe), settings.call)
     arguments = _embedded_arguments() if settings.model == EMBEDDED else {}
 
     def take(field: str, argument: str, value: Any) -> None:
@@ -50,16 +69,13 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     take("`frames`", "num_frames", settings.frames)
     for argument, value in settings.call.items():
         take(f"`call` {argument}", argument, value)
-    for reserved in ("prompt", "generator", "num_images_per_prompt", "output_type"):
-        if reserved in settings.call:
-            raise ValueError(f"`call` {reserved}: the settings decide it, so leave it out")
     if "output_type" in known:
         arguments["output_type"] = "pil"
     return arguments
 
 
-def _check_generates_from_text(pipe: Any, known: Mapping[str, inspect.Parameter]) -> None:
-    name = type(pipe).__name__
+def _check_generates_from_text(pipeline: type) -> None:
+    name, known = pipeline.__name__, inspect.signature(pipeline.__call__).parameters
     for needed in ("prompt", "generator"):
         if needed not in known:
             raise ValueError(f"{name} takes no {needed}, so it does not generate from text alone")
@@ -118,6 +134,19 @@ def draw(
 
 
 def configuration(pipe: Any, settings: Settings) -> NegToMeConfig:
-    """Return the whole configuration: the authors' for the family, the preset's, the caller's."""
+    """Return the whole configuration: the authors' for the family, the preset's, the caller's.
+
+    Raises:
+        ValueError: the pipeline cannot be guided like this, or cannot encode the references.
+    """
+    from PIL import Image
+
+    references = [entry.load() for entry in settings.references]
+    if settings.preset == "sharpen":
+        references = [Reference(Image.new("RGB", (8, 8)))]  # drafts that are not drawn yet
     with negtome_guidance(pipe, **settings.overrides()) as handle:
-        return handle.config
+        config = handle.config
+    if references:
+        with negtome_guidance(pipe, config, reference=references):
+            pass  # it would have refused references that cannot be encoded
+    return config

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..ops import resolve_backend
 from .settings import DTYPES, EMBEDDED, Settings
 
 
@@ -18,16 +20,7 @@ def load_pipeline(settings: Settings) -> Any:
         ValueError: there is no such model, it cannot be loaded, or a setting does not fit it.
         ImportError: diffusers is missing; names the extra to install.
     """
-    device = settings.device or default_device()
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"`device` {device} is not a device of torch") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`device` {device}: torch finds no such device here")
-    if settings.offload in ("model", "sequential") and kind == "cpu":
-        raise ValueError(f"`offload` {settings.offload!r} needs a GPU; on the CPU leave it out")
-    dtype = DTYPES[settings.dtype or ("bfloat16" if kind == "cuda" else "float32")]
+    device, dtype = check_machine(settings)
     if settings.model == EMBEDDED:
         from .. import models
 
@@ -50,6 +43,66 @@ def load_pipeline(settings: Settings) -> Any:
     else:
         pipe.to(device)
     return pipe
+
+
+def check_machine(settings: Settings) -> tuple[str, torch.dtype]:
+    """Check that this machine has what the settings ask for; returns device and dtype.
+
+    Raises:
+        ValueError: there is no such device, or it does not serve the setting; names the field.
+    """
+    chosen = settings.device or default_device()
+    device = _checked_device(chosen)
+    if settings.offload in ("model", "sequential") and device.type == "cpu":
+        raise ValueError(f"`offload` {settings.offload!r} needs a GPU; on the CPU leave it out")
+    dtype = DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    try:
+        resolve_backend(settings.overrides().get("backend", "auto"), device, dtype)
+    except RuntimeError as error:
+        raise ValueError(f"`backend` {str(error).removeprefix('backend=')}") from error
+    return chosen, dtype
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` {name} is not a device of torch") from error
+    if device.type == "meta":
+        raise ValueError("`device` meta computes no images; choose cpu or a GPU")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    elif device.type == "mps":
+        count = int(torch.backends.mps.is_available())
+    elif device.type == "cpu":
+        count = 1
+    else:
+        count = getattr(getattr(torch, device.type, None), "device_count", lambda: 0)()
+    if count == 0:
+        raise ValueError(f"`device` {name}: torch finds no such device here")
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"`device` {name}: torch finds {count} {device.type} device{'s' * (count > 1)} here, "
+            f"counted from 0"
+        )
+    return device
+
+
+def pipeline_class(settings: Settings) -> type | None:
+    """Return the class of the pipeline, if it is known without loading the model."""
+    try:
+        import diffusers
+    except ImportError:
+        return None  # loading says what to install
+    if settings.model == EMBEDDED:
+        return diffusers.FluxPipeline
+    index = Path(settings.model).expanduser() / "model_index.json"
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        found = getattr(diffusers, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if isinstance(found, type) else None
 
 
 def _from_pretrained(settings: Settings, dtype: torch.dtype) -> Any:

@@ -6,6 +6,7 @@ images, drawn from a description of the same character in other words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ from ..nudging.verdicts import Filter
 FILTERS = ("pixels", "latents", "features", "hash", "reader")
 """Names of filters; `reader` is for the embedded model only."""
 
+_RANGES = {
+    "pixels": (0, 1),
+    "latents": (0, math.inf),
+    "features": (-1, 1),
+    "hash": (0, 64),
+    "reader": (0, 1),
+}
+"""Smallest and largest threshold of each filter."""
+
 DEFAULT_FILTERS = ("pixels:0.1",)
 EMBEDDED_FILTERS = ("pixels:0.1", "reader:0.5")
 
@@ -43,15 +53,22 @@ def parse_filter(text: str) -> tuple[str, float]:
     """Read `NAME:THRESHOLD`.
 
     Raises:
-        ValueError: an unknown name, or no number.
+        ValueError: an unknown name, no number, or one that is no threshold of this filter.
     """
     name, _, value = text.partition(":")
     if name not in FILTERS:
         raise ValueError(f"`filters` {text}: no filter {name!r}; there are {', '.join(FILTERS)}")
     try:
-        return name, float(value)
+        threshold = float(value)
     except ValueError:
         raise ValueError(f"`filters` {text} is not NAME:THRESHOLD, such as pixels:0.1") from None
+    low, high = _RANGES[name]
+    if not low <= threshold <= high or math.isinf(threshold):
+        bounds = f"lie between {low} and {high}" if high < math.inf else "be finite and not below 0"
+        raise ValueError(f"`filters` {text}: the threshold must {bounds}, got {value}")
+    if name == "hash" and threshold != int(threshold):
+        raise ValueError(f"`filters` {text}: a hash's threshold is a number of bits, got {value}")
+    return name, threshold
 
 
 def build_filter(name: str, threshold: float, bank: ReferenceBank, pipe: Any) -> Filter:

@@ -23,12 +23,17 @@ from ..nudging.bank import ReferenceBank
 from ..nudging.loop import generate_with_nudging
 from ..nudging.schedule import METHODS, Method
 from . import nudge_filters
+from .call_checks import shown
 from .contact_sheet import Row, sheet
-from .drawing import call_arguments
-from .loading import load_pipeline
+from .drawing import call_arguments, check_call_before_loading
+from .loading import check_machine, load_pipeline
 from .media import png
 from .run_folder import RunFolder, versions
 from .settings import EMBEDDED, Settings
+from .settings_checks import check_count, check_fields
+
+MOST_ATTEMPTS = 1_000
+"""Largest number of attempts at an image."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,10 @@ class NudgeRun:
                 check_prompt(prompt)
 
     def _check_numbers(self) -> None:
-        counts = {"images": self.settings.images, "max_attempts": self.max_attempts}
-        counts |= {
-            name: value
-            for name in ("steps", "height", "width")
-            if (value := getattr(self.settings, name)) is not None
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        check_fields(self.settings)
+        check_count("max_attempts", self.max_attempts, MOST_ATTEMPTS)
         if not 0 <= self.settings.seed < 2**62:
-            raise ValueError(f"`seed` must be between 0 and 2**62, got {self.settings.seed}")
+            raise ValueError(f"`seed` must be between 0 and 2**62, got {shown(self.settings.seed)}")
 
     def caption(self) -> str:
         """Settings of the run, for the foot of the sheet."""
@@ -107,7 +105,9 @@ def nudge_images(
     """Generate the images of `run` and write them to `folder`; returns the record.
 
     Files: `before-P-I.png` (prompt P, image I) as the plain pipeline draws it, `after-P-I.png`, or
-    `after-P-I.flagged.png` if a filter still triggers, `sheet.png` and `run.json`.
+    `after-P-I.flagged.png` if a filter still triggers, `sheet.png`, and `run.json`, which is
+    written first, after each image, and last. If the run is interrupted or fails, finished images
+    are kept and the record says so; a failed run without finished images leaves nothing.
 
     Args:
         run: the run.
@@ -122,25 +122,25 @@ def nudge_images(
         ImportError: a package is missing; names the extra to install.
     """
     output = RunFolder(folder, overwrite=overwrite)
+    if pipe is None:
+        check_machine(run.settings)
+        check_call_before_loading(run.settings)
     undesired, desired = (
         None if path is None else nudge_filters.load_bank(path)
         for path in (run.undesired, run.desired)
     )
     pipe = load_pipeline(run.settings) if pipe is None else pipe
     session = NudgeSession(run, pipe, undesired, desired)
-    output.create()
     rows: list[Row] = []
-    prompts: list[dict[str, Any]] = []
-    for number, made in enumerate(session.draw(progress)):
-        rows += _write_prompt(output, number, made)
-        prompts.append(made.to_dict())
-    shown = _pictures(session.undesired.images[:8].float() / 255)
-    rows.insert(0, Row("undesired", shown))
-    output.write("sheet.png", png(sheet("Before and after nudging", rows, run.caption(), tile=112)))
-    record = {**session.to_dict(), "prompts": prompts, "files": output.files}
-    output.write_record(record)
-    output.remove_earlier()
-    return record
+    with output.recording({**session.to_dict(), "prompts": []}):
+        for number, made in enumerate(session.draw(progress)):
+            output.record["prompts"].append(made.to_dict())
+            rows += _write_prompt(output, number, made)
+        shown = _pictures(session.undesired.images[:8].float() / 255)
+        rows.insert(0, Row("undesired", shown))
+        picture = sheet("Before and after nudging", rows, run.caption(), tile=112)
+        output.write("sheet.png", png(picture))
+    return output.record
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,7 @@ class NudgeSession:
         """Record of everything but the images."""
         run = self._run
         return {
-            "format": 1,
             "kind": "nudge",
-            "status": "complete",
             "settings": run.settings.to_dict(),
             "undesired": str(run.undesired) if run.undesired else "the model's own characters",
             "desired": str(run.desired) if run.desired else None,
@@ -276,6 +274,7 @@ def _write_prompt(output: RunFolder, number: int, made: NudgedPrompt) -> list[Ro
         output.write(f"before-{number}-{index:03}.png", png(before[index]))
         flag = "" if passed else ".flagged"
         output.write(f"after-{number}-{index:03}{flag}.png", png(after[index]))
+        output.save_record()
     attempts = max(len(rows) for rows in result.attempts)
     return [
         Row(f'"{made.prompt}": {made.flagged_before} of {len(before)} flagged', before),

@@ -6,8 +6,7 @@ which `Settings.from_record` repeats the run.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from ..config import NegToMeConfig
 from ..pipelines import negtome_guidance
 from ..pipelines.references import Reference
 from .contact_sheet import Row, reference_rows, sheet
-from .drawing import call_arguments, configuration, draw
-from .loading import load_pipeline
+from .drawing import call_arguments, check_call_before_loading, configuration, draw
+from .loading import check_machine, load_pipeline
 from .media import blurred, encode_video, frames, is_image, png, still
+from .outcome import GUIDED, caveat, label, outcome_of
 from .run_folder import RunFolder, plain_value, versions
 from .settings import ReferenceFile, Settings
 
@@ -55,8 +55,9 @@ def generate(
     """Generate the images of `settings` and write them to `folder`.
 
     Files: `guided-P-I.png` (prompt P, image I; `.mp4` or `.gif` for videos), with `compare` also
-    `plain-P-I.png`, copies of the references, `sheet.png`, and `run.json`, which is written first
-    and last. If the run is interrupted or fails, finished images are kept and the record says so.
+    `plain-P-I.png`, copies of the references, `sheet.png`, and `run.json`, which is written first,
+    after each batch, and last. If the run is interrupted or fails, finished images are kept and the
+    record says so; a failed run without finished images leaves nothing.
 
     Args:
         settings: the run.
@@ -74,6 +75,8 @@ def generate(
     settings.check()
     output = RunFolder(folder, overwrite=overwrite)
     if pipe is None:
+        check_machine(settings)
+        check_call_before_loading(settings)
         pipe = load_pipeline(settings)
     call = call_arguments(pipe, settings)
     config = configuration(pipe, settings)
@@ -82,7 +85,6 @@ def generate(
         for number, prompt in enumerate(settings.prompts):
             run.one_prompt(number, prompt)
         run.finish()
-    output.remove_earlier()
     return GenerationResult(folder, run.guided, run.plain, run.record)
 
 
@@ -109,21 +111,39 @@ class GenerationRun:
         self.config, self.progress = config, progress
         self.guided: list[list[Image]] = []
         self.plain: list[list[Image]] = []
-        self.record: dict[str, Any] = {}
-        self._summaries: list[dict[str, Any]] = []
-        self._warnings: list[str] = []
+        self._references = settings.references
+        self._outcomes: list[list[str]] = []
+        """Outcomes of the batches of each prompt."""
+        used = settings.references or [ReferenceFile("")]
+        self._measured_only = not any(config.alpha if r.alpha is None else r.alpha for r in used)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The contents of `run.json`."""
+        return self.output.record
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Write the record before the run, and after an error or an interrupt."""
-        self.output.create()
-        copied = [self._copy(i, entry) for i, entry in enumerate(self.settings.references)]
-        self.record = {
-            "format": 1,
-            "status": "running",
+        """Write the record before the run and after it, and copy the references beside it.
+
+        The copies are what the run uses, since the folder may be that of the run which it replaces.
+        """
+        copied: list[ReferenceFile] = []
+        files: dict[str, bytes] = {}
+        for number, entry in enumerate(self.settings.references):
+            copied.append(_take_files(number, entry, files))
+        with self.output.recording(self._describe(copied)):
+            for name, content in files.items():
+                self.output.write(name, content)
+            self._references = tuple(_found_in(self.output.path, entry, files) for entry in copied)
+            self.output.save_record()
+            yield
+
+    def _describe(self, references: Sequence[ReferenceFile]) -> dict[str, Any]:
+        return {
             "settings": {
                 **self.settings.to_dict(),
-                "references": [asdict(entry) for entry in copied],
+                "references": [asdict(entry) for entry in references],
             },
             "config": self.config.to_dict(),
             "call": {name: plain_value(value) for name, value in self.call.items()},
@@ -131,28 +151,9 @@ class GenerationRun:
             "pipeline": type(self.pipe).__name__,
             "device": str(getattr(self.pipe, "_execution_device", "unknown")),
             "versions": versions(),
+            "summaries": [],
+            "outcomes": [],
         }
-        self._write_record()
-        try:
-            with warnings.catch_warnings():
-                self._record_warnings()
-                yield
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            self.record["status"] = "interrupted" if stopped else "failed"
-            self._write_record()
-            raise
-
-    def _record_warnings(self) -> None:
-        """Keep the text of every `UserWarning` for the record, and show it as before."""
-        real, seen = warnings.showwarning, self._warnings
-
-        def show(message: Any, *args: Any, **kwargs: Any) -> None:
-            if isinstance(message, UserWarning) and str(message) not in seen:
-                seen.append(str(message))
-            real(message, *args, **kwargs)
-
-        warnings.showwarning = show
 
     def one_prompt(self, number: int, prompt: str) -> None:
         """Draw the images of a prompt, and save each batch as soon as it is drawn."""
@@ -163,8 +164,9 @@ class GenerationRun:
             self._save("plain", number, 0, made)
             self.plain.append([still(item) for item in made])
         self.guided.append([])
+        self._outcomes.append([])
         if not drafts:
-            references = [entry.load() for entry in self.settings.references] or None
+            references = [entry.load() for entry in self._references] or None
             self._guided_batch(number, prompt, seeds, 0, references)
             return
         for place, seed in enumerate(seeds):
@@ -182,20 +184,21 @@ class GenerationRun:
     ) -> None:
         with negtome_guidance(self.pipe, self.config, reference=references) as handle:
             made = self._draw(prompt, seeds, "guided")
-            self._summaries.append(handle.summary().to_dict())
+            summary = handle.summary().to_dict()
+        self._outcomes[-1].append(outcome_of(summary, self._measured_only))
+        self.record["summaries"].append(summary)
+        self.record["outcomes"].append(self._outcomes[-1][-1])
         self._save("guided", number, place, made)
         self.guided[-1] += [still(item) for item in made]
 
     def finish(self) -> None:
-        """Write the sheet, and the record of a complete run."""
+        """Write the sheet."""
         picture = sheet(
             " | ".join(f'"{prompt}"' for prompt in self.settings.prompts),
             self._rows(),
             self.caption(),
         )
         self.output.write("sheet.png", png(picture))
-        self.record["status"] = "complete"
-        self._write_record()
 
     def caption(self) -> str:
         """Model, guidance and seeds, for the foot of the sheet."""
@@ -212,14 +215,16 @@ class GenerationRun:
         if not s.references and s.preset != "sharpen":
             words.append(f'reference "{c.reference}"')
         words.append(f"seeds {s.seed} to {s.seed + s.images - 1}")
-        return ", ".join(words)
+        caution = caveat([kind for outcomes in self._outcomes for kind in outcomes])
+        return ", ".join([*words, caution] if caution else words)
 
     def _rows(self) -> list[Row]:
-        rows = reference_rows(self.settings.references)
+        rows = reference_rows(self._references)
         for number, guided in enumerate(self.guided):
             if self.plain:
                 rows.append(Row("without guidance", self.plain[number]))
-            rows.append(Row("with NegToMe, same seeds", guided, accent=True))
+            outcomes = self._outcomes[number]
+            rows.append(Row(label(outcomes), guided, accent=GUIDED in outcomes))
         return rows
 
     def _draw(self, prompt: str, seeds: Sequence[int], label: str) -> list[Any]:
@@ -233,23 +238,32 @@ class GenerationRun:
             else:
                 suffix, content = encode_video(frames(item), self.settings.fps)
                 self.output.write(name + suffix, content)
+        self.output.save_record()
 
-    def _copy(self, number: int, entry: ReferenceFile) -> ReferenceFile:
-        """Copy the reference's files beside the record, so that the folder is complete."""
 
-        def copied(path: str | None, kind: str) -> str | None:
-            if path is None or not Path(path).is_file():
-                return path if path is None else str(Path(path).resolve())
-            source = Path(path)
-            name = f"{kind}-{number}{source.suffix.lower()}"
-            self.output.write(name, source.read_bytes())
-            return name
+def _take_files(number: int, entry: ReferenceFile, files: dict[str, bytes]) -> ReferenceFile:
+    """Read the files of a reference into `files`; returns the reference by its files' new names.
 
-        image = copied(entry.image, "reference")
-        return replace(entry, image=str(image), mask=copied(entry.mask, "mask"))
+    A folder of frames is not read, and keeps its path.
+    """
 
-    def _write_record(self) -> None:
-        self.record["summaries"] = self._summaries
-        self.record["warnings"] = self._warnings
-        self.record["files"] = self.output.files
-        self.output.write_record(self.record)
+    def taken(path: str | None, kind: str) -> str | None:
+        if path is None or not Path(path).is_file():
+            return path if path is None else str(Path(path).resolve())
+        source = Path(path)
+        name = f"{kind}-{number}{source.suffix.lower()}"
+        files[name] = source.read_bytes()
+        return name
+
+    image = taken(entry.image, "reference")
+    return replace(entry, image=str(image), mask=taken(entry.mask, "mask"))
+
+
+def _found_in(folder: Path, entry: ReferenceFile, files: Mapping[str, bytes]) -> ReferenceFile:
+    """Return the reference with the paths of its copies in `folder`."""
+
+    def found(name: str) -> str:
+        return str(folder / name) if name in files else name
+
+    mask = None if entry.mask is None else found(entry.mask)
+    return replace(entry, image=found(entry.image), mask=mask)

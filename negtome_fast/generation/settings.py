@@ -6,6 +6,7 @@ Errors name fields in backticks, such as `vae_tiling`; the command line shows it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import NegToMeConfig
+from .call_checks import shown
+from .settings_checks import EMBEDDED, check_batch, check_fields, check_mask
 
 if TYPE_CHECKING:
     from ..pipelines.references import Reference
-
-EMBEDDED = "tiny-flux-avatars"
-"""Name of the model that is part of the package."""
 
 RECORD = "run.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +90,11 @@ class ReferenceFile:
     threshold: float | None = None
     noise: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("image", "mask"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+
     def load(self) -> Reference:
         from ..pipelines.references import Reference
 
@@ -149,7 +154,7 @@ class Settings:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_record(cls, path: Path, **changes: Any) -> Settings:
+    def from_record(cls, path: Path, *, trust_paths: bool = False, **changes: Any) -> Settings:
         """Return the settings of a recorded run, with some replaced.
 
         The whole configuration is the run's, so that the run repeats even after a preset changed.
@@ -158,11 +163,14 @@ class Settings:
 
         Args:
             path: `run.json`, or the folder that holds it.
+            trust_paths: read references that lie outside of the record's folder, too. A run copies
+                its references, so the record of a stranger could put any picture of this machine
+                into the new run's folder.
             changes: fields of `Settings`; `guidance` and `call` are added to those of the run.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is not the record of a run.
+            ValueError: it is not the record of a run, or a reference lies outside of its folder.
         """
         path = path / RECORD if path.is_dir() else path
         if not path.is_file():
@@ -171,21 +179,18 @@ class Settings:
             record = json.loads(path.read_text(encoding="utf-8"))
             values = dict(record["settings"])
             files = [ReferenceFile(**entry) for entry in values.pop("references")]
-            values["prompts"] = tuple(values["prompts"])
-            settings = cls(**values)
+            settings = replace(cls(**values), references=tuple(files))
+            check_fields(settings)
             config = NegToMeConfig.from_dict(record["config"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
             raise ValueError(
-                f"{path} is not the record of a run of negtome-fast generate"
+                f"{path} is not the record of a run of negtome-fast generate: {reason}"
             ) from error
-        references = tuple(
-            replace(
-                entry,
-                image=str(path.parent / entry.image),
-                mask=None if entry.mask is None else str(path.parent / entry.mask),
-            )
-            for entry in files
-        )
+        settings = replace(settings, prompts=tuple(settings.prompts))
+        references = changes.pop("references", None)
+        if references is None:
+            references = tuple(_beside(path.parent, entry, trust_paths) for entry in files)
         same = all(changes.get(n, getattr(settings, n)) == getattr(settings, n) for n in _FAMILY)
         guidance = {**(config.to_dict() if same else settings.guidance)}
         chosen = changes.pop("guidance", {})
@@ -209,16 +214,13 @@ class Settings:
             ValueError, TypeError: a value is invalid; names the field to change.
             FileNotFoundError: the file of a reference or mask does not exist.
         """
+        check_fields(self)
         if not self.prompts:
             raise ValueError("needs `prompts`: what is to be made?")
         if any(not prompt.strip() for prompt in self.prompts) and self.model != EMBEDDED:
             raise ValueError("`prompts`: one is empty; say what is to be made")
-        for name in ("images", "steps", "height", "width", "frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"`seed` must be between 0 and 2**63, got {self.seed}")
+            raise ValueError(f"`seed` must be between 0 and 2**63, got {shown(self.seed)}")
         if self.preset is not None and self.preset not in APPLICATIONS:
             raise ValueError(f"no `preset` {self.preset!r}; there are {', '.join(APPLICATIONS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -227,8 +229,9 @@ class Settings:
             raise ValueError(
                 f"`offload` must be one of {', '.join(OFFLOADS)}, not {self.offload!r}"
             )
-        NegToMeConfig().with_overrides(**self.overrides())
+        config = NegToMeConfig().with_overrides(**self.overrides())
         self._check_references()
+        check_batch(self, config, self.preset == "sharpen")
         if self.model == EMBEDDED:
             from ..models import check_prompt
 
@@ -247,11 +250,9 @@ class Settings:
                 "`preset` 'interpolate' pulls toward the image: `alpha` must be negative"
             )
         for reference in self.references:
-            reference.load().load()
-        if wanted != "drafts" and not self.references and self.images < 2:
-            raise ValueError(
-                "one image has no other to differ from: use 2 or more `images`, or `references`"
-            )
+            loaded = reference.load().load()
+            if self.model == EMBEDDED:
+                check_mask(self, loaded.settings, str(reference.mask))
 
     def overrides(self) -> dict[str, Any]:
         """Fields of the configuration that differ from the authors' for the family."""
@@ -268,6 +269,26 @@ class Settings:
 
 _WINDOWS = {"t_start", "t_end", "steps", "first_steps"}
 """Fields of `NegToMeConfig` that set the window. One that is given replaces the others."""
+
+
+def _beside(folder: Path, entry: ReferenceFile, trust_paths: bool) -> ReferenceFile:
+    """Return the reference with its files in the folder of the record that names them.
+
+    Raises:
+        ValueError: a file lies elsewhere, and `trust_paths` is False.
+    """
+
+    def found(name: str) -> str:
+        path, root = folder / name, folder.resolve()
+        if not trust_paths and not path.resolve().is_relative_to(root):
+            raise ValueError(
+                f"`references`: the record names {name}, which lies outside of its folder {folder} "
+                "and would be copied; if you trust the record, use `trust_paths`"
+            )
+        return str(path)
+
+    mask = None if entry.mask is None else found(entry.mask)
+    return replace(entry, image=found(entry.image), mask=mask)
 
 
 def take_guidance(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import remove_abandoned, write_atomically
 from .verdicts import Verdict
 
 
@@ -62,18 +65,28 @@ class NudgedImages:
         }
 
     def save(self, folder: str | Path, prefix: str = "image") -> list[Path]:
-        """Write the images as PNG, flagged ones as `.flagged.png`, and `PREFIX.json` beside."""
+        """Write the images as PNG, flagged ones as `.flagged.png`, and `PREFIX.json` beside.
+
+        Each file appears whole or not at all. Images of an earlier save with this prefix are
+        removed, so that a flagged image never lies beside a passed one of the same number.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         paths = []
         for number, (image, passed) in enumerate(zip(self.images, self.passed, strict=True)):
             path = folder / f"{prefix}-{number}{'' if passed else '.flagged'}.png"
-            image.save(path)
+            content = io.BytesIO()
+            image.save(content, "PNG")
+            write_atomically(path, content.getvalue())
             paths.append(path)
         record = {**self.to_dict(), "files": [path.name for path in paths]}
-        (folder / f"{prefix}.json").write_text(
-            json.dumps(record, indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(folder / f"{prefix}.json", text.encode())
+        own = re.compile(re.escape(prefix) + r"-\d+(\.flagged)?\.png")
+        for path in set(folder.iterdir()) - set(paths):
+            if own.fullmatch(path.name):
+                path.unlink()
         return paths
 
 

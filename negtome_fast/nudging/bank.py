@@ -6,6 +6,7 @@ Nothing is pickled, so a stranger's bank cannot run code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import partial_of, remove_abandoned
 from .encoders import ImageEncoder
-from .images import BATCH, named_images, resized, square
+from .images import BATCH, check_side, named_images, resized, square
 from .verdicts import Filter, judge
 
 VERSION = 1
@@ -46,6 +48,8 @@ class ReferenceBank:
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be (K, 3, S, S) uint8, got {self.images.dtype} {shape}")
+        if 0 in shape[2:]:
+            raise ValueError(f"images must have pixels, got {shape[2]} x {shape[3]}")
         if len(self.names) != len(self.images) or len(set(self.names)) != len(self.names):
             raise ValueError(
                 f"{len(self.images)} images need as many different names, got {len(self.names)} "
@@ -59,6 +63,8 @@ class ReferenceBank:
             raise ValueError(
                 f"features must be ({len(self.names)}, C), got {tuple(self.features.shape)}"
             )
+        if self.features is not None:
+            _check_features(self.names, self.features)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,9 +92,10 @@ class ReferenceBank:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: nothing in it could be read. If only some files cannot be read, a warning
-                names them, and `skipped` says why.
+            ValueError: nothing in it could be read, or `size` is not 1 to `MOST_PIXELS`. If only
+                some files cannot be read, a warning names them, and `skipped` says why.
         """
+        check_side("size", size)
         kept: list[Tensor] = []
         names: list[str] = []
         skipped: list[tuple[str, str]] = []
@@ -145,11 +152,24 @@ class ReferenceBank:
         return torch.cat([resized(part.float() / 255, size) for part in parts])
 
     def save(self, folder: str | Path) -> None:
-        """Write `bank.safetensors` and `bank.json`, each of which appears whole or not at all."""
+        """Write `bank.safetensors` and `bank.json`, each of which appears whole or not at all.
+
+        `bank.json` has a checksum of the other file, so that two files of different banks, which a
+        killed process may leave, are not taken for one bank.
+
+        Raises:
+            OSError: the folder cannot be written to, or the disk is full; an earlier bank stays.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
+        for name in ("bank.safetensors.partial", "bank.json.partial"):  # of version 0.1.0
+            (folder / name).unlink(missing_ok=True)
+        path = folder / "bank.safetensors"
+        partial = partial_of(path)
         tensors = {"images": self.images.contiguous()}
         if self.features is not None:
             tensors["features"] = self.features.contiguous()
@@ -160,12 +180,18 @@ class ReferenceBank:
             "names": list(self.names),
             "skipped": [list(row) for row in self.skipped],
         }
-        partial = folder / "bank.safetensors.partial"
-        save_file(tensors, partial)
-        text = folder / "bank.json.partial"
-        text.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "bank.safetensors")
-        os.replace(text, folder / "bank.json")
+        text = partial_of(folder / "bank.json")
+        try:
+            save_file(tensors, partial)
+            description["sha256"] = _sha256(partial)
+            text.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+            os.replace(text, folder / "bank.json")
+        except SafetensorError as error:
+            raise OSError(f"the bank {folder} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+            text.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path, encoder: ImageEncoder | None = None) -> ReferenceBank:
@@ -188,10 +214,11 @@ class ReferenceBank:
                 raise FileNotFoundError(f"{folder} is not a reference bank: it has no {name}")
         try:
             description = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-            version, names = description["version"], tuple(description["names"])
-            own = description["encoder"]
+            version, names = description["version"], tuple(map(_text, description["names"]))
+            own = None if description["encoder"] is None else _text(description["encoder"])
+            checksum = description.get("sha256")  # banks of version 0.1.0 have none
             skipped = tuple((str(a), str(b)) for a, b in description["skipped"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'bank.json'} is corrupt: {error!r}") from error
         if version != VERSION:
             raise ValueError(
@@ -205,6 +232,42 @@ class ReferenceBank:
             )
         try:
             tensors = load_file(folder / "bank.safetensors")
-            return cls(names, tensors["images"], tensors.get("features"), own, skipped)
-        except (SafetensorError, KeyError, ValueError) as error:
+            images, features = tensors["images"], tensors.get("features")
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"{folder / 'bank.safetensors'} is corrupt: {error}") from error
+        if checksum is not None and checksum != _sha256(folder / "bank.safetensors"):
+            raise ValueError(
+                f"the two files of the bank {folder} do not belong together: bank.json has the "
+                "checksum of other images. Saving was interrupted, or a file was replaced; build "
+                "the bank again"
+            )
+        try:
+            return cls(names, images, features, own, skipped)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'bank.safetensors'} is corrupt: {error}") from error
+
+
+def _check_features(names: Sequence[str], features: Tensor) -> None:
+    if not features.shape[1] or not features.is_floating_point():
+        raise ValueError(
+            f"features must be floating-point numbers, at least one for each image, got "
+            f"{features.dtype} {tuple(features.shape)}"
+        )
+    finite = features.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        name = names[int(finite.int().argmin())]
+        raise ValueError(f"the features of {name!r} are not finite, so they compare with nothing")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a string")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .bank import ReferenceBank
 from .encoders import ImageEncoder, default_encoder
-from .images import BATCH, resized
+from .images import BATCH, check_side, resized
 from .selection import select_nearest
 from .verdicts import Verdict, checked_images
+
+Hash = Literal["phash", "dhash", "average_hash", "whash"]
+HASHES = get_args(Hash)
 
 
 def _triggers(score: float, threshold: float, above: bool) -> bool:
@@ -58,6 +62,7 @@ class PixelDistance(_Nearest):
         self, bank: ReferenceBank, threshold: float, *, size: int = 64, name: str = "pixels"
     ) -> None:
         super().__init__(bank, _checked(threshold, 0, 1), name)
+        check_side("size", size)
         self.size = size
         self._points = bank.thumbnails(size)
 
@@ -89,6 +94,8 @@ class LatentDistance(_Nearest):
         name: str = "latents",
     ) -> None:
         super().__init__(bank, _checked(threshold, 0, float("inf")), name)
+        if size is not None:
+            check_side("size", size)
         self._encode = encode
         self._size = size
         self._points: dict[tuple[int, ...], Tensor] = {}
@@ -157,10 +164,11 @@ class PerceptualHash(_Nearest):
         bank: ReferenceBank,
         threshold: int,
         *,
-        kind: Literal["phash", "dhash", "average_hash", "whash"] = "phash",
+        kind: Hash = "phash",
         hash_size: int = 8,
         name: str = "hash",
     ) -> None:
+        check_side("hash_size", hash_size)
         super().__init__(bank, _checked(threshold, 0, hash_size**2), name)
         try:
             import imagehash
@@ -168,6 +176,8 @@ class PerceptualHash(_Nearest):
             raise ImportError(
                 "perceptual hashes need the extra 'nudge': pip install 'negtome-fast[nudge]'"
             ) from error
+        if kind not in HASHES:
+            raise ValueError(f"`kind` must be one of {', '.join(HASHES)}, got {kind!r}")
         function = getattr(imagehash, kind)
         self._hash = lambda image: function(image, hash_size=hash_size)
         known = [self._bits(part.float() / 255) for part in bank.images.split(BATCH)]
@@ -202,6 +212,11 @@ class CallableFilter:
     name: str = "callable"
     above: bool = True
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must be callable, got {type(self.function).__name__}")
+        _checked(self.threshold, -float("inf"), float("inf"))
+
     def judge(self, images: Tensor) -> list[Verdict]:
         with torch.no_grad():
             scores = torch.as_tensor(self.function(checked_images(images))).flatten().tolist()
@@ -222,6 +237,11 @@ class CallableFilter:
 
 
 def _checked(threshold: float, low: float, high: float) -> float:
-    if isinstance(threshold, bool) or not low <= threshold <= high:
-        raise ValueError(f"threshold must lie between {low} and {high}, got {threshold!r}")
+    if isinstance(threshold, (bool, str)) or not hasattr(threshold, "__float__"):
+        raise TypeError(f"threshold must be a number, got {threshold!r:.40}")
+    if not low <= threshold <= high or not math.isfinite(threshold):
+        bounds = f"must lie between {low} and {high}" if high < math.inf else "must be finite"
+        if low == 0 and high == math.inf:
+            bounds += " and not negative"
+        raise ValueError(f"threshold {bounds}, got {threshold!r}")
     return float(threshold)

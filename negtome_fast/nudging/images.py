@@ -11,10 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pipelines.pictures import IMAGE_SUFFIXES
+from ..pipelines.pictures import IMAGE_SUFFIXES, opened
 
 BATCH = 32
 """Images that are converted, resized or encoded at once."""
+
+
+MOST_PIXELS = 4096
+"""Largest side of a bank's images in pixels."""
+
+
+def check_side(name: str, size: Any) -> None:
+    """Refuse a side in pixels that is not 1 to `MOST_PIXELS`."""
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_PIXELS:
+        raise ValueError(f"`{name}` must be 1 to {MOST_PIXELS} pixels, got {size!r:.40}")
 
 
 def resized(images: Tensor, size: int | tuple[int, ...]) -> Tensor:
@@ -55,13 +65,15 @@ def square(source: Any, size: int) -> Tensor:
             raise TypeError(f"an array must be (H, W, 3) uint8, got {source.dtype} {source.shape}")
         image = Image.fromarray(source)
     elif isinstance(source, (str, Path)):
-        with Image.open(source) as opened:
-            image = opened.convert("RGB")
+        with opened(Path(source), "image") as found:
+            image = found.convert("RGB")
     elif isinstance(source, Image.Image):
         image = source.convert("RGB")
     else:
         raise TypeError(f"not an image: {type(source).__name__}")
     side = min(image.size)
+    if side < 1:
+        raise ValueError(f"the image has no pixels: {image.size[0]} x {image.size[1]}")
     left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side))
     image = image.resize((size, size), Image.Resampling.LANCZOS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dense
-from ..ops import check_backend_name
+from ..ops import can_skip_dispatcher, check_backend_name
 from . import ops
 from .call import NudgeCall, Objective
 
@@ -100,7 +100,9 @@ def nudge(
             `step_size * (|g| - 1)` long; one of "cosine" is that share of |L0|, where |g| is at
             most `alpha + beta`.
         max_distance: trust radius, the largest L2 distance from the input: a number or `(B,)`,
-            positive; None sets no limit.
+            positive; None sets no limit. The values of tensors on an accelerator are not read, so
+            that nothing waits for it: an item whose radius is not positive stays where it is, and
+            so does one whose weight is not finite.
         tolerance: an item has converged when a step moves it by at most this share of its norm.
         return_trace: record the objective after each step.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
@@ -212,4 +214,13 @@ def _per_item(
             f"{name} must be a number or one for each of the {items} items, "
             f"got the shape {tuple(value.shape)}"
         )
-    return value.detach().to(latents.device, dtype).expand(items).contiguous()
+    given = value.detach().to(latents.device, dtype).expand(items).contiguous()
+    if value.is_cpu and can_skip_dispatcher(given):
+        right = given > 0 if positive else given.isfinite()
+        if not bool(right.all()):
+            wanted = "positive" if positive else "finite"
+            raise ValueError(f"{name} must be {wanted}, got {value.tolist()}")
+    elif positive:
+        # Reading the values would wait for the device: such an item stays where it is instead.
+        given = torch.where(given > 0, given, torch.finfo(dtype).tiny)
+    return given

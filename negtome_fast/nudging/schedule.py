@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 from .call import Objective
 
@@ -46,6 +48,20 @@ class NudgeSchedule:
     pool: int = 8
 
     def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}"
+            )
+        for name in ("alpha", "beta", "escalation", "max_distance", "step_size", "extend"):
+            _check_real(name, getattr(self, name))
+        for name in ("steps", "nearest", "pool"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1 and whole, got {value!r}")
+        if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
+            raise TypeError(f"window must be two values (start, end), not {self.window!r}")
+        for part in self.window:
+            _check_real("window", part)
         start, end = self.window
         if not 0 <= start < end <= 1:
             raise ValueError(
@@ -55,10 +71,9 @@ class NudgeSchedule:
             raise ValueError(f"extend is a fraction of the steps, 0 to 1, got {self.extend}")
         if not self.escalation >= 1:
             raise ValueError(f"escalation must be at least 1, got {self.escalation}")
-        if not self.max_distance > 0:
-            raise ValueError(f"max_distance must be positive, got {self.max_distance}")
-        if self.nearest < 1:
-            raise ValueError(f"nearest must be at least 1, got {self.nearest}")
+        for name in ("max_distance", "step_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.pool < self.nearest:
             raise ValueError(
                 f"pool must be at least nearest, {self.nearest}, to draw from, got {self.pool}"
@@ -74,3 +89,11 @@ class NudgeSchedule:
         end = min(1.0, end + self.extend * (attempt - 1))
         # Sums of fractions are rounded: the last step of the window is part of it.
         return start - 1e-9 <= (step + 1) / steps <= end + 1e-9
+
+
+def _check_real(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    # An infinite radius is no limit.
+    if not math.isfinite(value) and not (name == "max_distance" and float(value) > 0):
+        raise ValueError(f"{name} must be finite, got {value}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     Picture: TypeAlias = Image | np.ndarray[Any, Any] | str | Path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MOST_FRAMES = 20
+"""How many of the largest images' pixels an animated image may have in all."""
+
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 
 
@@ -91,6 +97,8 @@ def _pictures(source: Any, what: str) -> list[Image]:
                 f"a {what} that is an array must be uint8 (H, W, 3) or (F, H, W, 3), not "
                 f"{source.dtype} {source.shape}"
             )
+        if not source.size:
+            raise ValueError(f"a {what} must have pixels; this array is {source.shape}")
         return [Image.fromarray(frame) for frame in frames]
     if isinstance(source, Sequence) and source:
         return [picture for entry in source for picture in _pictures(entry, what)]
@@ -101,8 +109,6 @@ def _pictures(source: Any, what: str) -> list[Image]:
 
 
 def _read(path: Path, what: str) -> list[Image]:
-    from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
-
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
@@ -110,16 +116,58 @@ def _read(path: Path, what: str) -> list[Image]:
         return [frame for file in files for frame in _read(file, what)]
     if not path.is_file():
         raise FileNotFoundError(f"there is no {what} at {path}")
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return _read_video(path)
+    return _read_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else read_file(path, what)
+
+
+def read_file(path: Path, what: str) -> list[Image]:
+    """Returns the frames of an image's file, upright.
+
+    Args:
+        path: the file.
+        what: what it is, for errors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no image, is damaged, or has more pixels than Pillow takes for safe
+            (`PIL.Image.MAX_IMAGE_PIXELS`), in a frame or, 20-fold, in all; names the file.
+    """
+    from PIL import Image, ImageOps, ImageSequence
+
+    frames, pixels, most = [], 0, Image.MAX_IMAGE_PIXELS
+    with opened(path, what) as image:
+        for frame in ImageSequence.Iterator(image):
+            pixels += frame.width * frame.height
+            if most is not None and pixels > _MOST_FRAMES * most:
+                raise ValueError(f"its frames have more than {_MOST_FRAMES * most} pixels")
+            frames.append(ImageOps.exif_transpose(frame.copy()))
+    return frames
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[Image]:
+    """Yields the image of a file; errors while it is read name the file, as in `read_file`."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with Image.open(path) as image:
-            return [ImageOps.exif_transpose(f.copy()) for f in ImageSequence.Iterator(image)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{path} is not an image that can be read; give the {what} as PNG, JPEG or WebP, and a "
             "video as a GIF or a folder of frames"
         ) from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        found = re.search(r"\d+", str(error))
+        raise ValueError(
+            f"the {what} {path} is too large: {found[0] if found else 'too many'} pixels; at most "
+            f"{Image.MAX_IMAGE_PIXELS} are read. Make it smaller"
+        ) from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they like
+        raise ValueError(f"the {what} {path} cannot be read: {error}") from error
 
 
 def _read_video(path: Path) -> list[Image]:
@@ -132,4 +180,12 @@ def _read_video(path: Path) -> list[Image]:
             f"reading {path} needs imageio: pip install 'imageio[pyav]'; or give the video as a "
             "GIF or a folder of frames"
         ) from error
-    return [Image.fromarray(frame) for frame in imageio.imiter(path)]
+    try:
+        frames = [Image.fromarray(frame) for frame in imageio.imiter(path)]
+    except ImportError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"the video {path} cannot be read: {error}") from error
+    if not frames:
+        raise ValueError(f"the video {path} has no frames")
+    return frames

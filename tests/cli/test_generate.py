@@ -166,7 +166,6 @@ def test_another_run_is_not_overwritten_unasked(
 
 def test_folders_are_numbered(tmp_path: Path) -> None:
     assert new_folder(tmp_path).name == "run-001"
-    (tmp_path / "run-001").mkdir()
     (tmp_path / "run-002").mkdir()
     assert new_folder(tmp_path) == tmp_path / "run-003"
 

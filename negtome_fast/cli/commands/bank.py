@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..options import one_line_warnings
+from ..options import one_line_warnings, printable
 
 
 def add_parser(commands: Any) -> None:
@@ -38,22 +38,23 @@ def run(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from ...files import check_writable
     from ...nudging.bank import ReferenceBank
     from ...nudging.encoders import default_encoder
-    from ...nudging.images import named_images
+    from ...nudging.images import check_side, named_images
 
-    if options.size < 1:
-        raise ValueError(f"--size must be at least 1, got {options.size}")
+    check_side("size", options.size)
     if options.out.is_file():
         raise FileExistsError(f"--out {options.out} is a file; give a folder")
+    check_writable("out", options.out)
     encoder = default_encoder() if options.encoder == "efficientnet" else None
     images = list(named_images(options.folder))
     shown = tqdm(images, desc="reading", unit="image", disable=options.quiet)
     bank = ReferenceBank.build(shown, size=options.size, encoder=encoder)
     bank.save(options.out)
     for name, reason in bank.skipped:
-        print(f"skipped {name}: {reason}")
-    print(f"{len(bank)} images in {options.out}")
+        print(printable(f"skipped {name}: {reason}"))
+    print(printable(f"{len(bank)} images in {options.out}"))
     return 0
 
 
@@ -84,4 +85,4 @@ def _described(found: Mapping[str, Any]) -> str:
         f"names     {', '.join(names[:5])}{more}",
     ]
     lines += [f"skipped   {name}: {reason}" for name, reason in found["skipped"].items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -13,6 +13,7 @@ from ..options import (
     add_files,
     add_loading,
     one_line_warnings,
+    printable,
     reference_file,
 )
 
@@ -37,6 +38,11 @@ def add_parser(commands: Any) -> None:
 def _add_images(group: Any) -> None:
     add = group.add_argument
     add("--from", type=Path, metavar="RUN.JSON", help="repeat a run; other options replace values")
+    add(
+        "--trust-paths",
+        action="store_true",
+        help="with --from: also read references that lie outside of the record's folder",
+    )
     add("--model", help="folder or Hub id; default: the embedded tiny-flux-avatars")
     add("--prompt", action="append", dest="prompts", help="may be repeated")
     add("-n", "--images", type=int, help="images of each prompt, default 4")
@@ -139,24 +145,22 @@ def run(options: argparse.Namespace) -> int:
             values[name] = kind(values[name])
     if "references" in values:
         values["references"] = tuple(reference_file(entry) for entry in values["references"])
+    trusted = values.pop("trust_paths", False)
     if record is None:
         settings = generation.Settings(**values, guidance=guidance)
     else:
-        settings = generation.Settings.from_record(record, **values, guidance=guidance)
-    folder = folder or generation.new_folder()
-    with one_line_warnings():
+        settings = generation.Settings.from_record(
+            record, trust_paths=trusted, **values, guidance=guidance
+        )
+    settings.check()
+    with generation.numbered_folder(folder) as folder, one_line_warnings():
         try:
             result = generation.generate(settings, folder, overwrite=overwrite, progress=not quiet)
         except KeyboardInterrupt:
             if (folder / generation.RECORD).is_file():
-                print(f"what was finished is in {folder}", file=sys.stderr)
+                print(printable(f"what was finished is in {folder}"), file=sys.stderr)
             raise
-    for summary in result.record["summaries"]:
-        total = summary["total"]
-        print(
-            f"guided {summary['guided']} of {summary['forwards']} model forwards: "
-            f"{total['matched']:.1%} of the tokens matched, {total['pushed']:.1%} pushed, "
-            f"mean similarity {total['similarity']:.3f}"
-        )
-    print(f"{len(result.record['files'])} files and {generation.RECORD} in {folder}")
+    for lines in map(generation.told, result.record["summaries"], result.record["outcomes"]):
+        print(*lines, sep="\n")
+    print(printable(f"{len(result.record['files'])} files and {generation.RECORD} in {folder}"))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..options import add_call_argument, add_files, add_loading, one_line_warnings
+from ..options import add_call_argument, add_files, add_loading, one_line_warnings, printable
 
 METHODS = ("nudge", "negtome", "both", "reseed")
 FILTERS = ("pixels", "latents", "features", "hash", "reader")
@@ -60,7 +61,7 @@ def _add_steering(group: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ...generation import RECORD, Settings, new_folder
+    from ...generation import RECORD, Settings, numbered_folder
     from ...generation.nudged import NudgeRun, nudge_images
 
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -75,14 +76,21 @@ def run(options: argparse.Namespace) -> int:
         options.method,
         options.max_attempts,
     )
-    folder = options.output or new_folder()
-    with one_line_warnings():
-        record = nudge_images(run, folder, overwrite=options.overwrite, progress=not options.quiet)
+    with numbered_folder(options.output) as folder, one_line_warnings():
+        try:
+            record = nudge_images(
+                run, folder, overwrite=options.overwrite, progress=not options.quiet
+            )
+        except KeyboardInterrupt:
+            if (folder / RECORD).is_file():
+                print(printable(f"what was finished is in {folder}"), file=sys.stderr)
+            raise
     for one in record["prompts"]:
         images = len(one["passed"])
-        print(
+        told = (
             f'"{one["prompt"]}": {one["flagged_before"]} of {images} flagged before, '
             f"{one['flagged_after']} after"
         )
-    print(f"{len(record['files'])} files and {RECORD} in {folder}")
+        print(printable(told))
+    print(printable(f"{len(record['files'])} files and {RECORD} in {folder}"))
     return int(any(one["flagged_after"] for one in record["prompts"]))

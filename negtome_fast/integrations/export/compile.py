@@ -19,8 +19,9 @@ from ...kernels import aot
 from .header import render
 from .kernel_launches import KernelLaunch, launches
 from .operator import Operator
+from .run import DESCRIPTION
 
-HEADER, DESCRIPTION = "negtome.h", "negtome.json"
+HEADER = "negtome.h"
 SCHEMA = 1
 #: Meaning of the names in grids and arguments; a part of every description.
 SIZES = {

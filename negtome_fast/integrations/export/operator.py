@@ -11,6 +11,8 @@ from ...pairing import Mode, Pairing
 #: Short dtype names of the command line -> names in tuning tables.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 REFERENCES = ("first", "others", "external")
+#: Largest sizes: items lie in a grid's second axis, and the rest is far beyond all models.
+MOST = {"channels": 2**16, "items": 2**16 - 1, "tokens": 2**24}
 #: Ways to launch -> kinds of tuning tables. "auto" takes the table's own kind.
 KINDS = {"auto": None, "rows": "fused", "tiles": "tiles"}
 
@@ -34,7 +36,8 @@ class Operator:
             default 4 and 4,096.
 
     Raises:
-        ValueError: names an attribute that has no such value, and its valid values.
+        ValueError: names an attribute that has no such value, and its valid values. Sizes are at
+            most those of `MOST`.
     """
 
     target: str
@@ -67,6 +70,8 @@ class Operator:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if value > MOST[name]:
+                raise ValueError(f"{name} must be at most {MOST[name]}, got {value!r:.40}")
         if self.reference != "external" and self.items < 2:
             raise ValueError(f"reference {self.reference!r} needs at least 2 items")
         if self.inplace and self.reference == "others":
