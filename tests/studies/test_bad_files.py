@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for needed in ("diffusers", "dicebear", "matplotlib"):
-    pytest.importorskip(needed, reason="the extra 'eval' is not installed")
+pytest.importorskip("diffusers", reason="the extra 'eval' is not installed")
+pytest.importorskip("dicebear", reason="the extra 'eval' is not installed")
+pytest.importorskip("matplotlib", reason="the extra 'eval' is not installed")
 
 from bench.results import FOLDER
 from helpers.eval_own import COMMAND
 from negtome_fast import generation
 from negtome_fast.cli import main
-from negtome_fast.studies import report, store
+from negtome_fast.studies import store
 from negtome_fast.studies.conditions import Condition, groups_of
 from negtome_fast.studies.sampler import Sampler
 from negtome_fast.studies.studies import STUDIES, own
@@ -167,9 +168,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_drawn(
         assert count in error and error.count("\n") == 1
     if name != "nudging-cost":  # which takes any number
         run = StudyRun(Sampler(None), Sizes(13), tmp_path, progress=False)
-        with pytest.raises(
-            ValueError, match=r"the images (of a condition )?must be|divide into groups"
-        ):
+        with pytest.raises(ValueError, match="images .*must be"):
             STUDIES[name].run(run)
     assert not list(tmp_path.iterdir())
 
@@ -213,10 +212,3 @@ def test_the_report_leaves_out_what_is_no_result_with_a_line_each(
     (tmp_path / "overheads.json").unlink()
     assert main(["eval", "report", "--out", str(tmp_path)]) == 2
     assert "there are no results of studies" in capsys.readouterr().err
-
-
-def test_every_committed_result_is_shown(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    shutil.copy(RESULTS / "overheads.json", tmp_path)
-    section = next(one for one in report.SECTIONS if one.name == "overheads")
-    assert report._shown(section, tmp_path) is not None
-    assert not recwarn.list
