@@ -168,7 +168,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_drawn(
         assert count in error and error.count("\n") == 1
     if name != "nudging-cost":  # which takes any number
         run = StudyRun(Sampler(None), Sizes(13), tmp_path, progress=False)
-        with pytest.raises(ValueError, match="images .*must be"):
+        with pytest.raises(ValueError, match=r"images .*must be"):
             STUDIES[name].run(run)
     assert not list(tmp_path.iterdir())
 
