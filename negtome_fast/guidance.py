@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import mark_checked
-from .config import Grid, NegToMeConfig, ReferenceSettings
+from .arguments import check_tokens, mark_checked
+from .config import Grid, NegToMeConfig, ReferenceSettings, as_number, check_references
 from .functional import guide_tokens
 from .guidance_step import GuidanceStep, ShardedTokens
 from .masks import masks_on_grid
@@ -85,9 +85,7 @@ class Guidance:
     ) -> None:
         if config is None:
             config = NegToMeConfig()
-        if not isinstance(config, NegToMeConfig):
-            raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
-        self.references = tuple(references)
+        self.references = check_references(references)
         self.configure(config)
         self._masks: dict[tuple[int, Grid, torch.device], Tensor] = {}
         self._thread_state = ThreadState()
@@ -97,6 +95,8 @@ class Guidance:
 
     def configure(self, config: NegToMeConfig) -> None:
         """Changes the settings from the next step on; the statistics stay."""
+        if not isinstance(config, NegToMeConfig):
+            raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
         self.config = config
         self._alphas = self._setting("alpha")
         self._thresholds = self._setting("threshold")
@@ -267,6 +267,8 @@ class Guidance:
             raise RuntimeError("apply outside of a step; call begin_step before the forward")
         if not step.active:
             return image_tokens
+        if not isinstance(image_tokens, Tensor) or image_tokens.ndim != 3:
+            check_tokens(image_tokens, "image_tokens")
         grid = grid or step.grid
         included = self._includes_block(block) and self.config.includes_grid(grid)
         if step.recording is not None:
@@ -488,8 +490,8 @@ def read_timestep(timestep: float | Tensor) -> tuple[float, float]:
 
     bf16 keeps 8 bits: a FLUX model is given 0.8984 for 0.9, a timestep of 898.4.
     """
-    if not isinstance(timestep, Tensor):
-        return float(timestep), 0.0
+    if not isinstance(timestep, Tensor) or timestep.is_complex() or not timestep.numel():
+        return as_number("timestep", timestep), 0.0
     given = timestep.detach()
     value = float((given.amax() if given.ndim > 1 else given.reshape(-1)[0]).item())
     rounding = torch.finfo(timestep.dtype).eps * 1000 if timestep.is_floating_point() else 0.0

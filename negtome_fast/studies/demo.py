@@ -18,12 +18,11 @@ from torch import Tensor
 
 from .. import models, ops
 from ..config import NegToMeConfig
-from ..files import write_atomically
 from ..models.avatars import OPEN_ATTRIBUTES, attributes_in, check_prompt
 from .conditions import Condition, Group
 from .measures import attribute_entropy, mean_pairwise_cosine, prompt_agreement
 from .sampler import Sampler
-from .store import check_file, save_png
+from .store import check_file, save_png, save_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -153,8 +152,7 @@ def run(
         "torch": torch.__version__,
         "results": [{**asdict(result), "verdict": result.verdict} for result in results],
     }
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(output.with_suffix(".json"), text.encode())
+    save_text(output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     return results
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomically
+from .store import save_text
 from .studies import STUDIES, own
 from .studies.study import load
 
@@ -102,7 +102,7 @@ def write(folder: Path) -> Path:
         f"{''.join(section for _, _, section in shown)}</body></html>\n"
     )
     path = folder / "report.html"
-    write_atomically(path, page.encode())
+    save_text(path, page)
     return path
 
 

@@ -65,11 +65,10 @@ def save(path: Path, arrays: Mapping[str, Any], identity: Mapping[str, Any] | No
     """Write the file atomically, and `identity` beside it as `condition.json` for human readers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if identity is not None:
-        text = json.dumps(identity, indent=1) + "\n"
-        write_atomically(path.parent / "condition.json", text.encode())
+        save_text(path.parent / "condition.json", json.dumps(identity, indent=1) + "\n")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
 
 
 def fetch(
@@ -98,7 +97,21 @@ def save_png(path: Path, picture: Any, **options: Any) -> None:
     buffer = io.BytesIO()
     write = picture.savefig if hasattr(picture, "savefig") else picture.save
     write(buffer, format="png", **options)
-    write_atomically(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text atomically."""
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of a full disk
 
 
 def check_folder(field: str, folder: Path) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import provenance
-from ...files import write_atomically
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
 from ..conditions import GROUP, Condition, Group, groups_of
 from ..sampler import Sampler
 from ..samples import Samples
 from ..scores import Real, Scores, scores_of
-from ..store import check_folder, save_png
+from ..store import check_folder, save_png, save_text
 from . import figures as plots
 
 if TYPE_CHECKING:
@@ -245,7 +244,7 @@ def perform(study: Study, run: StudyRun) -> dict[str, Any]:
 def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
     """Write the table and the figures of a result; return the figures' files."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{study.name}.md", (study.table(result) + "\n").encode())
+    save_text(out / f"{study.name}.md", study.table(result) + "\n")
     paths = []
     for name, figure in study.figures(result).items():
         paths.append(out / f"{study.name}-{name}.png")
@@ -256,7 +255,7 @@ def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write the file atomically; lists of a condition's samples stay on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (_json(result) + "\n").encode())
+    save_text(path, _json(result) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

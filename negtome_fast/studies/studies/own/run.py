@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from .... import generation, provenance
-from ....files import write_atomically
 from ...conditions import Group
-from ...store import STORE, check_folder, save_png
+from ...store import STORE, check_folder, save_png, save_text
 from .. import figures as plots
 from ..study import save
 from . import results
@@ -67,7 +66,7 @@ def perform(
         "scales": scales,
     }
     save(out / f"{NAME}.json", result)
-    write_atomically(out / f"{NAME}.md", (results.table(result) + "\n").encode())
+    save_text(out / f"{NAME}.md", results.table(result) + "\n")
     for name, figure in results.figures(result).items():
         save_png(out / f"{NAME}-{name}.png", figure)
     save_png(out / f"{NAME}-sheet.png", results.sheet(wanted, rows))
