@@ -48,13 +48,13 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
 
 
-def check_tokens(x: Tensor) -> None:
+def check_tokens(x: Tensor, name: str = "x") -> None:
     """Raise `TypeError` or `ValueError` unless `x` is tokens `(B, N, D)` of a known dtype."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (B, N, D), got {type(x).__name__}")
-    check_dense("x", x)
+        raise TypeError(f"{name} must be a tensor (B, N, D), got {type(x).__name__}")
+    check_dense(name, x)
     if x.dim() != 3:
-        raise ValueError(f"x must have the shape (B, N, D), got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have the shape (B, N, D), got {tuple(x.shape)}")
     if x.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"x must be one of {names}, got {x.dtype}")
@@ -64,8 +64,17 @@ def check_tokens(x: Tensor) -> None:
 
 def check_combine(combine: str) -> None:
     """Raise `ValueError` unless `combine` is "nearest" or "sum"."""
-    if combine not in ("nearest", "sum"):
-        raise ValueError(f'combine must be "nearest" or "sum", got {combine!r}')
+    if type(combine) is not str or combine not in ("nearest", "sum"):
+        raise ValueError(f'combine must be "nearest" or "sum", got {combine!r:.80}')
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False, also of NumPy; raise `TypeError` for anything else."""
+    import numpy as np
+
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def check_problem(
@@ -74,7 +83,7 @@ def check_problem(
     """Check the arguments that select what is matched; see `negtome_fast.negtome`."""
     check_tokens(x)
     items, tokens, _ = x.shape
-    if matching not in ("paper", "official"):
+    if not isinstance(matching, str) or matching not in ("paper", "official"):
         raise ValueError(f'matching must be "paper" or "official", got {matching!r}')
     if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
@@ -112,7 +121,7 @@ def find_problem(
     """Return the result of `check_problem`, cached if shapes alone determine it."""
     # Exact types only: True equals 1, but is not a number of groups.
     plain = type(reference) is str and type(matching) is str and type(groups) is int
-    if plain and skips_dispatcher and mask is None:
+    if plain and skips_dispatcher and mask is None and x is not None:
         return _known_problem(x.shape, x.dtype, reference, matching, groups)
     return check_problem(x, reference, mask, matching, groups)
 
@@ -244,7 +253,7 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
         if not torch.compiler.is_compiling():
             limit = torch.finfo(compute_dtype(x.dtype)).max
             if not -limit <= value <= limit:
-                raise ValueError(f"{name} must be finite in fp32, got {value}")
+                raise ValueError(f"{name} must be finite in fp32, got {_short(value)}")
             value = float(value)
         if torch.compiler.is_compiling():
             # A product keeps the number symbolic in the graph; `full` would specialise on it.
@@ -274,6 +283,13 @@ def parameter_tensor(name: str, value: float | Tensor, x: Tensor, slots: int) ->
     return value.to(x.device)
 
 
+def _short(value: Any) -> str:
+    """Return the value for an error; a number of many digits by their count."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1100:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.80}"
+
+
 def _is_real(value: Tensor) -> bool:
     """Return True if the tensor's values can be read now: not while compiling or under `vmap`."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -289,8 +305,9 @@ def draw_source_mask(
     """Return the mask `(B, N)` of tokens that may move: the caller's mask, minus dropped tokens."""
     items, tokens = x.shape[:2]
     source_mask = _mask("source_mask", source_mask, x, [(tokens,), (1, tokens), (items, tokens)])
-    if not isinstance(dropout, Real) or not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
+    wrong = isinstance(dropout, bool) or not isinstance(dropout, Real)
+    if wrong or not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability between 0 and 1, got {_short(dropout)}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if dropout > 0.0:
@@ -299,6 +316,6 @@ def draw_source_mask(
         # generator=None is left out: that overload takes no symbolic sizes.
         given = {} if generator is None else {"generator": generator}
         drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
-        kept = (drawn > dropout).to(x.device)
+        kept = (drawn > float(dropout)).to(x.device)
         source_mask = kept if source_mask is None else source_mask & kept
     return source_mask

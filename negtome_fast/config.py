@@ -113,10 +113,10 @@ class NegToMeConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            chosen = getattr(self, name)
+            if not isinstance(chosen, str) or chosen not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, "
-                    f"not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(map(repr, choices))}, not {chosen!r:.80}"
                 )
         for name in ("alpha", "threshold", "t_start", "t_end", "dropout"):
             self._set(name, _real(name, getattr(self, name)))
@@ -236,7 +236,11 @@ class NegToMeConfig:
                 f"min_grid={self.min_grid} is set, but the token grid of this block is not known; "
                 "pass grid=(height, width), or use a configuration without min_grid"
             )
-        return grid[0] >= self.min_grid[0] and grid[1] >= self.min_grid[1]
+        try:
+            height, width = grid
+            return bool(height >= self.min_grid[0] and width >= self.min_grid[1])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"grid must be (height, width), not {grid!r:.80}") from error
 
     def includes_step(
         self,
@@ -254,7 +258,7 @@ class NegToMeConfig:
             tolerance: rounding error of `timestep`, in timesteps.
 
         Raises:
-            ValueError: an argument that the window needs is missing.
+            TypeError, ValueError: an argument that the window needs is missing, or is no number.
         """
         if self.first_steps is not None:
             if step is None:
@@ -269,12 +273,12 @@ class NegToMeConfig:
                     f"steps={self.steps} needs the index of the step and the number of steps; "
                     "they are known to a pipeline, and to begin_step(step=..., num_steps=...)"
                 )
-            done = step / num_steps
+            done = as_number("step", step) / as_number("num_steps", num_steps, positive=True)
             return self.steps[0] - 1e-9 <= done < self.steps[1] - 1e-9
         if timestep is None:
             raise ValueError("a window in timesteps needs the timestep of the step")
-        slack = tolerance + _ROUNDING
-        return self.t_end - slack <= timestep <= self.t_start + slack
+        slack = as_number("tolerance", tolerance) + _ROUNDING
+        return self.t_end - slack <= as_number("timestep", timestep) <= self.t_start + slack
 
 
 @dataclass(frozen=True)
@@ -322,6 +326,27 @@ def _check_names(values: Mapping[str, Any]) -> None:
     unknown = [repr(name) for name in values if name not in known]
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {known}")
+
+
+def as_number(name: str, value: Any, positive: bool = False) -> float:
+    """Return a number, also one in a tensor of one element, as a float."""
+    try:
+        number = float(value) if not isinstance(value, (bool, str, bytes)) else float("nan")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = float("nan")
+    if number != number or (positive and number <= 0):
+        kind = "a number above 0" if positive else "a number"
+        raise ValueError(f"{name} must be {kind}, not {type(value).__name__} {value!r:.80}")
+    return number
+
+
+def check_references(references: Any) -> tuple[ReferenceSettings, ...]:
+    """Return the references of a guidance; raises `TypeError` if it is anything else."""
+    one = isinstance(references, (str, bytes)) or not isinstance(references, Sequence)
+    if one or not all(isinstance(entry, ReferenceSettings) for entry in references):
+        kind = type(references).__name__
+        raise TypeError(f"references must be a sequence of ReferenceSettings, got {kind}")
+    return tuple(references)
 
 
 def _real(name: str, given: Any) -> float:

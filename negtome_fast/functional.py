@@ -16,6 +16,7 @@ from . import ops
 from .arguments import (
     ReferenceTokens,
     check_combine,
+    check_flag,
     check_problem,
     draw_source_mask,
     find_parameter,
@@ -130,6 +131,8 @@ def guide_tokens(
             away from, -1 where it was left alone. Slots number the references that an item meets:
             external ones in order, for `"others"` the other items of the group in order.
     """
+    if inplace is not True and inplace is not False:
+        inplace = check_flag("inplace", inplace)
     external = None if isinstance(reference, str) else reference
     skips = ops.can_skip_dispatcher(x, external, reference_mask, source_mask)
     problem = find_problem(x, reference, reference_mask, matching, groups, skips)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Grid, NegToMeConfig, ReferenceSettings
+from .arguments import check_tokens
+from .config import Grid, NegToMeConfig, ReferenceSettings, check_references
 from .device_settings import DeviceSettings
 from .functional import guide_tokens
 from .guidance_step import GuidanceStep, ShardedTokens, read_timestep
@@ -88,9 +89,7 @@ class Guidance:
     ) -> None:
         if config is None:
             config = NegToMeConfig()
-        if not isinstance(config, NegToMeConfig):
-            raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
-        self.references = tuple(references)
+        self.references = check_references(references)
         self.configure(config)
         self._thread_state = ThreadState()
         self._warned: set[str] = set()
@@ -100,6 +99,8 @@ class Guidance:
 
     def configure(self, config: NegToMeConfig) -> None:
         """Changes the settings from the next step on; the statistics stay."""
+        if not isinstance(config, NegToMeConfig):
+            raise TypeError(f"config must be a NegToMeConfig, not {type(config).__name__}")
         self.config = config
         self._settings = DeviceSettings(config, self.references)
         self._included: dict[str, bool] = {}
@@ -290,6 +291,8 @@ class Guidance:
             raise RuntimeError("apply outside of a step; call begin_step before the forward")
         if not step.active:
             return image_tokens
+        if not isinstance(image_tokens, Tensor) or image_tokens.ndim != 3:
+            check_tokens(image_tokens, "image_tokens")
         grid = grid or step.grid
         included = self._includes_block(block) and self.config.includes_grid(grid)
         step.branches = branches

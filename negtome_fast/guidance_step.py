@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .config import Grid
+from .config import Grid, as_number
 from .statistics import CallMatches, RankCounts
 
 
@@ -118,7 +118,7 @@ class GuidanceStep:
         kept[call][:, recording] = image_tokens.detach().unflatten(0, (groups, count))
 
     def take_reference(self, block: str, references: int) -> Tensor:
-        """Returns the tokens (block_groups, R, M, D) that the same call kept in the references' forward.
+        """Returns the tokens (block_groups, R, M, D) that the call kept in the references' forward.
 
         Raises:
             RuntimeError: there are none.
@@ -139,8 +139,8 @@ def read_timestep(timestep: float | Tensor) -> tuple[float, float]:
 
     bf16 keeps 8 bits: a FLUX model is given 0.8984 for 0.9, a timestep of 898.4.
     """
-    if not isinstance(timestep, Tensor):
-        return float(timestep), 0.0
+    if not isinstance(timestep, Tensor) or timestep.is_complex() or not timestep.numel():
+        return as_number("timestep", timestep), 0.0
     given = timestep.detach()
     value = float((given.amax() if given.ndim > 1 else given.reshape(-1)[0]).item())
     rounding = torch.finfo(timestep.dtype).eps * 1000 if timestep.is_floating_point() else 0.0

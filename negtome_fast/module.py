@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,11 +53,12 @@ class NegToMe(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("alpha", "threshold") and not isinstance(value, Tensor):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-            self._buffers[name].fill_(value)  # type: ignore[union-attr]
+            limit = torch.finfo(torch.float32).max
+            if not -limit <= value <= limit:
+                raise ValueError(f"{name} must be finite in fp32, got {_shown(value)}")
+            self._buffers[name].fill_(float(value))  # type: ignore[union-attr]
             return
         super().__setattr__(name, value)
 
@@ -98,7 +99,17 @@ class NegToMe(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"alpha={float(self.alpha):g}, threshold={float(self.threshold):g}, "
+            f"alpha={_shown(self.alpha)}, threshold={_shown(self.threshold)}, "
             f"reference={self.reference!r}, matching={self.matching!r}, groups={self.groups}, "
-            f"combine={self.combine!r}, dropout={self.dropout:g}, backend={self.backend!r}"
+            f"combine={self.combine!r}, dropout={_shown(self.dropout)}, backend={self.backend!r}"
         )
+
+
+def _shown(value: Any) -> str:
+    """Return a number in short, and anything else by its kind: it may be wrong and still shown."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
+        return f"tensor {tuple(value.shape)}"
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError, OverflowError):
+        return f"{type(value).__name__}"

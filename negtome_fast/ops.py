@@ -27,8 +27,8 @@ BACKEND_VARIABLE = "NEGTOME_FAST_BACKEND"
 
 def check_backend_name(name: str) -> None:
     """Raise `ValueError` unless `name` is a backend."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if type(name) is not str or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r:.80}")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

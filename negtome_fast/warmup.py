@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from .functional import negtome
+
+MOST_ELEMENTS = 2**40
+"""Largest number of elements of a shape, more than a device holds."""
 
 
 @torch.no_grad()
@@ -36,15 +41,36 @@ def warmup(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a dtype of torch, got {type(dtype).__name__}")
     if "inplace" in arguments:
         raise ValueError("warmup runs both in place and out of place; leave out inplace")
-    for shape in shapes:
-        sizes = tuple(shape)
-        if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"a shape must be (B, N, D), positive whole numbers, got {shape!r}")
+    if isinstance(shapes, (str, bytes, dict, torch.Tensor)) or not isinstance(shapes, Iterable):
+        raise TypeError(f"shapes must be shapes (B, N, D), got {type(shapes).__name__}")
+    for sizes in [_sizes(shape) for shape in shapes]:
         # Zeros suffice: launches do not depend on values.
         x = torch.zeros(sizes, dtype=dtype, device=device)
         for inplace in (False, True):
             negtome(x, inplace=inplace, **arguments)
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device {device!r:.80} is not a device of torch here") from error
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    wrong = ValueError(f"a shape must be (B, N, D), positive whole numbers, got {shape!r:.80}")
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise wrong
+    for size in shape:
+        if isinstance(size, bool) or not isinstance(size, Integral) or not 0 < size < 2**31:
+            raise wrong
+    if math.prod(map(int, shape)) > MOST_ELEMENTS:
+        raise ValueError(f"the shape {shape!r} has more than {MOST_ELEMENTS:,} elements")
+    return tuple(map(int, shape))

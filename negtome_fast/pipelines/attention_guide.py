@@ -184,9 +184,9 @@ class AttentionGuide(Unsaved):
             return branches
         captions = ", and its captions have several lengths" if len(starts) > 1 else ""
         raise ValueError(
-            f"{type(self._model).__name__}: the attention output of {block} has {tokens.shape[0]} items, but "
-            f"the latents have {self.items}{captions}, so it is not known which items belong "
-            "together; another library adds or drops items inside of the model: switch it off, or "
+            f"{type(self._model).__name__}: the attention output of {block} has {tokens.shape[0]} "
+            f"items, but the latents have {self.items}{captions}, so it is not known which items "
+            "belong together; another library adds or drops items inside of the model: switch it off, or "
             f'leave the block out by exclude_blocks=["{block}"]'
         )
 

@@ -289,7 +289,7 @@ class ModelHooks(Unsaved):
         if captions is not self._captions:
             self._captions = captions
             self._run_tokens = self.layout.image_tokens(model, arguments)
-            own = self._schedule.call.latents() if self._schedule else None
+            own = ModelCall(model, self._schedule.pipe).latents() if self._schedule else None
             check_own_latents(model, self._run_tokens, latents, own)
         self._hook_projections()
         shards = token_shards(model, self.layout, self._run_tokens)

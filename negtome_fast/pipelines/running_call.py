@@ -88,12 +88,6 @@ class ModelCall:
             given = given[0]
         return given if isinstance(given, torch.Generator) else None
 
-    def latents(self) -> torch.Tensor | None:
-        """Returns the latents that the pipeline's call holds, those that it generates."""
-        call = self._call()
-        own = None if call is None else call.f_locals.get("latents")
-        return own if isinstance(own, torch.Tensor) else None
-
     def guides_classifier_free(self) -> bool | None:
         """Returns True if a pipeline says that its batch has guidance parts; None if unknown."""
         answers = []

@@ -22,6 +22,7 @@ from ..models.avatars import OPEN_ATTRIBUTES, attributes_in, check_prompt
 from .conditions import Condition, Group
 from .measures import attribute_entropy, mean_pairwise_cosine, prompt_agreement
 from .sampler import Sampler
+from .store import check_file, save_png, save_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +37,10 @@ PROMPTS = (
 #: Settings of the guidance: every image is pushed away from all others. The authors' window for
 #: FLUX.1, [900, 1000], holds only three of the 20 steps here; this one is wider.
 CONFIG = NegToMeConfig(alpha=0.5, threshold=0.65, t_start=1000, t_end=750, reference="others")
+
+
+MOST_IMAGES, MOST_STEPS, MOST_SCALE = 256, 1000, 100
+"""Limits of a request: more images do not fit memory, and more steps or scale change nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,23 @@ def run(
         steps: number of scheduler steps.
 
     Raises:
-        ValueError: an unknown word in a prompt, or fewer than two images.
+        ValueError: an unknown word in a prompt, or a number that is out of range.
+        OSError: the picture cannot be written; raised before anything is generated.
         RuntimeError: the backend was chosen by name and cannot run here.
     """
-    if count < 2:
-        raise ValueError(f"a batch needs at least 2 images to differ from each other, got {count}")
+    if not 2 <= count <= MOST_IMAGES:
+        raise ValueError(
+            f"`images` must be 2, to differ from each other, to {MOST_IMAGES}, got {count}"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be between 0 and 2**63, got {seed}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"`steps` must be 1 to {MOST_STEPS}, got {steps}")
+    if not 0 <= guidance_scale <= MOST_SCALE:
+        raise ValueError(f"`guidance_scale` must be 0 to {MOST_SCALE}, got {guidance_scale}")
     for prompt in prompts:
         check_prompt(prompt)
+    check_file("output", output)
     output.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.resolve_backend(config.backend, torch.device(device), torch.float32)
@@ -126,7 +141,7 @@ def run(
     # The first call of a process is slow; it must not be charged to the unguided column.
     sampler.draw(replace(plain, steps=1), groups[:1])
     results, rows = _compare(sampler, plain, guided, groups)
-    picture(results, rows, caption(config, guidance_scale, steps, seed)).save(output)
+    save_png(output, picture(results, rows, caption(config, guidance_scale, steps, seed)))
     record = {
         "config": config.to_dict(),
         "seed": seed,
@@ -137,7 +152,7 @@ def run(
         "torch": torch.__version__,
         "results": [{**asdict(result), "verdict": result.verdict} for result in results],
     }
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save_text(output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     return results
 
 

@@ -10,11 +10,13 @@ import base64
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .store import save_text
 from .studies import STUDIES, own
 from .studies.study import load
 
@@ -73,47 +75,64 @@ SECTIONS = (
 def write(folder: Path) -> Path:
     """Write `report.html` from the results in `folder`, and return its path.
 
+    A file that is no result of a study, such as one that is half written, is left out and named in
+    a `UserWarning`.
+
     Raises:
         FileNotFoundError: the folder has no results.
-        ValueError: a file is not the result of a study.
+        OSError: the page cannot be written.
     """
-    files = {section: folder / f"{section.name}.json" for section in SECTIONS}
-    results = [(section, load(path)) for section, path in files.items() if path.is_file()]
-    if not results:
+    shown = [(section, *found) for section in SECTIONS if (found := _shown(section, folder))]
+    if not shown:
         raise FileNotFoundError(
             f"there are no results of studies in {folder}: run negtome-fast eval diversity first"
         )
-    links = "".join(f'<a href="#{s.name}">{s.name}</a>' for s, _ in results)
-    about = "".join(f"<p>{html.escape(text)}</p>" for text in _introduction(results))
-    sections = [_section(section, result, folder) for section, result in results]
+    names = [section.name for section, _, _ in shown]
+    links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
+    about = [ABOUT]
+    embedded = [name for name in names if name != own.NAME]
+    if embedded:
+        about.append(ABOUT_EMBEDDED.format(sections=", ".join(embedded)))
+    about += [text for _, text, _ in shown if text]
+    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in about)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>negtome-fast: evaluation</title><style>{STYLE}</style></head><body>"
-        f"<h1>negtome-fast: evaluation</h1>{about}<nav>{links}</nav>"
-        f"{''.join(sections)}</body></html>\n"
+        f"<h1>negtome-fast: evaluation</h1>{paragraphs}<nav>{links}</nav>"
+        f"{''.join(section for _, _, section in shown)}</body></html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    save_text(path, page)
     return path
 
 
-def _introduction(results: Sequence[tuple[Section, dict[str, Any]]]) -> list[str]:
-    """Return paragraphs that say which model each section is about, and how to read figures."""
-    paragraphs = [ABOUT]
-    embedded = [section.name for section, _ in results if section.name != own.NAME]
-    if embedded:
-        paragraphs.append(ABOUT_EMBEDDED.format(sections=", ".join(embedded)))
-    for section, result in results:
+def _shown(section: Section, folder: Path) -> tuple[str, str] | None:
+    """Return the introduction of a section, or "", and its HTML; None without a usable result."""
+    path = folder / f"{section.name}.json"
+    if not path.exists():
+        return None
+    try:
+        result = load(path)
+        if result["study"] != section.name:
+            raise ValueError(f"{path} is the result of {result['study']!r}")
+        about = ""
         if section.name == own.NAME:
-            model = result["settings"]["model"]
-            paragraphs.append(ABOUT_OWN.format(section=section.name, model=model))
-    return paragraphs
+            about = ABOUT_OWN.format(section=section.name, model=result["settings"]["model"])
+        return about, _section(section, result, folder)
+    except ImportError:
+        raise
+    except Exception as error:  # a foreign file can fail anywhere in a table or a figure
+        named = str(path) in str(error)
+        reason = str(error) if named else f"{path} is not the whole result of a study: {error!r}"
+        warnings.warn(f"skipped: {reason[:400]}", stacklevel=2)
+        return None
 
 
 def _section(study: Section, result: dict[str, Any], folder: Path) -> str:
     figures = study.figures(result)
     drawn = {f"{study.name}-{name}.png" for name in figures}
-    sheets = [path for path in sorted(folder.glob(f"{study.name}-*.png")) if path.name not in drawn]
+    pictures = sorted(folder.glob(f"{study.name}-*.png"))
+    sheets = [path for path in pictures if path.name not in drawn and path.is_file()]
     facts = (
         f"{result['cpu']}, torch {result['versions']['torch']}, commit "
         f"{(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}"

@@ -23,7 +23,7 @@ from ..models.avatars import IMAGE_SIZE, STYLES, Avatar, render_all, sample_avat
 from ..models.features import FeatureExtractor
 from ..models.reader import HEADS, AttributeReader, load_reader
 from .conditions import BATCH, Condition, Group, batches_of
-from .samples import Samples
+from .samples import ARRAYS, Samples
 from .store import STORE, Arrays, digest, fetch
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class Sampler:
         parts = []
         for batch in batches_of(groups, self.batch):
             draw = partial(self._measured, condition, batch)
-            parts.append(fetch(self._path(identity, batch), draw, identity))
+            count = sum(len(group.seeds) for group in batch)
+            rows = {**dict.fromkeys(ARRAYS, count), "guidance": 3}
+            parts.append(fetch(self._path(identity, batch), draw, identity, rows))
             tick(len(parts[-1]["images"]))
         return Samples.from_batches(condition, groups, parts)
 
@@ -202,7 +204,7 @@ class Sampler:
             return {"features": torch.cat(parts).numpy()}
 
         path = None if self.store is None else self.store / f"real-{digest(identity)}.npz"
-        return torch.from_numpy(fetch(path, make)["features"])
+        return torch.from_numpy(fetch(path, make, rows={"features": count})["features"])
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.reader import HEADS
 from .conditions import Condition, Group
 
-_ARRAYS = ("images", "features", "indices", "seconds")
+ARRAYS = ("images", "features", "indices", "seconds")
 """Fields of `Samples` that are stored for each batch."""
 
 
@@ -69,7 +69,7 @@ class Samples:
             prompts=tuple(self.prompts[i] for i in where),
             seeds=tuple(self.seeds[i] for i in where),
             groups=self.groups[where],
-            **{name: getattr(self, name)[where] for name in _ARRAYS},
+            **{name: getattr(self, name)[where] for name in ARRAYS},
         )
 
     @classmethod
@@ -90,7 +90,7 @@ class Samples:
             groups=np.repeat(np.arange(len(groups)), [len(group.seeds) for group in groups]),
             pushed=float(tokens @ pushed / count) if count else nan,
             similarity=float(tokens @ similarity / count) if count else nan,
-            **{name: np.concatenate([batch[name] for batch in batches]) for name in _ARRAYS},
+            **{name: np.concatenate([batch[name] for batch in batches]) for name in ARRAYS},
         )
 
     @classmethod
@@ -108,5 +108,5 @@ class Samples:
             groups=np.concatenate([p.groups + f for p, f in zip(parts, firsts, strict=False)]),
             pushed=float(np.average([part.pushed for part in parts], weights=weights)),
             similarity=float(np.average([part.similarity for part in parts], weights=weights)),
-            **{a: np.concatenate([getattr(part, a) for part in parts]) for a in _ARRAYS},
+            **{a: np.concatenate([getattr(part, a) for part in parts]) for a in ARRAYS},
         )

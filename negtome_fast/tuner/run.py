@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,11 +32,25 @@ ROUNDS = 4
 OperatorCall = Callable[[TokenShape, Mode], object]
 
 
-def dry_run(shapes: Sequence[TokenShape], dtype: str, arch: str, quick: bool) -> str:
-    """The compile report of all configurations that tuning these shapes on `arch` would measure."""
+def dry_run(
+    shapes: Sequence[TokenShape],
+    dtype: str,
+    arch: str,
+    quick: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """The compile report of all configurations that tuning these shapes on `arch` would measure.
+
+    say: called with a line before configurations without a shipped report are compiled, which takes
+    seconds each.
+    """
     parts = []
     reports = listed(arch, version_of("triton") or "")
-    compiled = partial(compile_report.report_configurations, arch)
+
+    def compiled(keys: Sequence[Key]) -> list[dict[str, Any]]:
+        say(f"compiling {len(keys)} configurations of {keys[0][0]} for {arch}")
+        return compile_report.report_configurations(arch, keys)
+
     for shape in shapes:
         for kernel in shape.kernels:
             problem = shape.problem(dtype, others=kernel == "pairs")
@@ -131,11 +146,14 @@ def run(
         say: called with each line of the progress.
 
     Raises:
+        ValueError: `seconds` is no time.
         RuntimeError: there is no GPU that the Triton backend can use.
         OSError: the table cannot be written; raised before anything is measured.
     """
     from ..backends import triton_runtime as runtime
 
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"`seconds` must be a time above 0, got {seconds:g}")
     device = _usable_device()
     launches.settle()  # before anything is launched
     arch = runtime.architecture(device.index)

@@ -6,12 +6,17 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import shorten
 
 from ..kernels import aot, tuning
 from ..kernels.tuning import Config, Problem
 
 #: Largest number of tokens of a shape for which mode "others" is tuned.
 MOST_FOR_OTHERS = 16384
+#: Largest number of elements of a shape: 128 GiB of 2-byte elements, what a GPU can hold.
+MOST_ELEMENTS = 2**36
+#: Largest number of items, tokens or channels.
+MOST = 2**24
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,20 @@ def parse_shape(text: str) -> TokenShape:
     """Read `"4x4096x640"`, or `"8x4096x640/2"` with two groups.
 
     Raises:
-        ValueError: the text is not such a shape, or a group has fewer than two items.
+        ValueError: the text is not such a shape, a group has fewer than two items, or the tokens
+            would fill more memory than a GPU has.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", text)
+    found = re.fullmatch(r"(\d{1,12})x(\d{1,12})x(\d{1,12})(?:/(\d{1,12}))?", text)
     if not found:
-        raise ValueError(f"shape {text!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
+        raise ValueError(f"shape {shorten(text, 60)!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
     items, tokens, channels, groups = (int(part or 1) for part in found.groups())
     if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
         raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
+    if max(items, tokens, channels) > MOST or items * tokens * channels > MOST_ELEMENTS:
+        raise ValueError(
+            f"shape {text!r} is too large: at most {MOST:,} of each, and {MOST_ELEMENTS:,} "
+            "elements, which fill a GPU"
+        )
     return TokenShape(items, tokens, channels, groups)
 
 

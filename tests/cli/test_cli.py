@@ -64,8 +64,8 @@ def test_verdict_also_says_where_guidance_does_not_help(guided: Measures, words:
     ("arguments", "message"),
     [
         (["demo", "--prompt", "a pixel art dragon"], "does not know 'dragon'"),
-        (["demo", "-n", "1"], "at least 2 images"),
-        (["demo", "--steps", "0"], "--steps must be at least 1"),
+        (["demo", "-n", "1"], "--images must be 2, to differ"),
+        (["demo", "--steps", "0"], "--steps must be 1 to 1000, got 0"),
         (["demo", "--alpha", "nan"], "alpha"),
         (["demo", "--threshold", "1.5"], "threshold"),
         (["demo", "--t-start", "100", "--t-end", "500"], "t_"),

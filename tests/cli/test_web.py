@@ -117,6 +117,21 @@ def test_requests_at_the_same_time_do_not_meet_in_the_model(session: WebSession)
         ({"prompt": "a " * 600}, "1200 characters"),
         ({"count": 1}, "no other to differ from"),
         ({"count": 1000}, "must be 1 to 16"),
+        ({"count": 10**9}, "must be 1 to 16"),
+        ({"count": float("nan")}, "must be 1 to 16, got nan"),
+        ({"count": 2.5}, "must be a whole number, got 2.5"),
+        ({"count": None}, "number of images must be 1 to 16, got None"),
+        ({"steps": 10**6}, "steps must be 0 to 100"),
+        ({"steps": -1}, "steps must be 0 to 100"),
+        ({"steps": float("inf")}, "steps must be 0 to 100"),
+        ({"seed": -1}, "first seed must be 0 to"),
+        ({"seed": 10**30}, "first seed must be 0 to"),
+        ({"guidance_scale": float("nan")}, "guidance must be 0 to 20, got nan"),
+        ({"guidance_scale": 1e9}, "guidance must be 0 to 20"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"mode": ["first"]}, "no mode"),
+        ({"guidance": {"alpha": None}}, "alpha must be a number"),
+        ({"guidance": {"threshold": 2.0}}, "threshold"),
         ({"mode": "last"}, "no mode 'last'"),
         ({"mode": "image"}, "choose a reference image"),
         ({"guidance": {"t_start": 100, "t_end": 900}}, "t_start"),
@@ -127,7 +142,7 @@ def test_requests_at_the_same_time_do_not_meet_in_the_model(session: WebSession)
 def test_what_cannot_be_right_is_refused(
     session: WebSession, changes: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         session.make(DrawRequest(**{**QUICK, **changes}))
     assert find_hooks(session.pipe.transformer) is None
 
@@ -164,16 +179,36 @@ def test_uploads_are_looked_at_before_they_are_read(
         check_picture(encoded(picture))
 
 
-def test_mask_is_what_was_painted_on_any_layer() -> None:
-    layers = [Image.new("RGBA", (8, 4)) for _ in range(2)]
-    assert drawn_mask(layers) is None
+def test_mask_is_what_was_painted_on_the_one_layer() -> None:
+    layer = Image.new("RGBA", (8, 4))
+    assert drawn_mask([layer]) is None
     assert drawn_mask([]) is None
-    layers[0].putpixel((1, 2), (255, 0, 0, 255))
-    layers[1].putpixel((5, 0), (255, 0, 0, 255))
-    layers[1].putpixel((6, 0), (255, 0, 0, 40))  # the soft rim of the brush
-    mask = drawn_mask(layers)
+    layer.putpixel((1, 2), (255, 0, 0, 255))
+    layer.putpixel((6, 0), (255, 0, 0, 40))  # the soft rim of the brush
+    mask = drawn_mask([layer])
     assert mask is not None
-    assert np.argwhere(np.asarray(mask) > 0).tolist() == [[0, 5], [2, 1]]
+    assert np.argwhere(np.asarray(mask) > 0).tolist() == [[2, 1]]
+    with pytest.raises(ValueError, match="2 layers of paint; 1 is allowed"):
+        drawn_mask([layer, layer])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "window", "words"),
+    [
+        (0.9, {"t_start": 5, "t_end": 0}, "Not guided: none of the 4 forwards"),
+        (0.0, {"t_end": 0}, "Measured only, in 4 of 4 forwards"),
+        (0.0, {"t_start": 5, "t_end": 0}, "Not guided: none of the 4 forwards"),
+    ],
+)
+def test_the_sentence_says_if_nothing_was_guided(
+    session: WebSession, alpha: float, window: dict[str, float], words: str
+) -> None:
+    made = session.make(DrawRequest(**QUICK, guidance={"alpha": alpha, **window}))
+    told = outcome.told(made.summary, made.alpha)
+    assert told.startswith(words)
+    assert ("none was pushed" in told) == (words[0] == "M")
+    assert np.array_equal(pixels(made.plain), pixels(made.guided))
+    assert outcome.plot(made.summary).axes
 
 
 def test_every_guided_block_is_in_the_plot(session: WebSession) -> None:
@@ -205,9 +240,10 @@ def test_options_of_the_command_reach_the_page(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(page, "serve", lambda *args, **kwargs: seen.append((args, kwargs)))
     assert cli.main(["web"]) == 0
     options = ["--model", "owner/name", "--dtype", "bfloat16", "--host", "0.0.0.0", "--port", "0"]
+    options += ["--allow-host", "a.example", "--allow-host", "b.example"]
     assert cli.main(["web", *options]) == 0
     settings = generation.Settings(model="owner/name", dtype="bfloat16")
-    place = {"host": "0.0.0.0", "port": 0}
+    place = {"host": "0.0.0.0", "port": 0, "allow_hosts": ["a.example", "b.example"]}
     assert seen == [((generation.Settings(),), {}), ((settings,), place)]
 
 

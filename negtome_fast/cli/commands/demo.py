@@ -35,8 +35,6 @@ def run(options: argparse.Namespace) -> int:
 
     names = ("alpha", "threshold", "t_start", "t_end", "reference", "matching", "backend")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}")
     if options.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {options.output}")
     results = demo.run(

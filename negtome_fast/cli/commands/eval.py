@@ -13,6 +13,8 @@ STUDIES = (
     *("nudging", "nudging-cost", "overheads"),
 )
 
+MOST_THREADS = 1024
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -94,8 +96,10 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     common = {"command", "study", "samples", "quick", "out", "store", "threads"}
     of_own = {name: value for name, value in vars(options).items() if name not in common}
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(f"--threads must be 1 to {MOST_THREADS}, got {options.threads}")
+    if options.samples is not None and options.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {options.samples}")
     if options.study == "own":
         return _run_own(options, of_own)
     if of_own:
@@ -103,7 +107,9 @@ def run(options: argparse.Namespace) -> int:
     if options.study == "report":
         from ...studies import report
 
-        print(f"written to {report.write(options.out)}")
+        with one_line_warnings():
+            path = report.write(options.out)
+        print(f"written to {path}")
         return 0
     return _run_study(options)
 
@@ -137,7 +143,8 @@ def _run_study(options: argparse.Namespace) -> int:
     study = STUDIES[options.study]
     sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
     torch.set_num_threads(options.threads or 1)
-    result = perform(study, StudyRun(Sampler(options.store), sizes, options.out))
+    with one_line_warnings():
+        result = perform(study, StudyRun(Sampler(options.store), sizes, options.out))
     print(study.table(result))
     print(f"figures and {study.name}.json in {options.out}")
     return 0

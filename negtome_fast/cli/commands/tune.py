@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def run(options: argparse.Namespace) -> int:
         arch = options.arch or "sm_90"
         if arch not in aot.TARGETS:
             raise ValueError(f"--arch must be one of {', '.join(aot.TARGETS)}, got {arch!r}")
-        print(tune.dry_run(shapes, options.dtype, arch, options.quick))
+
+        def announce(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        print(tune.dry_run(shapes, options.dtype, arch, options.quick, announce))
         return 0
     if options.arch:
         raise ValueError("--arch is for --dry-run; tuning is for the GPU that measures")
+    if options.out is not None and options.out.is_dir():
+        raise IsADirectoryError(f"--out {options.out} is a folder; give a file")
 
     def say(line: str) -> None:
         print(line, flush=True)

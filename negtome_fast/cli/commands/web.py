@@ -18,6 +18,14 @@ def add_parser(commands: Any) -> None:
     add("--model", help="folder or Hub id; default: the embedded tiny-flux-avatars")
     add("--host", help="address to listen at; default 127.0.0.1, this machine alone")
     add("--port", type=int, help="default 7860; 0: a free one")
+    add(
+        "--allow-host",
+        action="append",
+        dest="allow_hosts",
+        metavar="NAME",
+        help="a name under which the page may be asked for, such as that of a proxy; may be "
+        "repeated; always allowed: localhost, and with --host all addresses in figures",
+    )
     add_loading(parser)
 
 
@@ -26,6 +34,6 @@ def run(options: argparse.Namespace) -> int:
     from ..web import page
 
     values = {name: value for name, value in vars(options).items() if name != "command"}
-    place = {name: values.pop(name) for name in ("host", "port") if name in values}
+    place = {name: values.pop(name) for name in ("host", "port", "allow_hosts") if name in values}
     page.serve(Settings(**values), **place)
     return 0

@@ -9,12 +9,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def told(summary: Mapping[str, Any]) -> str:
-    """Return what the guidance did as a sentence."""
-    total = summary["total"]
+def told(summary: Mapping[str, Any], alpha: float = 1.0) -> str:
+    """Return what the guidance did as a sentence.
+
+    Args:
+        summary: `GuidanceSummary.to_dict()`.
+        alpha: strength of the guidance; at 0 nothing is pushed.
+    """
+    total, forwards = summary["total"], summary["forwards"]
+    if not summary["guided"]:
+        return f"Not guided: none of the {forwards} forwards of the model lies in the window."
+    if not total["tokens"]:
+        return (
+            f"Not guided: in {summary['guided']} of {forwards} forwards of the model lies the "
+            "window, and no token was compared with a reference."
+        )
+    pushed = f"{total['pushed']:.1%} were pushed" if alpha else "none was pushed"
     return (
-        f"Guided {summary['guided']} of {summary['forwards']} forwards of the model: "
-        f"{total['matched']:.1%} of the tokens matched, {total['pushed']:.1%} were pushed, "
+        f"{'Guided' if alpha else 'Measured only, in'} {summary['guided']} of {forwards} forwards "
+        f"of the model: {total['matched']:.1%} of the tokens matched, {pushed}, "
         f"mean similarity {total['similarity']:.3f}."
     )
 

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...models import GUIDANCE_SCALE, STEPS
 from ...models.avatars import vocabulary
+from .gate import Gate, HostNames, is_loopback
 from .outcome import plot, told
-from .session import MODES, MOST_IMAGES, MOST_WORDS, DrawRequest, WebSession
-from .uploads import FORMATS, MOST_BYTES, MOST_PIXELS, checked_reading, drawn_mask, shown_error
+from .session import (
+    MODES,
+    MOST_IMAGES,
+    MOST_SCALE,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_WORDS,
+    DrawRequest,
+    WebSession,
+)
+from .upload_folder import UploadFolder
+from .uploads import (
+    FORMATS,
+    MOST_BYTES,
+    MOST_PIXELS,
+    checked_reading,
+    checked_receiving,
+    drawn_mask,
+    local_only,
+    shown_error,
+)
 
 if TYPE_CHECKING:
     from ...generation import Settings
@@ -32,6 +54,7 @@ def serve(
     host: str = HOST,
     port: int = PORT,
     *,
+    allow_hosts: Sequence[str] = (),
     pipe: Any = None,
     wait: bool = True,
 ) -> tuple[Any, str]:
@@ -41,21 +64,59 @@ def serve(
         settings: the model and its device; the embedded model if None.
         host: address of this machine that the page listens at; `HOST` is reached from here alone.
         port: 0 takes a free one.
+        allow_hosts: names under which the page may be asked for, beside those of `HostNames`.
         pipe: as in `WebSession`.
         wait: return only when the process is interrupted.
 
     Raises:
         ImportError: a package is missing; names the extra to install.
-        OSError: the port is taken.
-        ValueError, FileNotFoundError: as in `WebSession`.
+        OSError: the port is taken, or `host` is no address of this machine.
+        ValueError, FileNotFoundError: as in `WebSession`; or no such port or name.
     """
+    # What is wrong with the address shows before a model is loaded, which can take minutes.
+    names = HostNames(host, allow_hosts)
     gr = load_gradio()
-    page = build(WebSession(settings, pipe))
+    port = _free_port(host, port)
+    session = WebSession(settings, pipe)
+    folder = UploadFolder()
+    try:
+        with folder.for_gradio():
+            page = build(session)
+            address = _launch(gr, page, host, port, Doorkeeper(names, folder))
+    except BaseException:
+        folder.remove()
+        raise
+    if wait:
+        print(f"negtome-fast web: {address} (Ctrl-C ends it)", flush=True)
+        if not is_loopback(host):
+            print("open, without a password, to all who reach this machine", flush=True)
+        page.block_thread()
+    return page, address
+
+
+@dataclass(frozen=True)
+class Doorkeeper:
+    """Puts the gate before gradio's application when it starts, and clears up when it stops."""
+
+    names: HostNames
+    folder: UploadFolder
+
+    @asynccontextmanager
+    async def __call__(self, app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = Gate(app.middleware_stack, self.names, self.folder)
+        try:
+            yield
+        finally:
+            self.folder.remove()
+
+
+def _launch(gr: Any, page: Any, host: str, port: int, doorkeeper: Doorkeeper) -> str:
+    """Start gradio's server; returns the address of the page."""
     fonts = ["system-ui", "sans-serif"]  # the machine's: gradio loads its own from a network
     try:
         _, address, _ = page.launch(
-            server_name=host,
-            server_port=port or None,
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
             share=False,
             inbrowser=False,
             prevent_thread_lock=True,
@@ -67,18 +128,39 @@ def serve(
             footer_links=[],
             theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
             css=CSS,
+            app_kwargs={"lifespan": doorkeeper},
         )
     except OSError as error:
-        raise OSError(
-            f"the page cannot be opened at {host}, port {port}, which is taken or unavailable: "
-            "choose another `port`, 0 for a free one"
-        ) from error
-    if wait:
-        print(f"negtome-fast web: {address} (Ctrl-C ends it)", flush=True)
-        if host not in (HOST, "localhost", "::1"):
-            print("open, without a password, to all who reach this machine", flush=True)
-        page.block_thread()
-    return page, address
+        raise _unavailable(host, port) from error
+    return str(address)
+
+
+def _free_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0.
+
+    Raises:
+        ValueError: it is no port.
+        OSError: it is taken, or `host` is no address of this machine.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"`port` must be 1 to 65535, or 0 for a free one, got {port}")
+    try:
+        kind, *_, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+            return int(tried.getsockname()[1])
+    except (OSError, UnicodeError) as error:
+        raise _unavailable(host, port) from error
+
+
+def _unavailable(host: str, port: int) -> OSError:
+    return OSError(
+        f"the page cannot be opened at {host}, port {port}, which is taken or unavailable: choose "
+        "another `port`, 0 for a free one, or an address of this machine as `host`"
+    )
 
 
 def build(session: WebSession) -> Any:
@@ -89,7 +171,7 @@ def build(session: WebSession) -> Any:
     """
     gr = load_gradio()
     _switch_reports_off()
-    with gr.Blocks(title="negtome-fast", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="negtome-fast", analytics_enabled=False, delete_cache=(60, 3600)) as page:
         gr.Markdown(
             "# negtome-fast\nImages without and with NegToMe, from the same seeds. Tokens that "
             "resemble a reference are pushed away from it while the image is made."
@@ -114,7 +196,9 @@ def build(session: WebSession) -> Any:
             queue=False,
             api_visibility="private",
         )
-    return page.queue(max_size=WAITING, default_concurrency_limit=1)
+        page.unload(lambda: None)  # with it, an open page keeps a request open, which `Gate` counts
+    # Not open: a request that does not queue would be drawn beside others, and wait without limit.
+    return page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
 
 def load_gradio() -> Any:
@@ -187,7 +271,7 @@ def _add_controls(gr: Any, session: WebSession) -> Controls:
     with gr.Row():
         count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="count")
         seed = gr.Number(
-            0, label="First seed", precision=0, minimum=0, maximum=2**31, elem_id="seed"
+            0, label="First seed", precision=0, minimum=0, maximum=MOST_SEED, elem_id="seed"
         )
     strength = _add_strength(gr, session)
     with gr.Accordion("More settings", open=False):
@@ -232,6 +316,8 @@ def _add_editor(gr: Any) -> Any:
         f"{MOST_PIXELS // 10**6} million pixels."
     )
     picture.preprocess = checked_reading(gr, picture)
+    picture.accept_blobs = checked_receiving(picture)
+    picture.async_move_resource_to_block_cache = local_only
     return picture
 
 
@@ -276,7 +362,7 @@ def _add_more(gr: Any, embedded: bool) -> tuple[Any, Any, Any]:
     )
     guidance_scale = gr.Slider(
         0,
-        20,
+        MOST_SCALE,
         GUIDANCE_SCALE if embedded else 0,
         step=0.1,
         label="Scale of classifier-free guidance",
@@ -284,7 +370,7 @@ def _add_more(gr: Any, embedded: bool) -> tuple[Any, Any, Any]:
     )
     steps = gr.Slider(
         0,
-        100,
+        MOST_STEPS,
         STEPS if embedded else 0,
         step=1,
         label="Steps",
@@ -325,10 +411,10 @@ def _drawing(gr: Any, session: WebSession) -> Callable[..., tuple[Any, ...]]:
         prompt: str,
         mode: str,
         drawn: dict[str, Any] | None,
-        count: float,
-        seed: float | None,
-        guidance_scale: float,
-        steps: float,
+        count: Any,
+        seed: Any,
+        guidance_scale: Any,
+        steps: Any,
         alpha: float,
         threshold: float,
         t_start: float,
@@ -342,19 +428,21 @@ def _drawing(gr: Any, session: WebSession) -> Callable[..., tuple[Any, ...]]:
                 raise ValueError("the field of the first seed is empty: give a whole number")
             request = DrawRequest(
                 prompt=prompt,
-                count=int(count),
-                seed=int(seed),
+                count=count,
+                seed=seed,
                 guidance_scale=guidance_scale,
-                steps=int(steps),
+                steps=steps,
                 mode=mode,
                 picture=drawn.get("background"),
                 mask=drawn_mask(drawn.get("layers") or []),
                 guidance={"alpha": alpha, "threshold": threshold, **window, "matching": matching},
             )
             made = session.make(request)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
             raise shown_error(gr, error) from error
-        words = "\n\n".join([told(made.summary), *(f"Note: {w}" for w in made.warnings)])
+        words = "\n\n".join(
+            [told(made.summary, made.alpha), *(f"Note: {w}" for w in made.warnings)]
+        )
         return made.plain, made.guided, words, plot(made.summary)
 
     return draw

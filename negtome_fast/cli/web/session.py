@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_IMAGES = 16
 MOST_WORDS = 1000
 """Maximum number of characters in a prompt."""
+MOST_STEPS, MOST_SCALE, MOST_SEED = 100, 20, 2**31
 
 MODES = {
     "others": "all other images",
@@ -37,9 +38,10 @@ class DrawRequest:
     Attributes:
         prompt: prompt of all images.
         count: number of images, 1 to `MOST_IMAGES`.
-        seed: seed of the first image; the next ones count up.
-        guidance_scale: scale of classifier-free guidance; 0 keeps the model's default.
-        steps: steps of the scheduler; 0 keeps the model's default.
+        seed: seed of the first image, 0 to `MOST_SEED`; the next ones count up.
+        guidance_scale: scale of classifier-free guidance, up to `MOST_SCALE`; 0 keeps the model's
+            default.
+        steps: steps of the scheduler, up to `MOST_STEPS`; 0 keeps the model's default.
         mode: a name of `MODES`.
         picture: the reference, if the mode is "image".
         mask: white where the reference may be matched; None allows all of it.
@@ -62,12 +64,16 @@ class DrawRequest:
         Raises:
             ValueError: a value is invalid; the message says what to do.
         """
+        if not isinstance(self.prompt, str):
+            raise ValueError("the prompt is empty: say what the images show")
         length = len(self.prompt)
         if length > MOST_WORDS:
             raise ValueError(f"the prompt has {length} characters; {MOST_WORDS} will do")
-        if not 1 <= self.count <= MOST_IMAGES:
-            raise ValueError(f"the number of images must be 1 to {MOST_IMAGES}, got {self.count}")
-        if self.mode not in MODES:
+        _check_whole("the number of images", self.count, 1, MOST_IMAGES)
+        _check_whole("the first seed", self.seed, 0, MOST_SEED)
+        _check_whole("the number of steps", self.steps, 0, MOST_STEPS)
+        _check_number("the scale of classifier-free guidance", self.guidance_scale, 0, MOST_SCALE)
+        if self.mode not in tuple(MODES):
             raise ValueError(f"no mode {self.mode!r}; there are {', '.join(MODES)}")
         if self.mode == "image" and self.picture is None:
             raise ValueError("choose a reference image, or push away from the images of the batch")
@@ -77,6 +83,18 @@ class DrawRequest:
             )
 
 
+def _check_number(name: str, value: Any, least: int, most: int) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most:  # not a number compares as false
+        raise ValueError(f"{name} must be {least} to {most}, got {value}")
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    _check_number(name, value, least, most)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+
+
 @dataclass(frozen=True)
 class DrawnImages:
     """Images without and with guidance from the same seeds, and what the guidance did.
@@ -84,12 +102,14 @@ class DrawnImages:
     Attributes:
         plain, guided: the images, or the middle frames of videos.
         summary: `GuidanceSummary.to_dict()`.
+        alpha: strength of the guidance; at 0 it only measured.
         warnings: warnings of the library, such as that nothing was pushed.
     """
 
     plain: list[Image]
     guided: list[Image]
     summary: dict[str, Any]
+    alpha: float
     warnings: list[str]
 
 
@@ -137,7 +157,11 @@ class WebSession:
                 )
         record = made.record
         return DrawnImages(
-            made.plain[0], made.guided[0], record["summaries"][0], record["warnings"]
+            made.plain[0],
+            made.guided[0],
+            record["summaries"][0],
+            record["config"]["alpha"],
+            record["warnings"],
         )
 
     def _settings(self, request: DrawRequest, folder: Path) -> Settings:
@@ -157,10 +181,10 @@ class WebSession:
         return replace(
             self.settings,
             prompts=(request.prompt,),
-            images=request.count,
-            seed=request.seed,
+            images=int(request.count),
+            seed=int(request.seed),
             guidance_scale=request.guidance_scale or None,
-            steps=request.steps or None,
+            steps=int(request.steps) or None,
             references=references,
             guidance=guidance,
             compare=True,

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import provenance
-from ...files import write_atomically
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
 from ..conditions import GROUP, Condition, Group, groups_of
 from ..sampler import Sampler
 from ..samples import Samples
 from ..scores import Real, Scores, scores_of
+from ..store import check_folder, save_png, save_text
+from . import figures as plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +53,7 @@ class Sizes:
         quick: run a rehearsal: a few conditions, too few images for any conclusion.
 
     Raises:
-        ValueError: more images than real ones.
+        ValueError: no images, or more than real ones.
     """
 
     images: int
@@ -63,6 +64,8 @@ class Sizes:
     quick: bool = False
 
     def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"a condition needs at least 1 image, got {self.images}")
         if self.images > self.real:
             raise ValueError(
                 f"{self.images} images of a condition are more than the {self.real} real ones that "
@@ -205,7 +208,18 @@ class Study:
 
 
 def perform(study: Study, run: StudyRun) -> dict[str, Any]:
-    """Run a study, write its files, and return the result."""
+    """Run a study, write its files, and return the result.
+
+    Raises:
+        ValueError: the sizes do not fit the study.
+        OSError: the folder of the results or the store cannot be written to.
+        ImportError: a package is missing; names the extra to install.
+    """
+    # What would fail at the end is tried first.
+    plots.panels(1, 1)
+    check_folder("out", run.out)
+    if run.sampler.store is not None:
+        check_folder("store", run.sampler.store)
     began = time.perf_counter()
     # Files are written at the end only; an interrupted run resumes from the images in the store.
     body = study.run(run)
@@ -223,25 +237,25 @@ def perform(study: Study, run: StudyRun) -> dict[str, Any]:
     save(run.out / f"{study.name}.json", result)
     write(study, result, run.out)
     for name, picture in run.pictures.items():
-        picture.save(run.out / f"{study.name}-{name}.png", optimize=True)
+        save_png(run.out / f"{study.name}-{name}.png", picture, optimize=True)
     return result
 
 
 def write(study: Study, result: dict[str, Any], out: Path) -> list[Path]:
     """Write the table and the figures of a result; return the figures' files."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{study.name}.md").write_text(study.table(result) + "\n", encoding="utf-8")
+    save_text(out / f"{study.name}.md", study.table(result) + "\n")
     paths = []
     for name, figure in study.figures(result).items():
         paths.append(out / f"{study.name}-{name}.png")
-        figure.savefig(paths[-1])
+        save_png(paths[-1], figure)
     return paths
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write the file atomically; lists of a condition's samples stay on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (_json(result) + "\n").encode())
+    save_text(path, _json(result) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -253,7 +267,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(result, dict) or not {"study", "schema"} <= result.keys():
         raise ValueError(f"{path} is not the result of a study")

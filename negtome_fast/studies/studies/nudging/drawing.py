@@ -101,7 +101,8 @@ class SubjectDrawing:
             }
 
         # Read as stored, so that a resumed run measures the same as an uninterrupted one.
-        kept = store.fetch(self._path(name, prompts, seeds), make)
+        rows = dict.fromkeys(("images", "attempts", "passed"), len(seeds))
+        kept = store.fetch(self._path(name, prompts, seeds), make, rows=rows)
         images = torch.from_numpy(kept["images"]).float() / 255
         return Drawn(images, kept["attempts"].tolist(), kept["passed"].tolist())
 

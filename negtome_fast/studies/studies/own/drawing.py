@@ -134,7 +134,8 @@ class Drawing:
                 return self._sharpened(plan, group, draft)
             return self._drawn(plan, group.prompt, group.seeds, self._references)
 
-        return fetch(self._path(plan, group), make, self._identity(plan))
+        rows = {"images": len(group.seeds), "seconds": None, "pushed": None}
+        return fetch(self._path(plan, group), make, self._identity(plan), rows)
 
     def _drawn(
         self, plan: DrawPlan, prompt: str, seeds: Sequence[int], references: Sequence[Reference]

@@ -11,7 +11,7 @@ import numpy as np
 
 from .... import generation, provenance
 from ...conditions import Group
-from ...store import STORE
+from ...store import STORE, check_folder, save_png, save_text
 from .. import figures as plots
 from ..study import save
 from . import results
@@ -36,9 +36,13 @@ def perform(
 
     Raises:
         ValueError, FileNotFoundError: the model or a setting does not fit.
+        OSError: a folder cannot be written to; raised before the model is loaded.
         ImportError: a package is missing; names the extra to install.
     """
-    plots.panels(1, 1)  # a missing matplotlib shows here, not after an hour of drawing
+    # What would fail after an hour of drawing is tried first: matplotlib, and the folders.
+    plots.panels(1, 1)
+    check_folder("out", out)
+    check_folder("store", store)
     meter = Meter(wanted)
     pipe = generation.load_pipeline(wanted.settings)
     # All plans are made before anything is drawn, so that a mistake shows at once.
@@ -62,10 +66,10 @@ def perform(
         "scales": scales,
     }
     save(out / f"{NAME}.json", result)
-    (out / f"{NAME}.md").write_text(results.table(result) + "\n", encoding="utf-8")
+    save_text(out / f"{NAME}.md", results.table(result) + "\n")
     for name, figure in results.figures(result).items():
-        figure.savefig(out / f"{NAME}-{name}.png")
-    results.sheet(wanted, rows).save(out / f"{NAME}-sheet.png")
+        save_png(out / f"{NAME}-{name}.png", figure)
+    save_png(out / f"{NAME}-sheet.png", results.sheet(wanted, rows))
     return result
 
 
