@@ -104,7 +104,8 @@ def check_problem(
     if reference == "others" and size < 2:
         raise ValueError(
             f'reference="others" needs at least 2 items in a group; {items} items in {groups} '
-            "groups have one each. Generate more images, or pass a reference tensor"
+            "groups have one each. Generate more images at once, or pass an image from outside of "
+            'the batch: a tensor here, reference=Reference("image.png") for a pipeline'
         )
     mask = _mask("reference_mask", mask, x, [(tokens,), (1, tokens), (items, tokens)])
     return MatchProblem(None, mask, pairing_of(reference, items, int(groups)))

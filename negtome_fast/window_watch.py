@@ -186,8 +186,11 @@ def _advice(config: NegToMeConfig, first: float | None, num_steps: int | None) -
         return f"nothing is guided. Use first_steps=1, or steps=({start:g}, {end:g})"
     width = config.t_start - config.t_end
     if num_steps is None:
-        t_end = math.floor(max((first or 0.0) - max(width, 1.0), 0.0))
-        return f"nothing is guided. Use a window that the run reaches, such as t_end={t_end}"
+        begin = first or 0.0
+        window = f"t_end={math.floor(max(begin - max(width, 1.0), 0.0))}"
+        if begin > config.t_start:
+            window = f"t_start={min(math.ceil(begin), 1000)}, {window}"
+        return f"nothing is guided. Use a window that the run reaches, such as {window}"
     count = max(round(width / NOISE * num_steps), 1)
     share = math.ceil(max(width / NOISE, 1 / num_steps) * 100) / 100
     return f"nothing is guided. Use first_steps={count}, or steps=(0.0, {min(share, 1.0):g})"

@@ -64,6 +64,7 @@ class _Guided:
             if config is None:
                 return call()
             handle = stack.enter_context(negtome_guidance(self, config))
+            handle.guidance.watch.advice = "nothing is guided. Lower merging_t_end"
             if arguments.use_rag_assets:
                 handle.guidance.reference_mask = mask
             result = call()

@@ -11,6 +11,9 @@ from torch import Tensor
 Pair = tuple[int, int]
 """Numbers of two items of a group; a reference r from outside of the batch is the item -1 - r."""
 
+_ROUNDING = 1e-2
+"""Largest difference between equal items, relative to the largest value."""
+
 
 def equal_pairs(
     latents: Tensor, arguments: Mapping[str, Any], groups: int, references: Sequence[Tensor] = ()
@@ -40,7 +43,7 @@ def equal_pairs(
         met = [(i % size, j, i) for i, s in enumerate(starts) for j in rows[i] if i < j < s + size]
     if not met:
         return frozenset()
-    batched = list(_batched(arguments, batch))
+    batched = [value for value in _batched(arguments, batch) if value is not latents]
     pairs: dict[Pair, bool] = {}
     for first, item, conditioning in met:
         same = all(torch.equal(value[item], value[conditioning]) for value in batched)
@@ -50,8 +53,12 @@ def equal_pairs(
 
 
 def _equal_to(latents: Tensor, item: Tensor) -> list[int]:
-    """Returns the numbers of the items that equal a given one."""
-    return (latents == item).flatten(1).all(dim=1).nonzero().flatten().tolist()
+    """Returns the numbers of the items that equal a given one, up to rounding.
+
+    A model rounds equal items of a batch differently, and its next steps amplify that.
+    """
+    near = (latents - item).abs() <= _ROUNDING * item.abs().amax()
+    return near.flatten(1).all(dim=1).nonzero().flatten().tolist()
 
 
 def _batched(arguments: Any, batch: int) -> Iterator[Tensor]:
