@@ -312,10 +312,11 @@ class Guidance:
                 if several
                 else "generate at least two images, or use reference='others'"
             )
+            items = f"a batch of {len(image_tokens)} in {step.block_groups} group(s)"
+            if config.reference == "others":
+                raise ValueError(f'{items} has no others for reference="others"; {advice}')
             self._warn(
-                f"a batch of {len(image_tokens)} in {step.block_groups} group(s) has only "
-                f"reference items, so nothing is pushed; {advice}",
-                stacklevel=4,
+                f"{items} has only reference items, so nothing is pushed; {advice}", stacklevel=4
             )
             return image_tokens
         alpha, threshold = self._settings.scalars_on(image_tokens.device)

@@ -108,18 +108,23 @@ def test_one_group_over_all_prompts_and_other_numbers_are_options() -> None:
             generate("sdxl", pipe, [0, 1], 2)
 
 
-@pytest.mark.parametrize("reference", ["first", "others"])
-def test_one_image_for_each_prompt_is_reported_with_the_option(reference: Any) -> None:
+def test_one_image_for_each_prompt_is_reported_with_the_option() -> None:
     pipe = FAMILIES["flux"].build()
     plain = generate("flux", pipe, [0, 1])
     message = r"two images for each prompt.* groups=1"
     with (
-        negtome_guidance(pipe, EVERY_TOKEN, reference=reference),
+        negtome_guidance(pipe, EVERY_TOKEN),
         pytest.warns(UserWarning, match=message),
     ):
         assert torch.equal(generate("flux", pipe, [0, 1]), plain)
-    with negtome_guidance(pipe, EVERY_TOKEN, reference=reference, groups=1):
-        assert not torch.equal(generate("flux", pipe, [0, 1])[1], plain[1])
+    with (
+        negtome_guidance(pipe, EVERY_TOKEN, reference="others"),
+        pytest.raises(ValueError, match=message),  # as for a single image
+    ):
+        generate("flux", pipe, [0, 1])
+    for reference in ("first", "others"):
+        with negtome_guidance(pipe, EVERY_TOKEN, reference=reference, groups=1):
+            assert not torch.equal(generate("flux", pipe, [0, 1])[1], plain[1])
 
 
 @pytest.mark.parametrize(("prompts", "groups"), [([0, 0, 0, 0], 1), ([0, 1, 0, 1], 2)])
