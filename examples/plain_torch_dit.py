@@ -94,8 +94,8 @@ def sample(
     for sigma, following in pairwise(sigmas):
         inside = False
         if guidance is not None:
-            # Each half is a group: its images are not pushed away from the other half's.
-            inside = guidance.begin_step(1000 * sigma, groups=2, grid=GRID)
+            # The images of one half are not pushed away from the other half's.
+            inside = guidance.begin_step(1000 * sigma, parts=2, grid=GRID)
         if guidance is not None and inside and references is not None:
             noisy = (1 - sigma) * references + sigma * reference_noise
             with guidance.record():  # keeps the tokens that `apply` is given, changes nothing

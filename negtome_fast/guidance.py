@@ -331,10 +331,11 @@ class Guidance:
                 else "generate at least two images at once, or push away from an image from "
                 'outside of the batch, such as reference=Reference("image.png")'
             )
+            items = f"a batch of {len(image_tokens)} in {step.block_groups} group(s)"
+            if config.reference == "others":
+                raise ValueError(f'{items} has no others for reference="others"; {advice}')
             self._warn(
-                f"a batch of {len(image_tokens)} in {step.block_groups} group(s) has only "
-                f"reference items, so nothing is pushed; {advice}",
-                stacklevel=4,
+                f"{items} has only reference items, so nothing is pushed; {advice}", stacklevel=4
             )
             return image_tokens
         alpha, threshold = self._settings.scalars_on(image_tokens.device)

@@ -118,7 +118,10 @@ class GuidanceStep:
         kept[call][:, recording] = image_tokens.detach().unflatten(0, (groups, count))
 
     def take_reference(self, block: str, references: int) -> Tensor:
-        """Returns the tokens (block_groups, R, M, D) that the call kept in the references' forward.
+        """Returns the tokens that the same call kept in the references' forward.
+
+        Returns:
+            (block_groups, R, M, D).
 
         Raises:
             RuntimeError: there are none.

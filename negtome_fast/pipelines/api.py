@@ -122,25 +122,25 @@ def apply_negtome(
     ```
 
     The model is guided in every pipeline that calls it, and may be compiled before or after. The
-    pipeline given here is asked for the number of steps and the kind of guidance. While another
-    pipeline that shares the model runs, both are inferred from this pipeline's scheduler and the
-    latents. If that pipeline has a different scheduler, apply the guidance to that pipeline
-    instead.
+    prompts, the number of images and the generator are those of the pipeline that runs. The number
+    of steps is that of the pipeline given here; while another pipeline that shares the model runs,
+    it is inferred from this pipeline's scheduler. If that pipeline has a different scheduler, apply
+    the guidance to that pipeline instead.
 
     Args:
         pipe: a pipeline with a `transformer`, a `transformer_2`, an `unconditional_transformer`, a
             `unet` or a `unet_2`, all of which are guided as one; or one such model. A warning names
-            other components that could be guided. Prefer the pipeline: it knows the exact
-            timesteps, the number of steps, and whether its batch holds the two halves of
-            classifier-free guidance. (For a bare model, images from equal seeds look like halves;
-            set `groups=1` then.)
+            other components that could be guided. Prefer the pipeline: it knows the exact timesteps
+            and the number of steps. (If no pipeline calls a bare model, images from equal seeds
+            look like guidance parts; `groups` takes no more parts than leave two images in a
+            group.)
         config: the settings; if None, the authors' for the model's family, `preset("flux")` or
             `preset("sdxl")`.
         reference: one `Reference` or several, images or latents from outside of the batch. Every
             item is then pushed away from these, not from others of its batch, and a batch of one
-            is enough. Costs on each guided step a forward of the model, with one item per reference
-            and guidance group, and the memory of their tokens in all blocks. `"first"` and
-            `"others"` set the configuration's `reference`.
+            is enough. Costs on each guided step a forward of the model, with one item per
+            reference, prompt and guidance part, and the memory of their tokens in all blocks.
+            `"first"` and `"others"` set the configuration's `reference`.
         **overrides: fields of `NegToMeConfig` that replace those of `config`.
 
     Returns:
@@ -154,7 +154,8 @@ def apply_negtome(
             has an unknown name; a reference cannot be read or encoded.
         FileNotFoundError: the file of a reference does not exist.
 
-    After an error the pipeline is as it was.
+    After an error the pipeline is as it was. A run raises a ValueError if its batch contradicts its
+    call, so that it is not known which items belong together; `groups` settles it.
     """
     models, is_pipeline = denoisers_of(pipe)
     if is_pipeline:

@@ -77,7 +77,7 @@ def divide_batch(
             )
         classes = [item * groups // each for item in range(each)]
     else:
-        classes = _by_prompt(call, each) if images == each else [0] * each
+        classes = _by_prompt(call, each, parts) if images == each else [0] * each
     within = sorted(range(each), key=lambda item: classes[item])
     step, stride = (1, each) if arrangement == "contiguous" else (parts, 1)
     order = [part * stride + item * step for part in range(parts) for item in within]
@@ -169,21 +169,22 @@ def _arrangement(latents: Sequence[Tensor], parts: int) -> Arrangement | None:
     return None
 
 
-def _by_prompt(call: ModelCall, images: int) -> list[int]:
+def _by_prompt(call: ModelCall, images: int, parts: int) -> list[int]:
     """Returns the number of each image's group, from 0, by its prompt; groups are equally large.
 
     Raises:
         ValueError: it is not known which images have which prompt.
     """
-    prompts, each = call.prompts(), call.images_per_prompt()
-    if prompts is not None and len(set(prompts)) == 1:
+    prompts, each = call.prompts() or [], call.images_per_prompt()
+    if len(set(prompts)) == 1:
         return [0] * images
-    entries = None if prompts is None else len(prompts)
-    if entries is not None and images == entries * (each or images // entries):
+    entries = len(prompts)
+    found: list[int] | None
+    if entries and images == entries * (each or images // entries):
         found = _numbered([prompts[image * entries // images] for image in range(images)])
     else:
-        found = _by_embeddings(call, images)
-        if found is None and entries is not None and images > 1:
+        found = _by_embeddings(call, images, parts)
+        if found is None and entries and images > 1:
             raise ValueError(
                 f"the call has {entries} prompts with {each or 'an unknown number of'} image(s) "
                 f"each, but the batch holds {images} images, so it is not known which belong "
@@ -198,11 +199,15 @@ def _by_prompt(call: ModelCall, images: int) -> list[int]:
     return [image // size for image in range(images)]
 
 
-def _by_embeddings(call: ModelCall, images: int) -> list[int] | None:
+def _by_embeddings(call: ModelCall, images: int, parts: int) -> list[int] | None:
     """Returns the number of each image's prompt by its embeddings; None if there are none."""
+    latents = call.latents()
+    frames = latents.shape[2] if latents is not None and latents.ndim == 5 else 1
     found: list[int] | None = None
     for items in call.embeddings():
-        if len(items) % images == 0:
+        if len(items) == parts * images * frames:  # AnimateDiff has them once for each frame
+            rows = items[::frames]
+        elif len(items) % images == 0:
             rows = items
         elif images % len(items) == 0:
             rows = [items[image * len(items) // images] for image in range(images)]

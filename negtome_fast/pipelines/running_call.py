@@ -1,4 +1,4 @@
-"""What a pipeline was called with, read from its frames on the stack.
+"""The calls of pipelines, read from their frames on the stack: `RunningCall`, `ModelCall`.
 
 A pipeline does not hand its arguments to its model. They say which items of a batch belong
 together, and which generator draws the noise.

@@ -76,9 +76,11 @@ def flux() -> Iterator[Any]:
 def test_one_image_of_two_branches_is_not_guided_by_itself(flux: Any) -> None:
     with branched(flux.transformer):
         plain = generate(flux, 1)
-        with negtome_guidance(flux, EVERY_TOKEN):
-            with pytest.warns(UserWarning, match="only reference items"):
-                assert torch.equal(generate(flux, 1), plain)
+        with (
+            negtome_guidance(flux, EVERY_TOKEN),
+            pytest.warns(UserWarning, match="only reference items"),
+        ):
+            assert torch.equal(generate(flux, 1), plain)
 
 
 @pytest.mark.parametrize("reference", ["first", "others"])
@@ -132,6 +134,9 @@ def test_other_numbers_of_items_are_refused(flux: Any, images: int, items: int) 
         return tuple(part.repeat(2, 1, 1)[:items] for part in output)
 
     message = rf"transformer_blocks.1.attn has {items} items, but the latents have {images}.*switch"
-    with block.register_forward_hook(change), negtome_guidance(flux, EVERY_TOKEN):
-        with pytest.raises(ValueError, match=message):
-            generate(flux, images)
+    with (
+        block.register_forward_hook(change),
+        negtome_guidance(flux, EVERY_TOKEN),
+        pytest.raises(ValueError, match=message),
+    ):
+        generate(flux, images)

@@ -108,15 +108,23 @@ def test_one_group_over_all_prompts_and_other_numbers_are_options() -> None:
             generate("sdxl", pipe, [0, 1], 2)
 
 
-@pytest.mark.parametrize("reference", ["first", "others"])
-def test_one_image_for_each_prompt_is_reported_with_the_option(reference: Any) -> None:
+def test_one_image_for_each_prompt_is_reported_with_the_option() -> None:
     pipe = FAMILIES["flux"].build()
     plain = generate("flux", pipe, [0, 1])
-    with negtome_guidance(pipe, EVERY_TOKEN, reference=reference):
-        with pytest.warns(UserWarning, match=r"two images for each prompt.* groups=1"):
-            assert torch.equal(generate("flux", pipe, [0, 1]), plain)
-    with negtome_guidance(pipe, EVERY_TOKEN, reference=reference, groups=1):
-        assert not torch.equal(generate("flux", pipe, [0, 1])[1], plain[1])
+    message = r"two images for each prompt.* groups=1"
+    with (
+        negtome_guidance(pipe, EVERY_TOKEN),
+        pytest.warns(UserWarning, match=message),
+    ):
+        assert torch.equal(generate("flux", pipe, [0, 1]), plain)
+    with (
+        negtome_guidance(pipe, EVERY_TOKEN, reference="others"),
+        pytest.raises(ValueError, match=message),  # as for a single image
+    ):
+        generate("flux", pipe, [0, 1])
+    for reference in ("first", "others"):
+        with negtome_guidance(pipe, EVERY_TOKEN, reference=reference, groups=1):
+            assert not torch.equal(generate("flux", pipe, [0, 1])[1], plain[1])
 
 
 @pytest.mark.parametrize(("prompts", "groups"), [([0, 0, 0, 0], 1), ([0, 1, 0, 1], 2)])
@@ -147,6 +155,21 @@ def test_prompts_in_words_are_counted(words: list[str], each: int, groups: int) 
             **SIZE,
         )
     assert handle.summary().groups == groups
+
+
+def test_embeddings_for_each_frame_are_those_of_the_videos() -> None:
+    pipe = FAMILIES["animatediff"].build()
+    with negtome_guidance(pipe, EVERY_TOKEN) as handle, torch.no_grad():
+        pipe(
+            prompt_embeds=embeddings(2, 5, 16).repeat_interleave(2, dim=0),
+            negative_prompt_embeds=embeddings(1, 5, 16, seed=4).repeat(4, 1, 1),
+            num_frames=4,
+            num_inference_steps=1,
+            guidance_scale=3.0,
+            output_type="latent",
+            **SIZE,
+        )
+    assert (handle.summary().parts, handle.summary().groups) == (2, 4)
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])

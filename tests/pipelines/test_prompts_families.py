@@ -64,8 +64,8 @@ def test_images_follow_a_permutation_and_prompts_are_apart(
     with negtome_guidance(pipe, OTHERS, groups=groups) as handle:
         before = generate(0, 1, 2, 3)
         after = generate(1, 0, 5, 3)
-    summary = handle.summary()
-    assert summary.groups == 2 * summary.parts
     # The first prompt's images are exchanged, and the second prompt's first image is another.
     torch.testing.assert_close(after[:2], before[:2].flip(0), rtol=1e-5, atol=1e-6)
     assert (after[3] - before[3]).abs().max() > 1e-5, "it did not see its prompt's other image"
+    summary = handle.summary()
+    assert summary.groups == 2 * summary.parts
