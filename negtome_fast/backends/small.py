@@ -20,7 +20,9 @@ from torch import Tensor
 from ..call import Call
 from ..naive import NOTHING, compute_dtype
 from ..pairing import Pairing
+from . import equal
 from .pieces import EPSILON, RUN, padded
+from .small_places import Places, places_of
 
 #: A call is small if tokens and scores of all pairs have no more elements than this.
 SMALL = 4 * 2**20
@@ -28,38 +30,6 @@ SMALL = 4 * 2**20
 LARGEST = {dtype: torch.finfo(dtype).max / 4 for dtype in (torch.float32, torch.float64)}
 #: Up to this many columns, the unvectorised maximum with index beats a search run by run.
 DIRECT = 2 * RUN
-
-
-class _Places(NamedTuple):
-    """Constants of a pairing: P items move, and each of them meets S references.
-
-    Attributes:
-        moving: int64 `(P,)`, the items that move.
-        own: int64 `(P, 1, N)`, the row of each moving token among those of the batch.
-        starts: int64 `(P, S, N)`, the row of the reference's first token among all reference
-            tokens, the same for all N; None if it is `S * length`.
-        items: int64 `(P, S)`, number of the reference item.
-        offsets: int64 `(S, 1)`, slot times the length of a reference.
-        order: int64 `(P * S)`, positions of the results of `_both_ways`; None except for `others`.
-        one, other: int64, the two items of each of its products.
-        length: number of tokens of a reference.
-        nothing, stays: fp32 and int64 `(G, 1, N)`, -inf and -1: the results of items that do not
-            move.
-        none: -1, `()`.
-    """
-
-    moving: Tensor
-    own: Tensor
-    starts: Tensor | None
-    items: Tensor
-    offsets: Tensor
-    order: Tensor | None
-    one: Tensor
-    other: Tensor
-    length: int
-    nothing: Tensor
-    stays: Tensor
-    none: Tensor
 
 
 class _Tokens(NamedTuple):
@@ -71,47 +41,6 @@ class _Tokens(NamedTuple):
     wide: Tensor
     norm: Tensor
     finite: bool
-
-
-@lru_cache(maxsize=64)
-def _places(pairing: Pairing, matching: str, tokens: int, length: int) -> _Places:
-    items = [
-        [pairing.reference_item(item, slot) for slot in range(pairing.slots)]
-        for item in pairing.sources
-    ]
-    in_batch = pairing.mode != "external"
-    # Shared: the references of all items begin at row 0 of the table of reference tokens.
-    shared = pairing.groups == 1 if pairing.mode == "first" else not (in_batch or pairing.per_item)
-    first, second, order = [], [], []
-    if pairing.mode == "others":
-        pairs = [(s, o) for s, row in zip(pairing.sources, items, strict=True) for o in row]
-        products = [pair for pair in pairs if pair[0] < pair[1]]
-        first, second = [one for one, _ in products], [other for _, other in products]
-        number = {pair: place for place, pair in enumerate(products)}
-        number |= {(b, a): place + len(products) for (a, b), place in number.items()}
-        # The rows of a product are the source's tokens, or the reference's with "official".
-        order = [number[(s, o) if matching == "paper" else (o, s)] for s, o in pairs]
-
-    def constant(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-    with torch.inference_mode(False):
-        numbers, still = constant(items), (pairing.groups, 1, tokens)
-        moving = constant(pairing.sources)
-        return _Places(
-            moving,
-            moving[:, None, None] * tokens + torch.arange(tokens, device="cpu"),
-            None if shared else (numbers * length)[..., None].expand(-1, -1, tokens),
-            numbers,
-            torch.arange(pairing.slots, device="cpu")[:, None] * length,
-            constant(order) if order else None,
-            constant(first),
-            constant(second),
-            length,
-            torch.full(still, NOTHING, dtype=torch.float32, device="cpu"),
-            torch.full(still, -1, dtype=torch.int64, device="cpu"),
-            constant(-1),
-        )
 
 
 def fits(call: Call) -> bool:
@@ -226,7 +155,7 @@ def _excluded(norm: Tensor, finite: bool, allowed: Tensor | None) -> Tensor | No
 
 
 def _both_ways(
-    sources: _Tokens, places: _Places, slots: int, mask: Tensor | None
+    sources: _Tokens, places: Places, slots: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(B, S, N)` of "others".
 
@@ -254,7 +183,7 @@ def _both_ways(
 
 
 def _match(
-    sources: _Tokens, references: _Tokens, call: Call, places: _Places
+    sources: _Tokens, references: _Tokens, call: Call, places: Places
 ) -> tuple[Tensor, Tensor]:
     """Cosine and index `(P, S, N)` of the items that move; -inf and -1 where nothing matches."""
     pairing, mask, paper = call.pairing, call.reference_mask, call.matching == "paper"
@@ -263,8 +192,10 @@ def _match(
         similarity, index = _both_ways(sources, places, pairing.slots, candidates)
     else:
         similarity, index = _one_way(sources, references, call)
+    if not paper:
+        index = equal.settle_sources(call, index)
     if sources.finite and references.finite and mask is None:
-        return similarity, index
+        return _settled(call, similarity, index)
     found = similarity > NOTHING
     usable = sources.norm.isfinite().squeeze(-1)
     found &= usable.index_select(0, places.moving)[:, None]
@@ -273,7 +204,14 @@ def _match(
         found &= good & good.gather(2, index.clamp(0, good.shape[2] - 1))
         if mask is not None:
             found &= mask[places.items]
-    return similarity.where(found, NOTHING), index.where(found, -1)
+    return _settled(call, similarity.where(found, NOTHING), index.where(found, -1))
+
+
+def _settled(call: Call, similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Results `(P, S, N)` in which equal tokens tie."""
+    if call.matching == "paper":
+        return equal.settle(call, similarity, index)
+    return equal.settle_slots(call, similarity), index
 
 
 def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Tensor:
@@ -291,7 +229,7 @@ def match(call: Call) -> tuple[Tensor, Tensor]:
     x, reference, pairing = call.x, call.reference, call.pairing
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    places = places_of(pairing, call.matching, x.shape[1], reference.shape[1])
     found = _match(sources, references, call, places)
     similarity = _with_those_that_stay(found[0], pairing, places.nothing.to(found[0].dtype))
     return similarity, _with_those_that_stay(found[1], pairing, places.stays)
@@ -307,7 +245,7 @@ def guide(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
             return done
     sources = _read(x)
     references = _read(reference) if pairing.mode == "external" else sources
-    places = _places(pairing, call.matching, x.shape[1], reference.shape[1])
+    places = places_of(pairing, call.matching, x.shape[1], reference.shape[1])
     found = _match(sources, references, call, places)
 
     finite = sources.finite and references.finite
@@ -375,6 +313,8 @@ def guide_from_first(
     scores = torch.mm(source, (F.pad(target, (0, 0, 0, ragged)) if ragged else target).t())
     scores = (scores[:, :tokens] if ragged else scores).div_(target_norm)
     value, index = _maximum(scores, False) if tokens > DIRECT and not ragged else scores.max(1)
+    if not equal.differ(target):
+        index = equal.lowest(target)[index]
     similarity = value.div_(source_norm)
     pushed = similarity > threshold
     if source_mask is not None:
@@ -417,7 +357,7 @@ class _Choice(NamedTuple):
     alpha: Tensor
 
 
-def _choose(found: tuple[Tensor, Tensor], call: Call, places: _Places) -> tuple[Tensor, _Choice]:
+def _choose(found: tuple[Tensor, Tensor], call: Call, places: Places) -> tuple[Tensor, _Choice]:
     """The cosine of each token's match, and the reference token that it is pushed from."""
     (similarity, index), starts, slot = found, places.starts, None
     dtype, numbers = similarity.dtype, (call.alpha, call.threshold)

@@ -179,7 +179,7 @@ def test_a_plain_call_skips_the_dispatcher_and_computes_the_same() -> None:
 def test_a_default_device_of_the_caller_changes_nothing(reference: str) -> None:
     x = sample().cpu()
     expected = nf.negtome(x, reference, threshold=0.0, backend="torch")
-    small._places.cache_clear()
+    small.places_of.cache_clear()
     with torch.device("meta"):
         assert torch.equal(nf.negtome(x, reference, threshold=0.0, backend="torch"), expected)
     assert torch.equal(nf.negtome(x, reference, threshold=0.0, backend="torch"), expected)
