@@ -20,6 +20,7 @@ from torch import Tensor
 from ..call import Call
 from ..naive import NOTHING, compute_dtype
 from ..pairing import Pairing
+from . import equal
 from .pieces import EPSILON, RUN, padded
 from .small_places import Places, places_of
 
@@ -198,8 +199,10 @@ def _match(
         similarity, index = _both_ways(sources, places, pairing.slots, candidates)
     else:
         similarity, index = _one_way(sources, references, call)
+    if not paper:
+        index = equal.settle_sources(call, index)
     if sources.finite and references.finite and mask is None:
-        return similarity, index
+        return _settled(call, similarity, index)
     found = similarity > NOTHING
     usable = sources.norm.isfinite().squeeze(-1)
     found &= usable.index_select(0, places.moving)[:, None]
@@ -208,7 +211,14 @@ def _match(
         found &= good & good.gather(2, index.clamp(0, good.shape[2] - 1))
         if mask is not None:
             found &= mask[places.items]
-    return similarity.where(found, NOTHING), index.where(found, -1)
+    return _settled(call, similarity.where(found, NOTHING), index.where(found, -1))
+
+
+def _settled(call: Call, similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Results `(P, S, N)` in which equal tokens tie."""
+    if call.matching == "paper":
+        return equal.settle(call, similarity, index)
+    return equal.settle_slots(call, similarity), index
 
 
 def _with_those_that_stay(values: Tensor, pairing: Pairing, fill: Tensor) -> Tensor:
@@ -311,6 +321,8 @@ def guide_from_first(
     scores = torch.mm(source, (F.pad(target, (0, 0, 0, ragged)) if ragged else target).t())
     scores = (scores[:, :tokens] if ragged else scores).div_(target_norm)
     value, index = _maximum(scores, False) if tokens > DIRECT and not ragged else scores.max(1)
+    if not equal.differ(target):
+        index = equal.lowest(target)[index]
     similarity = value.div_(source_norm)
     pushed = similarity > threshold
     if source_mask is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..call import Call
 from ..naive import NOTHING, compute_dtype, is_finite, per_slot, saturated
 from ..pairing import Pairing
-from . import coarse, small
+from . import coarse, equal, small
 from .pieces import EPSILON, RUN, Search, improve, padded, piece_rows, slices
 from .workers import ALONE, Team, conduct
 
@@ -201,9 +201,13 @@ def _match(call: Call, team: Team) -> tuple[Tensor, Tensor]:
             _search(columns, allowed, searches, tiles)
     valid = norm.isfinite() & (index >= 0)
     if not paper:
+        index = equal.settle_sources(call, index, team)
         _look_at_places(valid, index, norm, call, team)
     similarity.div_(norm.clamp_min_(EPSILON))
-    return similarity.where(valid, NOTHING), index.where(valid, -1)
+    similarity, index = similarity.where(valid, NOTHING), index.where(valid, -1)
+    if paper:
+        return equal.settle(call, similarity, index, team)
+    return equal.settle_slots(call, similarity), index
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -51,11 +51,11 @@ def similar(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize(
     ("mode", "groups", "inplace", "work", "views"),
     [
-        ("first", 1, True, 18, 6),
-        ("first", 1, False, 19, 11),
-        ("first", 2, True, 19, 18),
-        ("others", 1, True, 27, 7),
-        ("others", 2, True, 23, 7),
+        ("first", 1, True, 19, 9),
+        ("first", 1, False, 20, 14),
+        ("first", 2, True, 20, 22),
+        ("others", 1, True, 28, 10),
+        ("others", 2, True, 24, 10),
     ],
 )
 def test_a_guided_block_takes_few_operators(
