@@ -117,7 +117,7 @@ def test_clones_of_a_guided_model_are_guided_by_the_same(kind: str) -> None:
 
 
 @by_kind
-def test_blocks_are_chosen_by_name_and_grid(kind: str) -> None:
+def test_blocks_are_chosen_by_name_and_grid(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     names = {"UNetModel": "attn1", "Flux": "single_blocks"}
     guided = diversity(model(kind), blocks=f" {names[kind]}, unknown")
     sample(guided, 2)
@@ -127,8 +127,14 @@ def test_blocks_are_chosen_by_name_and_grid(kind: str) -> None:
         "Flux": "single_blocks.0",
     }
     assert row.block == expected[kind]
-    with pytest.warns(UserWarning, match="min_grid"):
-        sample(diversity(model(kind), min_grid=9), 2)
+    small = diversity(model(kind), min_grid=9)
+    for _ in range(2):
+        sample(small, 2)
+        (record,) = caplog.records
+        assert "not guided: none of the 2 attention modules" in record.getMessage()
+        assert "min_grid=9" in record.getMessage()
+        assert record.getMessage().split(": ", 1)[1] in nodes.info(small, None)[1]
+        caplog.clear()
 
 
 @by_kind

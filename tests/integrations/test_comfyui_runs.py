@@ -323,6 +323,15 @@ def test_steps_without_a_forward_are_told(caplog: pytest.LogCaptureFixture) -> N
     assert "in 2 of the 4 steps in the window the model did not run" in message
 
 
+def test_a_replaced_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    patcher = diversity(model("Flux"))
+    flux = patcher.model.diffusion_model
+    flux.forward = lambda x, context, options: torch.zeros_like(x)
+    sample(patcher, 2)
+    (message,) = told(caplog)
+    assert "not guided: no attention module of the model ran in the window" in message
+
+
 def test_a_tensor_that_another_hook_keeps_is_not_written_into() -> None:
     patcher, kept = model("Flux"), []
     flux = patcher.model.diffusion_model

@@ -33,11 +33,24 @@ from .places import (
 from .references import ReferenceImages
 from .refusals import APPLY_MODEL, OUTER_SAMPLE, refuse_inexact_nodes
 from .run import Run
-from .window import Window, percents
+from .telling import (
+    tell_of_blocks,
+    tell_of_missing_forwards,
+    tell_of_one_image,
+    tell_of_window,
+)
+from .window import Window
 
 KEY = "negtome_fast"
 _NEVER = -1.0
 """A time that no window holds."""
+
+
+class NodeGuidance(Guidance):
+    """Leaves warnings to `Guide`, which logs them in each run, in the words of the nodes."""
+
+    def _warn(self, message: str, stacklevel: int = 3) -> None:
+        pass
 
 
 class Guide:
@@ -70,7 +83,7 @@ class Guide:
         self.window = window
         self.references = references
         self.across_prompts = across_prompts
-        self.guidance = Guidance(config, references.settings if references else ())
+        self.guidance = NodeGuidance(config, references.settings if references else ())
         self.run: Run | None = None
         self._groups = 1
         self._idle = self._running = False
@@ -111,9 +124,9 @@ class Guide:
         self._groups = self._prompt_groups(run)
         self._idle = self.references is None and run.items == self._groups
         if self._idle:
-            self._tell_of_one_image(run)
+            tell_of_one_image(run, self.guidance.config)
         elif run.sigmas and (lowest > max(run.sigmas) or highest < min(run.sigmas)):
-            self._tell_of_window(run, model_sampling)
+            tell_of_window(run, self.window, model_sampling)
         if self.references is not None:
             self.references.begin_run(patcher.model, noise, run.seed)
         self._running = True
@@ -122,8 +135,11 @@ class Guide:
         finally:
             self._running = False
         if not run.notes and not run.guided:
-            self._tell_of_window(run, model_sampling)
-        self._tell_of_missing_forwards(run)
+            tell_of_window(run, self.window, model_sampling)
+        if run.guided and not self.guidance.summary().rows:
+            tell_of_blocks(run, self.guidance.config)
+        if not self._idle:
+            tell_of_missing_forwards(run, self.window, model_sampling)
         run.tell_equal_images(samples)
         return samples
 
@@ -160,51 +176,6 @@ class Guide:
                 "group"
             )
         return groups
-
-    def _tell_of_one_image(self, run: Run) -> None:
-        remedy = (
-            "Set batch_size to 2 or more, or use NegToMe (avoid image), which works with one image"
-        )
-        if self.guidance.config.reference == "others":
-            raise ValueError(
-                f"reference=others pushes each image away from the others, and the batch has one "
-                f"image. {remedy}"
-            )
-        run.tell(
-            "not guided: the batch has one image, and nothing that it could be pushed away from. "
-            + remedy
-        )
-
-    def _tell_of_window(self, run: Run, model_sampling: Any) -> None:
-        if len(run.sigmas) < 2:
-            run.tell(f"not guided: no step of this run lies in the window, {self.window}")
-            return
-        first, fitting = run.sigmas[0], self.window.for_run(run.sigmas, model_sampling)
-        percent = percents(first, model_sampling)[0]
-        steps = ", ".join(f"{sigma:.3g}" for sigma in run.sigmas[:-1][:4])
-        highest, lowest = self.window.sigmas(model_sampling)
-        in_sigmas = f" (sigma {min(highest, self._highest):.3g} to {lowest:.3g})"
-        run.tell(
-            f"not guided: no step of this run lies in the window, {self.window}"
-            f"{in_sigmas if self.window.unit == 'percent' else ''}. The run begins at sigma "
-            f"{first:.3g}, percent {percent:.3g}; its steps are at {steps}"
-            f"{', ...' if len(run.sigmas) > 5 else ''}. To guide its first steps, set window="
-            f"{fitting.unit}, start={fitting.start:g}, end={fitting.end:g}"
-        )
-
-    def _tell_of_missing_forwards(self, run: Run) -> None:
-        """Tells of steps in the window in which the model did not run."""
-        steps = dict.fromkeys(run.sigmas[:-1])
-        ran = {self._time(sigma) for sigma in run.forwards}
-        inside = [
-            time for time in map(self._time, steps) if self.guidance.config.includes_step(time)
-        ]
-        missing = [time for time in inside if not any(abs(time - one) < 1e-2 for one in ran)]
-        if missing and len(ran) < len(steps) and not self._idle:
-            run.tell(
-                f"in {len(missing)} of the {len(inside)} steps in the window the model did not "
-                "run, so nothing was guided there: another node reuses earlier outputs. Remove it"
-            )
 
     def forward(
         self,
