@@ -6,7 +6,6 @@ nothing about models; `Guidance` and the pipelines read it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,8 @@ NOISE = 1000.0
 
 _ROUNDING = 1e-3
 """Slack at both ends of the window, in timesteps: flow schedulers give 899.99994 for 900."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 _CHOICES = {
     "reference": ("first", "others"),
@@ -119,6 +120,8 @@ class NegToMeConfig:
             raise ValueError(f"dropout is a probability, 0 to 1, not {self.dropout}")
         self._check_window()
         self._set("seed", _whole("seed", self.seed, at_least=0))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         if self.groups is not None:
             self._set("groups", _whole("groups", self.groups, at_least=1))
         if self.min_grid is not None:
@@ -211,7 +214,7 @@ class NegToMeConfig:
         timestep: float | None,
         step: int | None = None,
         num_steps: int | None = None,
-        tolerance: float = 0.0,
+        tolerance: float | None = 0.0,
     ) -> bool:
         """Returns True if a step lies in the window.
 
@@ -219,7 +222,7 @@ class NegToMeConfig:
             timestep: the scheduler's timestep, 1000 to 0; may be None if `steps` is set.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
                 `steps` is set.
-            tolerance: rounding error of `timestep`, in timesteps.
+            tolerance: rounding error of `timestep`, in timesteps; None is 0.
 
         Raises:
             TypeError, ValueError: an argument that the window needs is missing, or is no number.
@@ -234,7 +237,7 @@ class NegToMeConfig:
             return self.steps[0] - 1e-9 <= done < self.steps[1] - 1e-9
         if timestep is None:
             raise ValueError("a window in timesteps needs the timestep of the step")
-        slack = as_number("tolerance", tolerance) + _ROUNDING
+        slack = (0.0 if tolerance is None else as_number("tolerance", tolerance)) + _ROUNDING
         return self.t_end - slack <= as_number("timestep", timestep) <= self.t_start + slack
 
 
@@ -306,11 +309,15 @@ def check_references(references: Any) -> tuple[ReferenceSettings, ...]:
     return tuple(references)
 
 
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}: {value!r}")
-    if not math.isfinite(value):
+def _real(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name} must be a number, not {type(given).__name__}: {given!r}")
+    value: Any = given
+    if not value - value == 0:  # an integer may be too large for `math.isfinite`
         raise ValueError(f"{name} must be finite, not {value}")
+    if abs(value) > _LARGEST:
+        told = f"{value:g}" if isinstance(value, float) else f"{len(str(abs(value)))} digits"
+        raise ValueError(f"{name} must be at most {_LARGEST:.4g}, the largest in fp32, not {told}")
     return float(value)
 
 
