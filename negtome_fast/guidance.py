@@ -163,7 +163,7 @@ class Guidance:
         if timestep is not None:
             timestep, rounding = read_timestep(timestep)
             tolerance = rounding if tolerance is None else tolerance
-        active = self.config.includes_step(timestep, step, num_steps, tolerance or 0.0)
+        active = self.config.includes_step(timestep, step, num_steps, tolerance)
         groups = parts * (self.config.groups or groups)
         if self._step is not None:  # nobody closed it
             self._count_matches(self._step)

@@ -46,9 +46,7 @@ def warmup(
         raise TypeError(f"dtype must be a dtype of torch, got {type(dtype).__name__}")
     if "inplace" in arguments:
         raise ValueError("warmup runs both in place and out of place; leave out inplace")
-    if isinstance(shapes, (str, bytes, dict, torch.Tensor)) or not isinstance(shapes, Iterable):
-        raise TypeError(f"shapes must be shapes (B, N, D), got {type(shapes).__name__}")
-    for sizes in [_sizes(shape) for shape in shapes]:
+    for sizes in [_sizes(shape) for shape in _listed(shapes)]:
         # Zeros suffice: launches do not depend on values.
         x = torch.zeros(sizes, dtype=dtype, device=device)
         for inplace in (False, True):
@@ -62,6 +60,15 @@ def _device(device: Any) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device {device!r:.80} is not a device of torch here") from error
+
+
+def _listed(shapes: Any) -> list[Any]:
+    try:
+        if not isinstance(shapes, (str, bytes, dict, torch.Tensor)):
+            return list(shapes)
+    except TypeError:
+        pass
+    raise TypeError(f"shapes must be shapes (B, N, D), got {type(shapes).__name__}")
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:

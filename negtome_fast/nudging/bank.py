@@ -45,6 +45,9 @@ class ReferenceBank:
     skipped: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in (("images", self.images), ("features", self.features)):
+            if not isinstance(value, Tensor) and (value is not None or name == "images"):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be (K, 3, S, S) uint8, got {self.images.dtype} {shape}")

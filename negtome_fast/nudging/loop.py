@@ -82,8 +82,12 @@ def generate_with_nudging(
         Exception: whatever the pipeline raises; the pipeline is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
+    if isinstance(filters, (str, bytes)) or not isinstance(filters, Sequence):
+        raise TypeError(f"filters must be a sequence of filters, got {type(filters).__name__}")
     if not filters:
         raise ValueError("filters is empty, so nothing would ever be judged")
+    if wrong := [one for one in filters if not hasattr(one, "judge")]:
+        raise TypeError(f"filters must have a method judge, {type(wrong[0]).__name__} has none")
     if method in NUDGING:
         check_callback(pipe)
     batch = PipelineBatch(pipe, prompt, num_images_per_prompt, generator, call)

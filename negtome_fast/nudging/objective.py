@@ -157,14 +157,15 @@ def _check_latents(latents: Tensor) -> None:
 
 
 def _check_descent(objective: str, steps: int, step_size: float, tolerance: float) -> None:
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     for name, value in (("step_size", step_size), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-        if not 0 <= value < float("inf") or (name == "step_size" and value == 0):
+        largest = torch.finfo(torch.float64).max
+        if not 0 <= value <= largest or (name == "step_size" and value == 0):
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -203,10 +204,12 @@ def _per_item(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        right = value > 0 if positive else abs(value) < float("inf")
+        largest = torch.finfo(dtype).max
+        right = value > 0 if positive else abs(value) <= largest
         if not right:
             wanted = "positive" if positive else "finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
+        value = float(value) if abs(value) <= largest else float("inf")
         return torch.full((items,), value, dtype=dtype, device=latents.device)
     check_dense(name, value)
     if value.shape not in ((), (1,), (items,)):

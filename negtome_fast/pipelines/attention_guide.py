@@ -186,8 +186,8 @@ class AttentionGuide(Unsaved):
         raise ValueError(
             f"{type(self._model).__name__}: the attention output of {block} has {tokens.shape[0]} "
             f"items, but the latents have {self.items}{captions}, so it is not known which items "
-            "belong together; another library adds or drops items inside of the model: switch it off, or "
-            f'leave the block out by exclude_blocks=["{block}"]'
+            "belong together; another library adds or drops items inside of the model: switch it "
+            f'off, or leave the block out by exclude_blocks=["{block}"]'
         )
 
     def _shards_of(self, module: nn.Module) -> TokenShards | None:

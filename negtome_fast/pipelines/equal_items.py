@@ -40,7 +40,12 @@ def equal_pairs(
     else:
         rows = [_equal_to(latents, item) for item in latents] if size > 1 else []
         starts = [i - i % size for i in range(len(rows))]
-        met = [(i % size, j, i) for i, s in enumerate(starts) for j in rows[i] if i < j < s + size]
+        met = [
+            (i % size, j, i)
+            for i, s in enumerate(starts)
+            for j in rows[i] or ()
+            if i < j < s + size
+        ]
     if not met:
         return frozenset()
     batched = [value for value in _batched(arguments, batch) if value is not latents]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_flag
 from ..config import ReferenceSettings
 from ..thread_state import PerThread, ThreadState
 from .layouts import ImageTokens, Layout
@@ -67,16 +68,30 @@ class Reference:
             TypeError, ValueError: the image or the mask is of the wrong kind.
         """
         latents = self.image if isinstance(self.image, Tensor) else None
-        if latents is not None and not latents.is_floating_point():
-            raise TypeError(
-                f"a reference that is a tensor is latents, floating point, not {latents.dtype}; "
-                "give pixels as a numpy array (H, W, 3) or a PIL image"
-            )
+        if latents is not None:
+            _check_latents(latents)
         frames = None if latents is not None else read_frames(self.image, "reference image")
         mask = None if self.mask is None else read_mask(self.mask)
         return LoadedReference(
-            ReferenceSettings(self.alpha, self.threshold, mask), frames, latents, bool(self.noise)
+            ReferenceSettings(self.alpha, self.threshold, mask),
+            frames,
+            latents,
+            check_flag("noise", self.noise),
         )
+
+
+def _check_latents(latents: Tensor) -> None:
+    if not latents.is_floating_point():
+        raise TypeError(
+            f"a reference that is a tensor is latents, floating point, not {latents.dtype}; "
+            "give pixels as a numpy array (H, W, 3) or a PIL image"
+        )
+    if latents.ndim < 3 or not latents.numel():
+        raise ValueError(
+            f"a reference that is latents must be (C, h, w) or larger, not {tuple(latents.shape)}"
+        )
+    if latents.is_meta or not bool(latents.isfinite().all()):
+        raise ValueError("the latents of a reference must be finite: nothing would match them")
 
 
 @dataclass(frozen=True)
