@@ -195,18 +195,7 @@ class Guidance:
                 self._statistics.add(*totals)
         if step.guided_blocks:
             return
-        if step.skipped_blocks:
-            self._warn(
-                "no block was guided in a step inside the window: every block was left out by "
-                f"blocks={self.config.blocks}, exclude_blocks={self.config.exclude_blocks} or "
-                f"min_grid={self.config.min_grid}"
-            )
-        else:
-            self._warn(
-                "no block handed its tokens over in a step inside the window, so nothing was "
-                "guided; if the model was compiled and called before it was guided, call "
-                "torch.compiler.reset() once now"
-            )
+        self._warn(step.why_unguided(self.config))
 
     @property
     def active(self) -> bool:
@@ -324,14 +313,7 @@ class Guidance:
         config = self.config
         several = step.groups > step.parts
         if (several or config.reference == "first") and step.only_references(len(image_tokens)):
-            advice = (
-                "generate at least two images for each prompt, or use groups=1, which guides the "
-                "images of all prompts as one group"
-                if several
-                else "generate at least two images at once, or push away from an image from "
-                'outside of the batch, such as reference=Reference("image.png")'
-            )
-            items = f"a batch of {len(image_tokens)} in {step.block_groups} group(s)"
+            items, advice = step.lone_items(len(image_tokens))
             if config.reference == "others":
                 raise ValueError(f'{items} has no others for reference="others"; {advice}')
             self._warn(

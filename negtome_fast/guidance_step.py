@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .config import Grid, as_number
+from .config import Grid, NegToMeConfig, as_number
 from .statistics import CallMatches, RankCounts
 
 
@@ -77,6 +77,34 @@ class GuidanceStep:
     def only_references(self, items: int) -> bool:
         """Returns True if each group has one item."""
         return items == self.block_groups
+
+    def lone_items(self, items: int) -> tuple[str, str]:
+        """Returns a batch whose groups have one item each, in words, and what to do about it."""
+        if self.groups > self.parts:
+            advice = (
+                "generate at least two images for each prompt, or use groups=1, which guides the "
+                "images of all prompts as one group"
+            )
+        else:
+            advice = (
+                "generate at least two images at once, or push away from an image from outside of "
+                'the batch, such as reference=Reference("image.png")'
+            )
+        return f"a batch of {items} in {self.block_groups} group(s)", advice
+
+    def why_unguided(self, config: NegToMeConfig) -> str:
+        """Returns why no block was guided in this step, in words."""
+        if self.skipped_blocks:
+            return (
+                "no block was guided in a step inside the window: every block was left out by "
+                f"blocks={config.blocks}, exclude_blocks={config.exclude_blocks} or "
+                f"min_grid={config.min_grid}"
+            )
+        return (
+            "no block handed its tokens over in a step inside the window, so nothing was guided; "
+            "if the model was compiled and called before it was guided, call "
+            "torch.compiler.reset() once now"
+        )
 
     def in_groups(self, image_tokens: Tensor) -> Tensor:
         """Returns the tokens (B, N, D) of the items group by group."""
