@@ -224,13 +224,13 @@ class ModelHooks(Unsaved):
 
     def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
         """Tells the guidance what is known of the steps of the run that begins."""
-        guidance, steps, ends_early = self.guidance, [], False
-        running = schedule.call.running
-        if running:  # another pipeline that shares the model may have another schedule
-            steps, ends_early = schedule.plan(timestep, rounding)
-        change = running and schedule.call.has_callback()
-        plan = guidance.watch.plan(steps, ends_early=ends_early, settings_may_change=change)
-        guidance.say(plan)
+        if not schedule.call.running:
+            return  # another pipeline that shares the model may have another schedule
+        steps, ends_early = schedule.plan(timestep, rounding)
+        change = schedule.call.has_callback()
+        watch = self.guidance.watch
+        message = watch.plan(steps, ends_early=ends_early, settings_may_change=change)
+        self.guidance.say(message)
 
     def end_run(self) -> None:
         """Says it if the pipeline's last run never reached the window."""

@@ -136,8 +136,9 @@ class PipelineSchedule:
             return None
         # Second-order and rounded schedules have timesteps twice; the scheduler counts.
         counted = getattr(self._scheduler, "step_index", None)
-        known = isinstance(counted, int) and 0 <= counted < len(timesteps)
-        return counted if known and timesteps[counted] == timesteps[index] else index
+        if isinstance(counted, int) and timesteps[counted : counted + 1] == [timesteps[index]]:
+            return counted
+        return index
 
     def _bounds(self, index: int, counted: bool) -> tuple[int, int]:
         """Returns the places of the run's first timestep and of the one after its last."""
