@@ -101,7 +101,7 @@ class GuidanceSummary:
 
     @property
     def verdict(self) -> Verdict:
-        """What became of the images.
+        """Outcome for the images.
 
         `"guided"`: at least one token was moved. `"measured only"`: tokens were compared, and alpha
         was 0. `"not guided"`: neither, so the images are those of a run without the guidance.

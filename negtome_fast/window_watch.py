@@ -19,7 +19,7 @@ PlannedStep = tuple[float, int, int]
 
 @dataclass
 class _Run:
-    """What is known of a run.
+    """Facts about a run, as far as they are known.
 
     Attributes:
         config: the settings of its latest forward.

@@ -34,9 +34,8 @@ def equal_pairs(
     batch = latents.shape[0]
     size = batch // groups
     if references:
-        fit = [r if r.shape[1:] == latents.shape[1:] else None for r in references]
-        rows = [None if r is None else _equal_to(latents, r.to(latents)[0]) for r in fit]
-        met = [(-1 - r, i, i - i % size) for r, row in enumerate(rows) for i in row or ()]
+        fit = [(n, r) for n, r in enumerate(references) if r.shape[1:] == latents.shape[1:]]
+        met = [(-1 - n, i, i - i % size) for n, r in fit for i in _equal_to(latents, r[0])]
     else:
         rows = [_equal_to(latents, item) for item in latents] if size > 1 else []
         starts = [i - i % size for i in range(len(rows))]

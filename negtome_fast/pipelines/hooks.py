@@ -20,7 +20,6 @@ from torch import nn
 from ..config import NegToMeConfig
 from ..guidance import Guidance
 from ..thread_state import PerThread, ThreadState
-from ..window_watch import PlannedStep
 from .attention_guide import AttentionGuide, is_differentiable
 from .batch_groups import BatchGroups
 from .block_caches import CacheGuard, check_cache, is_marked, refuse_cache, skipping
@@ -253,14 +252,13 @@ class ModelHooks(Unsaved):
 
     def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
         """Tells the guidance what is known of the steps of the run that begins."""
-        guidance, ends_early = self.guidance, False
-        steps: list[PlannedStep] = []
-        running = schedule.call.running
-        if running:  # another pipeline that shares the model may have another schedule
-            steps, ends_early = schedule.plan(timestep, rounding)
-        change = running and ModelCall(self._model, schedule.pipe).has_callback()
-        plan = guidance.watch.plan(steps, ends_early=ends_early, settings_may_change=change)
-        guidance.say(plan)
+        if not schedule.call.running:
+            return  # another pipeline that shares the model may have another schedule
+        steps, ends_early = schedule.plan(timestep, rounding)
+        change = ModelCall(self._model, schedule.pipe).has_callback()
+        watch = self.guidance.watch
+        message = watch.plan(steps, ends_early=ends_early, settings_may_change=change)
+        self.guidance.say(message)
 
     def end_run(self) -> None:
         """Says it if the pipeline's last run never reached the window."""

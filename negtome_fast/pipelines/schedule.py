@@ -136,8 +136,8 @@ class PipelineSchedule:
             return None
         # Second-order and rounded schedules have timesteps twice; the scheduler counts.
         counted = getattr(self._scheduler, "step_index", None)
-        if isinstance(counted, int) and 0 <= counted < len(timesteps):
-            return counted if timesteps[counted] == timesteps[index] else index
+        if isinstance(counted, int) and timesteps[counted : counted + 1] == [timesteps[index]]:
+            return counted
         return index
 
     def _bounds(self, index: int, counted: bool) -> tuple[int, int]:

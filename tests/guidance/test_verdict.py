@@ -1,4 +1,4 @@
-"""What a summary says became of the images, and what a plain loop is told of its window."""
+"""Verdicts of summaries, and warnings of plain loops that do not reach their window."""
 
 from __future__ import annotations
 

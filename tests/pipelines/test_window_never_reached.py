@@ -134,6 +134,17 @@ def test_each_run_is_told_once() -> None:
     assert len(messages) == 2
 
 
+def test_a_pipeline_that_shares_the_guided_model_is_told_in_its_second_step(sdxl: Any) -> None:
+    """The settings were given for another pipeline, so the schedule is not known for certain."""
+    pipe = image_to_image("sdxl", strength=0.6, num_inference_steps=10)
+    with told() as messages, negtome_guidance(sdxl, settings("sdxl")) as handle:
+        generate(sdxl, 2, size=(32, 32), steps=5)
+        assert not messages and handle.summary().verdict == "guided"
+        pipe.run()
+    assert len(messages) == 1 and "t_end=" in messages[0]
+    assert handle.summary().notes == tuple(messages)
+
+
 @pytest.mark.parametrize(
     ("spacing", "window", "first"),
     [("leading", (1000, 800), 751), ("trailing", (900, 800), 999)],
