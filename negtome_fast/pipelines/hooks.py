@@ -37,6 +37,7 @@ from .reference_forward import reference_call, refuse_stateful
 from .references import References
 from .registration import BlockHook, RegisteredHooks, Unsaved, installing
 from .running_call import ModelCall
+from .running_schedule import RunningSchedules
 from .schedule import PipelineSchedule, RunTracker
 
 _NEVER = object()
@@ -80,8 +81,8 @@ class ModelHooks(Unsaved):
         self._references = references
         self.model_name = type(model).__name__
         self._model = model
-        self._schedule = schedule
-        self._inputs = ForwardInputs(model, layout, schedule)
+        self._schedules = RunningSchedules(model, schedule)
+        self._inputs = ForwardInputs(model, layout, self._schedules)
         self._compiled = False
         self._attention = AttentionGuide(self.model_name, layout, self.guidance)
         self._registered = RegisteredHooks(self._attention)
@@ -163,7 +164,12 @@ class ModelHooks(Unsaved):
 
     def belongs_to(self, pipe: Any) -> bool:
         """Returns True if this pipeline was guided by these hooks."""
-        return self._schedule is not None and self._schedule.belongs_to(pipe)
+        given = self._schedules.given
+        return given is not None and given.belongs_to(pipe)
+
+    @property
+    def _schedule(self) -> PipelineSchedule | None:
+        return self._schedules.current
 
     @outside_of_graphs
     def _before_model(
@@ -173,6 +179,7 @@ class ModelHooks(Unsaved):
         # ended.
         self._close_forward(completed=False)
         refuse_cache(model)
+        self._schedules.find()
         arguments = self._inputs.by_name(model, args, kwargs)
         latents = self._inputs.latents(arguments)
         config = self.guidance.config

@@ -76,6 +76,11 @@ class ModelCall:
         """Returns a variable of the innermost call in which it is not None; else None."""
         return next((known[name] for _, known in self._scopes if name in known), None)
 
+    def scheduled_pipe(self) -> Any:
+        """Returns the innermost pipeline that has a scheduler; None if there is none."""
+        scheduled = (p for p, _ in self._scopes if getattr(p, "scheduler", None) is not None)
+        return next(scheduled, None)
+
     def generator(self) -> torch.Generator | None:
         """Returns the generator that the pipeline was called with, the first if there are many."""
         given = self.get("generator")
@@ -163,7 +168,7 @@ def _scopes(model: nn.Module, pipe: Any) -> Iterator[tuple[Any, dict[str, Any]]]
 
 def _is_method(frame: FrameType, pipe: Any) -> bool:
     method: Any = getattr(type(pipe), frame.f_code.co_name, None)
-    return getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
+    return method is not None and getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
 
 
 def _holds(pipe: Any, model: nn.Module, given: Any) -> bool:
