@@ -76,11 +76,6 @@ class ModelCall:
         """Returns a variable of the innermost call in which it is not None; else None."""
         return next((known[name] for _, known in self._scopes if name in known), None)
 
-    def scheduled_pipe(self) -> Any:
-        """Returns the innermost pipeline that has a scheduler; None if there is none."""
-        scheduled = (p for p, _ in self._scopes if getattr(p, "scheduler", None) is not None)
-        return next(scheduled, None)
-
     def generator(self) -> torch.Generator | None:
         """Returns the generator that the pipeline was called with, the first if there are many."""
         given = self.get("generator")
@@ -100,6 +95,11 @@ class ModelCall:
                 if isinstance(answer, bool):
                     answers.append(answer)
         return any(answers) if answers else None
+
+    def scheduled_pipe(self) -> Any:
+        """Returns the innermost pipeline that has a scheduler; None if there is none."""
+        scheduled = (p for p, _ in self._scopes if getattr(p, "scheduler", None) is not None)
+        return next(scheduled, None)
 
     def latents(self) -> Tensor | None:
         """Returns the pipeline's latents, one item per image, where they can be found."""
