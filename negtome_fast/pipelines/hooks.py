@@ -60,7 +60,7 @@ class ModelHooks(Unsaved):
     # State of the run. The tokens are found again when the latents change their shape.
     _run = PerThread(0)
     _shape = PerThread[tuple[int, ...] | None](None)
-    _divisions = PerThread[dict[tuple[int, ...], BatchGroups] | None](None)  # by shape of latents
+    _divisions = PerThread[dict[Any, BatchGroups] | None](None)  # by `groups` and latents' shape
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
     _cache_guard = PerThread[CacheGuard | None](None)  # until the first timestep after the window
@@ -231,18 +231,15 @@ class ModelHooks(Unsaved):
         """Returns the groups of a guided forward, found once per run and shape of the latents."""
         if self._divisions is None:
             self._divisions = {}
-        shape = tuple(latents.shape)
-        if shape not in self._divisions:
+        groups = self.guidance.config.groups
+        key = (groups, tuple(latents.shape))
+        if key not in self._divisions:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
-            self._divisions[shape] = self._inputs.divide_batch(
-                model,
-                arguments,
-                latents,
-                self.guidance.config.groups,
-                references=self._references is not None,
+            self._divisions[key] = self._inputs.divide_batch(
+                model, arguments, latents, groups, references=self._references is not None
             )
-        return self._divisions[shape]
+        return self._divisions[key]
 
     def _guard_cache(self, model: nn.Module, active: bool, timestep: float) -> None:
         """Counts the blocks of this forward, if there is a cache that may skip some."""
