@@ -231,8 +231,9 @@ class ModelHooks(Unsaved):
         """Returns the groups of a guided forward, found once per run and shape of the latents."""
         if self._divisions is None:
             self._divisions = {}
+        shape = tuple(latents.shape)
         groups = self.guidance.config.groups
-        key = (groups, tuple(latents.shape))
+        key = (groups, shape)
         if key not in self._divisions:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
