@@ -156,7 +156,7 @@ def test_the_steps_of_a_copy_are_those_of_its_own_scheduler() -> None:
 
 def test_no_variable_of_the_pipeline_is_kept_after_its_call() -> None:
     pipe, other = copied()
-    with negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(embeddings(24, 16))):
+    with negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(embeddings(1, 24, 16))):
         generator = torch.Generator()
         kept = weakref.ref(generator)
         with torch.no_grad():
