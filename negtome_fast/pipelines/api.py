@@ -122,10 +122,8 @@ def apply_negtome(
     ```
 
     The model is guided in every pipeline that calls it, and may be compiled before or after. The
-    prompts, the number of images and the generator are those of the pipeline that runs. The number
-    of steps is that of the pipeline given here; while another pipeline that shares the model runs,
-    it is inferred from this pipeline's scheduler. If that pipeline has a different scheduler, apply
-    the guidance to that pipeline instead.
+    prompts, the number of images, the steps and the generator are those of the pipeline that runs,
+    which is the one given here or another that holds the model.
 
     Args:
         pipe: a pipeline with a `transformer`, a `transformer_2`, an `unconditional_transformer`, a

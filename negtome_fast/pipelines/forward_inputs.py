@@ -14,6 +14,7 @@ from ..guidance_step import read_timestep
 from .batch_groups import BatchGroups, divide_batch
 from .layouts import UNKNOWN, Layout
 from .running_call import ModelCall
+from .running_schedule import RunningSchedules
 from .schedule import PipelineSchedule
 
 
@@ -23,16 +24,20 @@ class ForwardInputs:
     Args:
         model: the denoiser.
         layout: names and meaning of its arguments.
-        schedule: schedule of its pipeline; None for a bare model.
+        schedules: schedule of the pipeline that runs it.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, schedule: PipelineSchedule | None) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, schedules: RunningSchedules) -> None:
         self._model_name = type(model).__name__
         self._layout = layout
-        self._schedule = schedule
+        self._schedules = schedules
         self._signature = inspect.signature(type(model).forward)
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._positional = [p.name for p in self._signature.parameters.values() if p.kind in kinds]
+
+    @property
+    def _schedule(self) -> PipelineSchedule | None:
+        return self._schedules.current
 
     def bind(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

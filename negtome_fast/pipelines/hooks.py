@@ -41,6 +41,7 @@ from .references import References
 from .registration import BlockHook, RegisteredHooks, Unsaved, installing
 from .replaced_forwards import refuse_cache_hooks
 from .running_call import ModelCall
+from .running_schedule import RunningSchedules
 from .schedule import PipelineSchedule, RunTracker
 
 _NEVER = object()
@@ -63,7 +64,7 @@ class ModelHooks(Unsaved):
     # State of the run. The tokens are found again when the latents change their shape.
     _run = PerThread(0)
     _shape = PerThread[tuple[int, ...] | None](None)
-    _divisions = PerThread[dict[tuple[int, ...], BatchGroups] | None](None)  # by shape of latents
+    _divisions = PerThread[dict[Any, BatchGroups] | None](None)  # by `groups` and latents' shape
     _run_tokens = PerThread[ImageTokens | None](None)
     _captions = PerThread[Any](_NEVER)  # the argument that `_run_tokens` were found with
     _skipping = PerThread[str | None](None)  # what may skip blocks in this run
@@ -86,8 +87,8 @@ class ModelHooks(Unsaved):
         self._references = references
         self.model_name = type(model).__name__
         self._model = model
-        self._schedule = schedule
-        self._inputs = ForwardInputs(model, layout, schedule)
+        self._schedules = RunningSchedules(model, schedule)
+        self._inputs = ForwardInputs(model, layout, self._schedules)
         self._compiled = False
         self._attention = AttentionGuide(model, layout, self.guidance)
         self._registered = RegisteredHooks(self._attention)
@@ -169,7 +170,12 @@ class ModelHooks(Unsaved):
 
     def belongs_to(self, pipe: Any) -> bool:
         """Returns True if this pipeline was guided by these hooks."""
-        return self._schedule is not None and self._schedule.belongs_to(pipe)
+        given = self._schedules.given
+        return given is not None and given.belongs_to(pipe)
+
+    @property
+    def _schedule(self) -> PipelineSchedule | None:
+        return self._schedules.current
 
     @outside_of_graphs
     def _before_model(
@@ -179,6 +185,7 @@ class ModelHooks(Unsaved):
         # ended.
         self._close_forward(completed=False)
         refuse_cache(model)
+        self._schedules.find()
         arguments = self._inputs.by_name(model, args, kwargs)
         latents = self._inputs.latents(arguments)
         config = self.guidance.config
@@ -238,17 +245,15 @@ class ModelHooks(Unsaved):
             self._attention.begin_run()
             self._skipping = skipping(model, attention_modules(model, self.layout))
         shape = tuple(latents.shape)
-        if shape not in self._divisions:
+        groups = self.guidance.config.groups
+        key = (groups, shape)
+        if key not in self._divisions:
             refuse_tensor_parallel(model)
             refuse_unknown_sharding(model)
-            self._divisions[shape] = self._inputs.divide_batch(
-                model,
-                arguments,
-                latents,
-                self.guidance.config.groups,
-                references=self._references is not None,
+            self._divisions[key] = self._inputs.divide_batch(
+                model, arguments, latents, groups, references=self._references is not None
             )
-        return self._divisions[shape]
+        return self._divisions[key]
 
     def _plan_run(self, schedule: PipelineSchedule, timestep: float, rounding: float) -> None:
         """Tells the guidance what is known of the steps of the run that begins."""

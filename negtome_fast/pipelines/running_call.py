@@ -101,6 +101,11 @@ class ModelCall:
                     answers.append(answer)
         return any(answers) if answers else None
 
+    def scheduled_pipe(self) -> Any:
+        """Returns the innermost pipeline that has a scheduler; None if there is none."""
+        scheduled = (p for p, _ in self._scopes if getattr(p, "scheduler", None) is not None)
+        return next(scheduled, None)
+
     def latents(self) -> Tensor | None:
         """Returns the pipeline's latents, one item per image, where they can be found."""
         latents = self.get("latents")
@@ -168,7 +173,7 @@ def _scopes(model: nn.Module, pipe: Any) -> Iterator[tuple[Any, dict[str, Any]]]
 
 def _is_method(frame: FrameType, pipe: Any) -> bool:
     method: Any = getattr(type(pipe), frame.f_code.co_name, None)
-    return getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
+    return method is not None and getattr(inspect.unwrap(method), "__code__", None) is frame.f_code
 
 
 def _holds(pipe: Any, model: nn.Module, given: Any) -> bool:

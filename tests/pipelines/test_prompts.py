@@ -108,6 +108,22 @@ def test_one_group_over_all_prompts_and_other_numbers_are_options() -> None:
             generate("sdxl", pipe, [0, 1], 2)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["in the batch", "a reference"])
+def test_the_groups_may_change_in_the_middle_of_a_run(given: bool) -> None:
+    pipe = FAMILIES["sdxl"].build()
+    reference = Reference(embeddings(1, 4, 8, 12, seed=5), noise=False) if given else None
+    with negtome_guidance(pipe, EVERY_TOKEN, reference=reference) as handle:
+        told = []
+
+        def change(module: Any, args: Any, output: Any) -> None:
+            told.append(handle.summary().groups)
+            handle.update(groups=1)
+
+        with pipe.unet.register_forward_hook(change):
+            generate("sdxl", pipe, [0, 1], 2)
+    assert told == [4, 2]
+
+
 def test_one_image_for_each_prompt_is_reported_with_the_option() -> None:
     pipe = FAMILIES["flux"].build()
     plain = generate("flux", pipe, [0, 1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from helpers.families import FAMILIES
 from helpers.families.core import embeddings
@@ -134,9 +134,29 @@ def test_the_guidance_of_a_copy_is_that_of_its_own_call() -> None:
     assert (handle.summary().parts, handle.summary().groups) == (1, 1)
 
 
+def test_the_steps_of_a_copy_are_those_of_its_own_scheduler() -> None:
+    pipe = sdxl_pipeline()
+    other = type(pipe).from_pipe(pipe, scheduler=DDIMScheduler(timestep_spacing="trailing"))
+    other.set_progress_bar_config(disable=True)
+    call = {
+        "prompt_embeds": embeddings(1, 5, 16).repeat(2, 1, 1),
+        "pooled_prompt_embeds": embeddings(1, 16).repeat(2, 1),
+        "guidance_scale": 1.0,
+        "height": 64,
+        "width": 96,
+        "output_type": "latent",
+    }
+    with negtome_guidance(pipe, EVERY_TOKEN, steps=(0.0, 0.5)) as handle, torch.no_grad():
+        pipe(num_inference_steps=10, **call)
+        handle.reset()
+        for steps in (4, 1, 1):
+            other(num_inference_steps=steps, **call)
+    assert (handle.summary().guided, handle.summary().forwards) == (4, 6)
+
+
 def test_no_variable_of_the_pipeline_is_kept_after_its_call() -> None:
     pipe, other = copied()
-    with negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(embeddings(24, 16))):
+    with negtome_guidance(pipe, EVERY_TOKEN, reference=Reference(embeddings(1, 24, 16))):
         generator = torch.Generator()
         kept = weakref.ref(generator)
         with torch.no_grad():
