@@ -64,6 +64,8 @@ def disagreements(
         grids: whether it is wrong if the guidance is not told the grid.
         settings: settings of the guidance, such as `placement`.
     """
+    if "steps" not in settings:
+        settings["t_end"] = 0
     size, written = next(iter(family.grids.items()))
     rows, columns = min(written)
     changed = [("row", row) for row in range(rows)] + [("column", c) for c in range(columns)]
@@ -99,13 +101,13 @@ def observe(
     captions = CAPTIONS if family.several_captions else (TEXT, TEXT)
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
-        handle = apply_negtome(pipe, t_end=0, **settings)
+        handle = apply_negtome(pipe, **settings)
         stack.callback(handle.remove)
         handle.remove()
         for name in handle.blocks:
             seen[name] = Seen()
             stack.enter_context(recorded(model, name, "before", seen[name], settings))
-        handle = apply_negtome(pipe, t_end=0, **settings)
+        handle = apply_negtome(pipe, **settings)
         stack.callback(handle.remove)
         for name in handle.blocks:
             stack.enter_context(recorded(model, name, "after", seen[name], settings))

@@ -13,6 +13,8 @@ from torch import nn
 pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
 
 from helpers.families import FAMILIES
+from helpers.families.core import LoopFamily
+from helpers.families.stepped import COSMOS, STABLE_VIDEO
 from helpers.families.unlisted import UNLISTED
 from helpers.perturbation import disagreements
 from negtome_fast.pipelines import ImageTokens, Layout, known_layouts, layouts, register_layout
@@ -31,6 +33,13 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_guided_is_what_the_noise_moves(name: str, placement: str) -> None:
     family = FAMILIES[name]
     assert disagreements(family, family.build(), placement=placement, grids=True) == []
+
+
+@pytest.mark.parametrize("placement", ["output", "pre_projection"])
+@pytest.mark.parametrize("family", [COSMOS, STABLE_VIDEO], ids=lambda family: family.model)
+def test_so_it_is_where_windows_are_in_steps(family: LoopFamily, placement: str) -> None:
+    settings: dict[str, Any] = {"placement": placement, "steps": (0.0, 1.0), "grids": True}
+    assert disagreements(family, family.build(), **settings) == []
 
 
 SERVED_UNKNOWN = (
