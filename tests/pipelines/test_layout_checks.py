@@ -142,6 +142,16 @@ def test_images_of_a_batch_of_several_sizes_are_refused() -> None:
         image_tokens("JoyImageEditPlusTransformer3DModel", hidden_states=latents, shape_list=shapes)
 
 
+def test_the_order_of_keywords_does_not_matter() -> None:
+    """The first tensor of the call was taken for the latents."""
+    arguments = {
+        "timestep": torch.zeros(2),
+        "encoder_hidden_states": torch.zeros(2, 4, 16, 16),
+        "hidden_states": torch.zeros(2, 4, 4, 6),
+    }
+    assert image_tokens("SD3Transformer2DModel", **arguments) == ImageTokens(6, 6, (2, 3))
+
+
 def test_places_are_a_grid_row_by_row_or_none() -> None:
     assert grid_of_places(ROWS_AND_COLUMNS) == (2, 3)
     assert grid_of_places(ROWS_AND_COLUMNS.flip(1)) is None
