@@ -49,17 +49,25 @@ class Seen:
 
 
 def disagreements(
-    family: Family, pipe: Any, *, model: nn.Module | None = None, **settings: Any
+    family: Family,
+    pipe: Any,
+    *,
+    model: nn.Module | None = None,
+    grids: bool = False,
+    **settings: Any,
 ) -> list[str]:
     """Return what is wrong with the guidance of a pipeline, one line for each block.
 
     Args:
         family: how the pipeline is run.
         model: the denoiser to look at; that of `denoiser` if None.
+        grids: whether it is wrong if the guidance is not told the grid.
         settings: settings of the guidance, such as `placement`.
     """
-    size, grids = next(iter(family.grids.items()))
-    rows, columns = min(grids)
+    if "steps" not in settings:
+        settings["t_end"] = 0
+    size, written = next(iter(family.grids.items()))
+    rows, columns = min(written)
     changed = [("row", row) for row in range(rows)] + [("column", c) for c in range(columns)]
     with local_models():
         seen = observe(
@@ -68,6 +76,8 @@ def disagreements(
     found = []
     for name, block in seen.items():
         wrong = check_block(block, (rows, columns), changed)
+        if grids and block.grid is None:
+            wrong = "the guidance is not told the grid"
         if wrong:
             found.append(f"{name}: {wrong}")
     return found
@@ -91,13 +101,13 @@ def observe(
     captions = CAPTIONS if family.several_captions else (TEXT, TEXT)
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
-        handle = apply_negtome(pipe, t_end=0, **settings)
+        handle = apply_negtome(pipe, **settings)
         stack.callback(handle.remove)
         handle.remove()
         for name in handle.blocks:
             seen[name] = Seen()
             stack.enter_context(recorded(model, name, "before", seen[name], settings))
-        handle = apply_negtome(pipe, t_end=0, **settings)
+        handle = apply_negtome(pipe, **settings)
         stack.callback(handle.remove)
         for name in handle.blocks:
             stack.enter_context(recorded(model, name, "after", seen[name], settings))
@@ -107,7 +117,7 @@ def observe(
             family.generate(
                 pipe, items, size=size, steps=1, captions=captions * (items // 2), seed=SEED
             )
-    for block in seen.values():
+    for block in (block for block in seen.values() if len(block.after)):
         block.before = block.before.reshape(items, -1, block.before.shape[-1])
         block.after = block.after.reshape(block.before.shape)
     return seen
@@ -185,6 +195,10 @@ def check_block(block: Seen, grid: Size, changed: list[tuple[str, int]]) -> str:
 
     Where the guidance knows no grid, the order of the tokens is not checked.
     """
+    if not len(block.after):
+        return "its tokens were not handed over"
+    if block.grid is not None and (block.grid[0] % grid[0] or block.grid[1] % grid[1]):
+        return f"the guidance is told the grid {block.grid}, which is none of {grid}"
     numbers = ((block.after - block.before).amax(dim=2) / MARK).round().long() - 1
     change = (block.before - block.before[:UNCHANGED].repeat(len(numbers) // UNCHANGED, 1, 1)).abs()
     change = change.amax(dim=2)

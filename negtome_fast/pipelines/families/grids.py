@@ -14,11 +14,13 @@ from ..layouts import ImageTokens
 
 
 def patches(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
-    """Counts patches of the latents (B, C, H, W) or (B, C, F, H, W), the first tensor argument.
+    """Counts patches of `hidden_states` (B, C, H, W) or (B, C, F, H, W), or of the first tensor.
 
     The configuration's `patch_size` is a number, (height, width) or (frames, height, width).
     """
-    latents = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    latents = arguments.get("hidden_states")
+    if not isinstance(latents, torch.Tensor):
+        latents = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     size: Any = getattr(model.config, "patch_size", 1)
     patch = (1, size, size) if isinstance(size, int) else (1, *size)[-3:]
     frames = latents.shape[2] // patch[0] if latents.ndim == 5 else 1

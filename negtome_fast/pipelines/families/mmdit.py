@@ -154,7 +154,6 @@ LAYOUTS = {
         TWO_STREAMS,
         family="JoyImage-Edit Plus",
         image_tokens=joyimage_plus_tokens,
-        captions="shape_list",
         blocks=("double_blocks.*",),
     ),
 }

@@ -141,7 +141,7 @@ LAYOUTS = {
         scheduler_timestep=lambda value: (1 - value) * 1000,
         guidance="sequential",
         image_tokens=ideogram4_image_tokens,
-        captions="indicator",
+        joint="text_first",
         blocks=("layers.*",),
         fresh_outputs=True,
         encode=ReferenceEncoder(normalise=pixels_first_and_normalise, pack=pack_pixels, packing=2),
