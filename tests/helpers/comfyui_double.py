@@ -320,6 +320,7 @@ def sample(
     seed: int = 0,
     *,
     noise: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
     sigmas: Sequence[float] = SIGMAS,
     texts: Sequence[torch.Tensor] | None = None,
     **given: Any,
@@ -328,10 +329,11 @@ def sample(
     texts = draw(2, TEXT, CHANNELS, seed=seed + 100).split(1) if texts is None else texts
     guider = Guider(patcher, texts, joined, given)
     noise = draw(batch, 4, 8, 12, seed=seed) if noise is None else noise
+    latents = torch.zeros_like(noise) if latents is None else latents
     with torch.inference_mode():
         executor = Executor(guider.outer_sample, guider, _listed(patcher.wrappers, "outer_sample"))
         output: torch.Tensor = executor.execute(
-            noise, torch.zeros_like(noise), None, torch.tensor(sigmas), None, None, False, seed
+            noise, latents, None, torch.tensor(sigmas), None, None, False, seed
         )
     return output
 

@@ -19,6 +19,7 @@ from helpers.comfyui_double import (
     BaseModel,
     ModelPatcher,
     UNetModel,
+    Vae,
     draw,
     sample,
 )
@@ -147,3 +148,20 @@ def test_the_forwards_that_differ_from_plain_ones_are_those_of_the_window(
             different.append(round(one.sigma, 3))
     assert len(kept) == (10 if joined else 20)
     assert different == [sigma for sigma in WINDOWS[window] for _ in range(1 if joined else 2)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", ["UNetModel", "Flux"])
+def test_the_forwards_of_pictures_are_plain_and_as_many_as_the_guided_ones(
+    name: str, window: tuple[float, float]
+) -> None:
+    patcher = model(name)
+    pictures, settings = draw(1, 64, 96, 3).sigmoid(), {"start": window[0], "end": window[1]}
+    (patcher,) = nodes.avoid_image(patcher, pictures, Vae(), **{**SETTINGS, **settings})
+    sample(patcher, 2, noise=noise_for(name, 2), sigmas=[i / 10 for i in range(10, -1, -1)])
+    kept, different = list(patcher.model.kept), []
+    for one in kept:
+        plain = patcher.model.diffusion_model(one.x, one.context, {})
+        if not torch.equal(plain, one.output):
+            different.append(round(one.sigma, 3))
+    assert different == WINDOWS[window] and len(kept) == 10 + len(different)

@@ -187,6 +187,28 @@ def test_the_window_is_in_percent_or_sigmas(program: Program, checkpoint: str) -
 
 
 @real
+def test_the_program_says_why_nothing_was_guided(program: Program) -> None:
+    flow = Workflow(SD15, batch=2)
+    flow.sample("late", flow.diversity("default-window", end=0.2), denoise=0.5)
+    cache = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    done = program.run(flow.prompt)
+    assert "guided 0 of 4 model forwards" in summary(done, "late")
+    assert "To guide its first steps, set window=percent, start=0." in summary(done, "late")
+    log = (program.folder / "comfyui.log").read_text()
+    assert "NegToMe (batch diversity): not guided: no step of this run lies in the window" in log
+
+    flow = Workflow(SD15, batch=2)
+    tiles = {"tile_size": 32, "swap_size": 2, "max_depth": 1, "scale_depth": False}
+    flow.sample("tiled", flow.add("tiles", "HyperTile", model=flow.diversity("guided"), **tiles))
+    with pytest.raises(RuntimeError, match="Put the NegToMe node after that node"):
+        program.run(flow.prompt)
+    flow = Workflow(SD15, batch=2)
+    flow.sample("cached", flow.add("lazy", "LazyCache", model=flow.diversity("guided"), **cache))
+    with pytest.raises(RuntimeError, match="lazycache, reuses outputs of earlier steps"):
+        program.run(flow.prompt)
+
+
+@real
 def test_loras_go_before_or_after_the_node(program: Program) -> None:
     flow = Workflow(SD15, batch=2)
     lora = {"lora_name": LORA, "strength_model": 1.0}

@@ -157,6 +157,16 @@ def test_equal_images_in_a_batch_are_told(kind: str, caplog: pytest.LogCaptureFi
     assert told(caplog) == []  # the same noise with different prompts is no mistake
 
 
+def test_equal_latents_without_added_noise_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    repeated, silence = draw(1, 4, 8, 12).expand(2, -1, -1, -1), torch.zeros(2, 4, 8, 12)
+    late = {"noise": silence, "sigmas": LATER_HALF}
+    sample(diversity(model("Flux")), 2, latents=repeated, **late)
+    (message,) = told(caplog)
+    assert "images 1 and 2 of the batch" in message and "came out equal" in message
+    sample(diversity(model("Flux")), 2, latents=draw(2, 4, 8, 12), **late)
+    assert told(caplog) == []
+
+
 def test_alpha_0_is_said_to_measure_only() -> None:
     guided = diversity(model("Flux"), alpha=0.0)
     sample(guided, 2)
@@ -330,6 +340,21 @@ def test_a_replaced_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
     sample(patcher, 2)
     (message,) = told(caplog)
     assert "not guided: no attention module of the model ran in the window" in message
+
+
+def test_warnings_of_the_guidance_are_told_in_each_run(caplog: pytest.LogCaptureFixture) -> None:
+    guided = diversity(model("Flux"))
+    (guide,) = guides_of(guided)
+
+    def wrapper(model_function: Any, given: dict[str, Any]) -> Any:
+        guide.guidance._warn("something that the nodes have no words for")
+        return model_function(given["input"], given["timestep"], **given["c"])
+
+    guided.set_model_unet_function_wrapper(wrapper)
+    for _ in range(2):
+        sample(guided, 2)
+        (message,) = told(caplog)
+        assert message.endswith("something that the nodes have no words for")
 
 
 def test_a_tensor_that_another_hook_keeps_is_not_written_into() -> None:

@@ -6,7 +6,7 @@ attention-output patches or `places.hooked` give it the image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from negtome_fast.config import NOISE, NegToMeConfig
+from negtome_fast.config import NOISE, NegToMeConfig, ReferenceSettings
 from negtome_fast.guidance import Guidance
 from negtome_fast.pipelines.reference_forward import select_items
 from negtome_fast.thread_state import PerThread, ThreadState
@@ -47,10 +47,23 @@ _NEVER = -1.0
 
 
 class NodeGuidance(Guidance):
-    """Leaves warnings to `Guide`, which logs them in each run, in the words of the nodes."""
+    """Keeps its warnings for `Guide`, which may have words of the nodes for them.
+
+    Python shows a warning once, and a ComfyUI that goes on for days would hide later ones.
+    """
+
+    def __init__(self, config: NegToMeConfig, references: Sequence[ReferenceSettings]) -> None:
+        self.warnings: list[str] = []
+        super().__init__(config, references)
+
+    def begin_run(self) -> None:
+        """Restarts as `Guidance` does, and forgets the warnings."""
+        self.warnings.clear()
+        super().begin_run()
 
     def _warn(self, message: str, stacklevel: int = 3) -> None:
-        pass
+        if message not in self.warnings:
+            self.warnings.append(message)
 
 
 class Guide:
@@ -141,6 +154,8 @@ class Guide:
         if not self._idle:
             tell_of_missing_forwards(run, self.window, model_sampling)
         run.tell_equal_images(samples)
+        for warning in self.guidance.warnings if not run.notes else ():
+            run.tell(warning)
         return samples
 
     def _set_window(self, model_sampling: Any) -> tuple[float, float]:
