@@ -45,6 +45,11 @@ class ReferenceBank:
     skipped: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in (("images", self.images), ("features", self.features)):
+            if not isinstance(value, Tensor) and (name == "images" or value is not None):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"names must be strings, got {self.names!r:.80}")
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be (K, 3, S, S) uint8, got {self.images.dtype} {shape}")
@@ -117,6 +122,8 @@ class ReferenceBank:
 
     def with_features(self, encoder: ImageEncoder) -> ReferenceBank:
         """Return the bank with this encoder's features, or itself if it has them."""
+        if not isinstance(encoder, ImageEncoder):
+            raise TypeError(f"encoder must be an ImageEncoder, got {type(encoder).__name__}")
         if self.features is not None and self.encoder == encoder.name:
             return self
         parts = [encoder(part.float() / 255).cpu() for part in self.images.split(BATCH)]
@@ -148,6 +155,8 @@ class ReferenceBank:
         Args:
             size: pixels: a side, or height and width.
         """
+        for side in (size,) if isinstance(size, int) else size:
+            check_side("size", side)
         parts = self.images.split(BATCH)
         return torch.cat([resized(part.float() / 255, size) for part in parts])
 

@@ -21,7 +21,7 @@ from .batch import PipelineBatch
 from .points import BankSearch, choose_points, searches_by_prompt
 from .schedule import METHODS, Method, NudgeSchedule
 from .steering import NUDGING, Steering, check_callback
-from .verdicts import Filter, judge
+from .verdicts import Filter, check_filters, judge
 
 
 def generate_with_nudging(
@@ -82,8 +82,13 @@ def generate_with_nudging(
         Exception: whatever the pipeline raises; the pipeline is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
-    if not filters:
-        raise ValueError("filters is empty, so nothing would ever be judged")
+    check_filters(filters)
+    for name, value, kind in (
+        ("schedule", schedule, NudgeSchedule),
+        ("negtome", negtome, NegToMeConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if method in NUDGING:
         check_callback(pipe)
     batch = PipelineBatch(pipe, prompt, num_images_per_prompt, generator, call)
@@ -184,6 +189,8 @@ def _check_choices(method: str, on_failure: str, output_type: str, max_attempts:
 
 
 def _existing(first: Tensor, count: int) -> Tensor:
-    if first.dim() != 4 or first.shape[:2] != (count, 3):
+    if not isinstance(first, Tensor):
+        raise TypeError(f"first must be a tensor, got {type(first).__name__}")
+    if first.dim() != 4 or first.shape[:2] != (count, 3) or not first.numel():
         raise ValueError(f"first must be ({count}, 3, H, W) in [0, 1], got {tuple(first.shape)}")
     return first.detach().float().cpu().clone()

@@ -19,9 +19,13 @@ from torch import Tensor
 from ..ops import can_skip_dispatcher, check_backend_name
 from . import ops
 from .call import NudgeCall, Objective
+from .schedule import MOST_STEPS
 
 OBJECTIVES = get_args(Objective)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+LARGEST = torch.finfo(torch.float32).max
+"""Largest weight, size and radius; an infinite radius is no limit."""
 
 REASONS = ("converged", "steps", "distance", "non-finite")
 """Reasons why an item stops; `NudgeResult.stopped` holds their indices."""
@@ -131,7 +135,7 @@ def nudge(
         int(steps),
         float(step_size),
         float(tolerance),
-        return_trace,
+        bool(return_trace),
         backend,
     )
     moved, distance, taken, stopped, trace = ops.run(call)
@@ -157,10 +161,12 @@ def _check_descent(objective: str, steps: int, step_size: float, tolerance: floa
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps!r:.40}")
     for name, value in (("step_size", step_size), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-        if not 0 <= value < float("inf") or (name == "step_size" and value == 0):
+        if not 0 <= value <= LARGEST or (name == "step_size" and value == 0):
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -202,7 +208,13 @@ def _per_item(
         if not right:
             wanted = "positive" if positive else "finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
+        if LARGEST < abs(value) != float("inf"):
+            raise ValueError(f"{name} must be at most {LARGEST:.4g}, got {value!r:.40}")
+        if positive:
+            value = max(float(value), torch.finfo(dtype).tiny)
         return torch.full((items,), value, dtype=dtype, device=latents.device)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
     if value.shape not in ((), (1,), (items,)):
         raise ValueError(
             f"{name} must be a number or one for each of the {items} items, "

@@ -132,7 +132,7 @@ class LaterStart(NoisePipeline):
         self.inner = flux_pipeline()
         self.transformer, self.scheduler = self.inner.transformer, self.inner.scheduler
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: Any,
         generator: Any = None,
