@@ -46,10 +46,8 @@ class ReferenceBank:
 
     def __post_init__(self) -> None:
         for name, value in (("images", self.images), ("features", self.features)):
-            if not isinstance(value, Tensor) and (name == "images" or value is not None):
+            if not isinstance(value, Tensor) and (value is not None or name == "images"):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not all(isinstance(name, str) for name in self.names):
-            raise TypeError(f"names must be strings, got {self.names!r:.80}")
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be (K, 3, S, S) uint8, got {self.images.dtype} {shape}")
@@ -62,6 +60,8 @@ class ReferenceBank:
             )
         if not self.names:
             raise ValueError("a bank needs at least one image")
+        if not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"names must be strings, got {self.names!r:.80}")
         if self.features is not None and (
             self.features.dim() != 2 or len(self.features) != len(self.names)
         ):
@@ -175,7 +175,7 @@ class ReferenceBank:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        for name in ("bank.safetensors.partial", "bank.json.partial"):  # of version 0.1.0
+        for name in ("bank.safetensors.partial", "bank.json.partial"):  # of earlier versions
             (folder / name).unlink(missing_ok=True)
         path = folder / "bank.safetensors"
         partial = partial_of(path)
@@ -225,7 +225,7 @@ class ReferenceBank:
             description = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
             version, names = description["version"], tuple(map(_text, description["names"]))
             own = None if description["encoder"] is None else _text(description["encoder"])
-            checksum = description.get("sha256")  # banks of version 0.1.0 have none
+            checksum = description.get("sha256")  # older banks have none
             skipped = tuple((str(a), str(b)) for a, b in description["skipped"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'bank.json'} is corrupt: {error!r}") from error

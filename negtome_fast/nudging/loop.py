@@ -21,7 +21,7 @@ from .batch import PipelineBatch
 from .points import BankSearch, choose_points, searches_by_prompt
 from .schedule import METHODS, Method, NudgeSchedule
 from .steering import NUDGING, Steering, check_callback
-from .verdicts import Filter, check_filters, judge
+from .verdicts import Filter, judge
 
 
 def generate_with_nudging(
@@ -82,15 +82,20 @@ def generate_with_nudging(
         Exception: whatever the pipeline raises; the pipeline is left as it was.
     """
     _check_choices(method, on_failure, output_type, max_attempts)
-    check_filters(filters)
+    if isinstance(filters, (str, bytes)) or not isinstance(filters, Sequence):
+        raise TypeError(f"filters must be a sequence of filters, got {type(filters).__name__}")
+    if not filters:
+        raise ValueError("filters is empty, so nothing would ever be judged")
+    if wrong := [one for one in filters if not hasattr(one, "judge")]:
+        raise TypeError(f"filters must have a method judge, {type(wrong[0]).__name__} has none")
+    if method in NUDGING:
+        check_callback(pipe)
     for name, value, kind in (
         ("schedule", schedule, NudgeSchedule),
         ("negtome", negtome, NegToMeConfig),
     ):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    if method in NUDGING:
-        check_callback(pipe)
     batch = PipelineBatch(pipe, prompt, num_images_per_prompt, generator, call)
     retries = _Retries(
         batch,

@@ -25,7 +25,7 @@ OBJECTIVES = get_args(Objective)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LARGEST = torch.finfo(torch.float32).max
-"""Largest weight, size and radius; an infinite radius is no limit."""
+"""Largest step size and tolerance."""
 
 REASONS = ("converged", "steps", "distance", "non-finite")
 """Reasons why an item stops; `NudgeResult.stopped` holds their indices."""
@@ -157,17 +157,20 @@ def _check_latents(latents: Tensor) -> None:
 
 
 def _check_descent(objective: str, steps: int, step_size: float, tolerance: float) -> None:
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    if steps > MOST_STEPS:
-        raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps!r:.40}")
     for name, value in (("step_size", step_size), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-        if not 0 <= value <= LARGEST or (name == "step_size" and value == 0):
+        largest = torch.finfo(torch.float64).max
+        if not 0 <= value <= largest or (name == "step_size" and value == 0):
             raise ValueError(f"{name} must be positive and finite, got {value}")
+        if value > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST:.4g}, got {value}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps!r:.40}")
 
 
 def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
@@ -204,22 +207,20 @@ def _per_item(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        right = value > 0 if positive else abs(value) < float("inf")
+        largest = torch.finfo(dtype).max
+        right = value > 0 if positive else abs(value) <= largest
         if not right:
             wanted = "positive" if positive else "finite"
             raise ValueError(f"{name} must be {wanted}, got {value}")
-        if LARGEST < abs(value) != float("inf"):
-            raise ValueError(f"{name} must be at most {LARGEST:.4g}, got {value!r:.40}")
-        if positive:
-            value = max(float(value), torch.finfo(dtype).tiny)
+        value = float(value) if abs(value) <= largest else float("inf")
         return torch.full((items,), value, dtype=dtype, device=latents.device)
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
     if value.shape not in ((), (1,), (items,)):
         raise ValueError(
             f"{name} must be a number or one for each of the {items} items, "
             f"got the shape {tuple(value.shape)}"
         )
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
     given = value.detach().to(latents.device, dtype).expand(items).contiguous()
     if value.is_cpu and can_skip_dispatcher(given):
         right = given > 0 if positive else given.isfinite()

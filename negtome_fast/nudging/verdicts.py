@@ -81,7 +81,7 @@ def check_filters(filters: Sequence[Filter]) -> None:
         raise ValueError("filters is empty, so nothing would ever be judged")
     for one in filters:
         if not callable(getattr(one, "judge", None)):
-            raise TypeError(f"a filter must have a method `judge`, got {one!r:.80}")
+            raise TypeError(f"filters must have a method judge, {type(one).__name__} has none")
 
 
 def checked_images(images: Tensor) -> Tensor:

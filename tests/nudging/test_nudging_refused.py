@@ -38,7 +38,7 @@ class Undrawn(NoisePipeline):
     ("arguments", "message"),
     [
         ({"prompt": 5}, "prompt must be a string or several, got 5"),
-        ({"filters": ["pixels"]}, "a filter must have a method `judge`, got 'pixels'"),
+        ({"filters": ["pixels"]}, "filters must have a method judge, str has none"),
         ({"undesired": "folder"}, "a ReferenceBank is needed, got str"),
         ({"desired": {"x": None}}, "a ReferenceBank is needed, got NoneType"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be 1 to 10000, got 0"),
@@ -67,12 +67,11 @@ def test_generate_with_nudging_refuses(arguments: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"alpha": 10**400}, r"alpha must be at most 3\.403e\+38, got 10000"),
-        ({"beta": 1e39}, r"beta must be at most 3\.403e\+38, got 1e\+39"),
-        ({"max_distance": 1e39}, r"max_distance must be at most 3\.403e\+38"),
+        ({"alpha": 10**400}, r"alpha must be finite, got 10000"),
+        ({"beta": 1e39}, r"beta must be finite, got 1e\+39"),
         ({"alpha": torch.tensor(1j)}, "alpha must be real numbers, got torch.complex64"),
         ({"max_distance": torch.tensor(True)}, "max_distance must be real numbers"),
-        ({"step_size": 1e300}, "step_size must be positive and finite, got 1e"),
+        ({"step_size": 1e300}, r"step_size must be at most 3\.403e\+38, got 1e"),
         ({"steps": 10**20}, "steps must be at most 1000000, got 1000"),
     ],
     ids=str,
@@ -80,12 +79,6 @@ def test_generate_with_nudging_refuses(arguments: dict[str, Any], message: str) 
 def test_nudge_refuses(weights: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         nudge(X, undesired=X, **weights)
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_radius_that_fp32_rounds_to_0_moves_nothing(backend: str) -> None:
-    still = nudge(X, undesired=9 * X, max_distance=1e-60, backend=backend)
-    assert torch.equal(still.latents, X) and bool(still.distance.isfinite().all())
 
 
 @pytest.mark.parametrize(
