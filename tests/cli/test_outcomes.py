@@ -81,6 +81,7 @@ def lines(result: GenerationResult) -> list[str]:
     ],
     ids=["guided", "window", "alpha", "threshold", "references", "reference and run", "one of two"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:no step of this run:UserWarning")
 def test_sheet_record_and_line_agree(
     guidance: dict[str, Any],
     alphas: tuple[float | None, ...],
@@ -151,7 +152,9 @@ def test_a_run_that_starts_below_the_window_is_not_called_guided(
     argument: dict[str, Any], tmp_path: Path, sheets: list[tuple[list[str], str]]
 ) -> None:
     settings = Settings(prompts=("x",), model="a/b", images=2, call=argument)
-    result = run(settings, tmp_path / "run", LaterStart())
+    with pytest.warns(UserWarning, match="nothing is guided"):
+        result = run(settings, tmp_path / "run", LaterStart())
+    assert any("nothing is guided" in warning for warning in result.record["warnings"])
     assert result.record["summaries"][0]["forwards"] == 4
     assert result.record["summaries"][0]["verdict"] == NOT_GUIDED
     assert sheets[0][0] == ["not guided, same seeds"] and "not guided" in sheets[0][1]
