@@ -1,64 +1,51 @@
-"""Words for what a guidance did to a batch, on sheets, in records and on the command line.
+"""Words for what a guidance did to a batch, on sheets and on the command line.
 
-A run whose steps all lie outside of the window, or whose alpha is 0, is not called guided.
+They follow the verdict of the summary: a run whose steps all lie outside of the window, or whose
+alpha is 0, is not called guided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-GUIDED, UNMOVED, MEASURED, NOT_GUIDED = "guided", "nothing pushed", "measured only", "not guided"
+GUIDED = "guided"
 
 _LABELS = {
     GUIDED: "with NegToMe, same seeds",
-    UNMOVED: "with NegToMe, which pushed no token, same seeds",
-    MEASURED: "measured only (alpha 0), same seeds",
-    NOT_GUIDED: "not guided, same seeds",
+    "measured only": "measured only (alpha 0), same seeds",
+    "not guided": "not guided, same seeds",
 }
+"""Headings by verdict; a row of several batches has the first that one of them has."""
 
 
-def outcome_of(summary: Mapping[str, Any], measured_only: bool) -> str:
-    """Return `GUIDED`, `UNMOVED`, `MEASURED` or `NOT_GUIDED`.
+def label(verdicts: Collection[str]) -> str:
+    """Return the heading of a row of images, given the verdicts on their batches."""
+    return next(heading for verdict, heading in _LABELS.items() if verdict in verdicts)
+
+
+def caveat(verdicts: Sequence[str]) -> str:
+    """Return what a caption says of batches that were not guided; empty if all were."""
+    others = {v: verdicts.count(v) for v in _LABELS if v != GUIDED and v in verdicts}
+    if len(set(verdicts)) == 1:
+        return "".join(others)
+    return ", ".join(f"{v}: {n} of {len(verdicts)} batches" for v, n in others.items())
+
+
+def told(summary: Mapping[str, Any], shown: Collection[str] = ()) -> list[str]:
+    """Return lines on one batch: what became of it, and the notes that were not shown yet.
 
     Args:
-        summary: `GuidanceSummary.to_dict()` of one batch.
-        measured_only: True if every alpha is 0.
+        summary: `GuidanceSummary.to_dict()`.
+        shown: warnings that the user has seen.
     """
-    if not summary["guided"] or not summary["total"]["tokens"]:
-        return NOT_GUIDED
-    if measured_only:
-        return MEASURED
-    return GUIDED if summary["total"]["pushed"] > 0 else UNMOVED
-
-
-def label(outcomes: Sequence[str]) -> str:
-    """Return the heading of a row of images, given the outcomes of their batches."""
-    return _LABELS[next((kind for kind in _LABELS if kind in outcomes), NOT_GUIDED)]
-
-
-def caveat(outcomes: Sequence[str]) -> str:
-    """Return what a caption says of batches that were not guided; empty if all were."""
-    others = [kind for kind in (NOT_GUIDED, MEASURED, UNMOVED) if kind in outcomes]
-    if len(set(outcomes)) < 2:
-        return "".join(others)
-    return ", ".join(
-        f"{kind}: {outcomes.count(kind)} of {len(outcomes)} batches" for kind in others
-    )
-
-
-def told(summary: Mapping[str, Any], outcome: str) -> list[str]:
-    """Return lines on one batch: what was guided, and the notes of its summary."""
-    total, forwards = summary["total"], f"{summary['guided']} of {summary['forwards']}"
-    shares = f"{total['matched']:.1%} of the tokens matched, "
-    if outcome == NOT_GUIDED and not summary["guided"]:
-        line = f"not guided: {forwards} model forwards lay in the window"
-    elif outcome == NOT_GUIDED:
-        line = f"not guided: no token was compared with a reference in {forwards} model forwards"
-    elif outcome == MEASURED:
-        line = f"measured only, since alpha is 0: {forwards} model forwards: {shares}"
-    else:
-        line = f"guided {forwards} model forwards: {shares}{total['pushed']:.1%} pushed, "
-    if outcome != NOT_GUIDED:
-        line += f"mean similarity {total['similarity']:.3f}"
-    return [line, *summary.get("notes", ())]
+    total, line = summary["total"], str(summary["sentence"])
+    matched, similarity = f"{total['matched']:.1%} of the tokens matched", total["similarity"]
+    if summary["verdict"] == GUIDED:
+        line = (
+            f"guided {summary['guided']} of {summary['forwards']} model forwards: {matched}, "
+            f"{total['pushed']:.1%} pushed, mean similarity {similarity:.3f}"
+        )
+    elif summary["verdict"] == "measured only":
+        line += f": {matched}, mean similarity {similarity:.3f}"
+    return [line, *(note for note in summary["notes"] if note not in shown)]

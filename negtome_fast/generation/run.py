@@ -19,7 +19,7 @@ from .contact_sheet import Row, reference_rows, sheet
 from .drawing import call_arguments, check_call_before_loading, configuration, draw
 from .loading import check_machine, load_pipeline
 from .media import blurred, encode_video, frames, is_image, png, still
-from .outcome import GUIDED, caveat, label, outcome_of
+from .outcome import GUIDED, caveat, label
 from .run_folder import RunFolder, plain_value, versions
 from .settings import ReferenceFile, Settings
 
@@ -112,10 +112,8 @@ class GenerationRun:
         self.guided: list[list[Image]] = []
         self.plain: list[list[Image]] = []
         self._references = settings.references
-        self._outcomes: list[list[str]] = []
-        """Outcomes of the batches of each prompt."""
-        used = settings.references or [ReferenceFile("")]
-        self._measured_only = not any(config.alpha if r.alpha is None else r.alpha for r in used)
+        self._verdicts: list[list[str]] = []
+        """Verdicts on the batches of each prompt."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -152,7 +150,6 @@ class GenerationRun:
             "device": str(getattr(self.pipe, "_execution_device", "unknown")),
             "versions": versions(),
             "summaries": [],
-            "outcomes": [],
         }
 
     def one_prompt(self, number: int, prompt: str) -> None:
@@ -164,7 +161,7 @@ class GenerationRun:
             self._save("plain", number, 0, made)
             self.plain.append([still(item) for item in made])
         self.guided.append([])
-        self._outcomes.append([])
+        self._verdicts.append([])
         if not drafts:
             references = [entry.load() for entry in self._references] or None
             self._guided_batch(number, prompt, seeds, 0, references)
@@ -185,9 +182,8 @@ class GenerationRun:
         with negtome_guidance(self.pipe, self.config, reference=references) as handle:
             made = self._draw(prompt, seeds, "guided")
             summary = handle.summary().to_dict()
-        self._outcomes[-1].append(outcome_of(summary, self._measured_only))
+        self._verdicts[-1].append(summary["verdict"])
         self.record["summaries"].append(summary)
-        self.record["outcomes"].append(self._outcomes[-1][-1])
         self._save("guided", number, place, made)
         self.guided[-1] += [still(item) for item in made]
 
@@ -215,7 +211,7 @@ class GenerationRun:
         if not s.references and s.preset != "sharpen":
             words.append(f'reference "{c.reference}"')
         words.append(f"seeds {s.seed} to {s.seed + s.images - 1}")
-        caution = caveat([kind for outcomes in self._outcomes for kind in outcomes])
+        caution = caveat([one for verdicts in self._verdicts for one in verdicts])
         return ", ".join([*words, caution] if caution else words)
 
     def _rows(self) -> list[Row]:
@@ -223,8 +219,8 @@ class GenerationRun:
         for number, guided in enumerate(self.guided):
             if self.plain:
                 rows.append(Row("without guidance", self.plain[number]))
-            outcomes = self._outcomes[number]
-            rows.append(Row(label(outcomes), guided, accent=GUIDED in outcomes))
+            verdicts = self._verdicts[number]
+            rows.append(Row(label(verdicts), guided, accent=GUIDED in verdicts))
         return rows
 
     def _draw(self, prompt: str, seeds: Sequence[int], label: str) -> list[Any]:

@@ -40,6 +40,7 @@ class RunFolder:
         self.record: dict[str, Any] = {}
         """The contents of `run.json`; `save_record` writes them."""
         self._earlier = _earlier_files(path, overwrite)
+        self._replaced: dict[str, bytes] = {}
         self._new = not path.is_dir()
         check_writable("folder", path)
 
@@ -48,7 +49,7 @@ class RunFolder:
         """Write the record before the run, at its end, and after an error or an interrupt.
 
         The files of the run that this one replaces are removed at the end. If a run fails before
-        anything is finished, the folder that was made for it is removed.
+        anything is finished, the folder is as it was.
 
         Raises:
             FileExistsError: another run has taken the folder meanwhile.
@@ -68,7 +69,7 @@ class RunFolder:
             with suppress(OSError):  # a full disk: the last record stays
                 self.save_record()
             if failed:
-                self._remove_if_fruitless()
+                self._undo_if_fruitless()
             raise
         for name in self._earlier - self.files.keys() - {RECORD}:
             (self.path / name).unlink(missing_ok=True)
@@ -78,6 +79,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.path)
         if self._earlier:
+            files = [name for name in self._earlier if not _MADE.fullmatch(name)]
+            self._replaced = {name: (self.path / name).read_bytes() for name in files}
             return
         try:
             (self.path / RECORD).open("x").close()
@@ -96,12 +99,17 @@ class RunFolder:
         text = json.dumps(self.record, indent=1) + "\n"
         write_atomically(self.path / RECORD, text.encode())
 
-    def _remove_if_fruitless(self) -> None:
-        """Remove the files of a failed run that finished nothing, and the folder if it is new."""
-        if self._earlier or any(_MADE.fullmatch(name) for name in self.files):
+    def _undo_if_fruitless(self) -> None:
+        """Undo what a failed run wrote that finished no image, and remove the folder if it is new.
+
+        An earlier run in the folder gets its record and the copies of its references back.
+        """
+        if any(_MADE.fullmatch(name) for name in self.files):
             return
-        for name in (*self.files, RECORD):
+        for name in {*self.files, RECORD} - self._replaced.keys():
             (self.path / name).unlink(missing_ok=True)
+        for name, content in self._replaced.items():
+            write_atomically(self.path / name, content)
         if self._new:
             with suppress(OSError):  # it holds somebody else's files
                 self.path.rmdir()

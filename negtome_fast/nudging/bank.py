@@ -60,6 +60,8 @@ class ReferenceBank:
             )
         if not self.names:
             raise ValueError("a bank needs at least one image")
+        if not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"names must be strings, got {self.names!r:.80}")
         if self.features is not None and (
             self.features.dim() != 2 or len(self.features) != len(self.names)
         ):
@@ -120,6 +122,8 @@ class ReferenceBank:
 
     def with_features(self, encoder: ImageEncoder) -> ReferenceBank:
         """Return the bank with this encoder's features, or itself if it has them."""
+        if not isinstance(encoder, ImageEncoder):
+            raise TypeError(f"encoder must be an ImageEncoder, got {type(encoder).__name__}")
         if self.features is not None and self.encoder == encoder.name:
             return self
         parts = [encoder(part.float() / 255).cpu() for part in self.images.split(BATCH)]
@@ -151,6 +155,8 @@ class ReferenceBank:
         Args:
             size: pixels: a side, or height and width.
         """
+        for side in (size,) if isinstance(size, int) else size:
+            check_side("size", side)
         parts = self.images.split(BATCH)
         return torch.cat([resized(part.float() / 255, size) for part in parts])
 
@@ -169,7 +175,7 @@ class ReferenceBank:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        for name in ("bank.safetensors.partial", "bank.json.partial"):  # of version 0.1.0
+        for name in ("bank.safetensors.partial", "bank.json.partial"):  # of earlier versions
             (folder / name).unlink(missing_ok=True)
         path = folder / "bank.safetensors"
         partial = partial_of(path)
@@ -219,7 +225,7 @@ class ReferenceBank:
             description = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
             version, names = description["version"], tuple(map(_text, description["names"]))
             own = None if description["encoder"] is None else _text(description["encoder"])
-            checksum = description.get("sha256")  # banks of version 0.1.0 have none
+            checksum = description.get("sha256")  # older banks have none
             skipped = tuple((str(a), str(b)) for a, b in description["skipped"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'bank.json'} is corrupt: {error!r}") from error

@@ -16,6 +16,10 @@ _TEXTS = ("negative_prompt", "prompt_2", "prompt_3")
 """Prefixes of the names of arguments that hold one text for each prompt, or one for all."""
 
 
+MOST_IMAGES = 10_000
+"""Largest number of images of a prompt."""
+
+
 class PipelineBatch:
     """A pipeline's call for all images of all prompts.
 
@@ -38,11 +42,21 @@ class PipelineBatch:
         generator: torch.Generator | Sequence[torch.Generator] | None,
         call: dict[str, Any],
     ) -> None:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        listed = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        prompts: list[Any] = list(prompt) if listed else [prompt]
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise TypeError(f"prompt must be a string or several, got {prompt!r}")
         if "callback_on_step_end" in call and not callable(call["callback_on_step_end"]):
             raise TypeError("callback_on_step_end must be callable")
+        if isinstance(images_per_prompt, bool) or not isinstance(images_per_prompt, int):
+            raise TypeError(f"num_images_per_prompt must be an integer, got {images_per_prompt!r}")
+        if not 1 <= images_per_prompt <= MOST_IMAGES:
+            raise ValueError(
+                f"num_images_per_prompt must be 1 to {MOST_IMAGES}, got {images_per_prompt}"
+            )
+        for name in ("return_dict", "num_videos_per_prompt"):
+            if name in call:
+                raise ValueError(f"{name} cannot be given: the images are taken from the output")
         if "latents" in call:
             raise ValueError(
                 "latents cannot be given: hand over generators, from which every "
@@ -52,6 +66,9 @@ class PipelineBatch:
         self._per_prompt = images_per_prompt
         self.prompts = [p for p in prompts for _ in range(images_per_prompt)]
         self.count = len(self.prompts)
+        for name, value in call.items():
+            if name.startswith(_TEXTS) and isinstance(value, list) and len(value) != len(prompts):
+                raise ValueError(f"{name} must have {len(prompts)} entries, got {len(value)}")
         self._generators = self._one_each(generator)
         self._states = [g.get_state() for g in self._generators]
 
@@ -64,10 +81,17 @@ class PipelineBatch:
                 for _ in range(self.count)
             ]
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"generator must be torch.Generator objects, got {generator!r:.80}")
         if len(generators) != self.count:
             raise ValueError(
                 f"{self.count} images need a generator each, so that one can be made again alone; "
                 f"got {len(generators)}"
+            )
+        if len(set(map(id, generators))) != self.count:
+            raise ValueError(
+                f"{self.count} images need a generator each; one generator stands for two images, "
+                "which would start from the same noise when they are made again"
             )
         return generators
 
@@ -94,7 +118,7 @@ class PipelineBatch:
             generators = [self._copy(i, reseed) for i in items]
             for name, value in call.items():
                 if name.startswith(_TEXTS) and isinstance(value, (str, list)):
-                    call[name] = [self._text_of(name, value, i) for i in items]
+                    call[name] = [self._text_of(value, i) for i in items]
         if callback is not None:
             call["callback_on_step_end"] = _both(call.get("callback_on_step_end"), callback)
             inputs = call.get("callback_on_step_end_tensor_inputs", ["latents"])
@@ -102,13 +126,8 @@ class PipelineBatch:
         images = self.pipe(prompt, generator=generators, output_type="pt", **call).images
         return images.float().cpu()
 
-    def _text_of(self, name: str, value: str | list[str], item: int) -> str:
-        if isinstance(value, str):
-            return value
-        prompts = self.count // self._per_prompt
-        if len(value) != prompts:
-            raise ValueError(f"{name} must have {prompts} entries, got {len(value)}")
-        return value[item // self._per_prompt]
+    def _text_of(self, value: str | list[str], item: int) -> str:
+        return value if isinstance(value, str) else value[item // self._per_prompt]
 
     def _copy(self, item: int, reseed: int) -> torch.Generator:
         copied = torch.Generator(self._generators[item].device)

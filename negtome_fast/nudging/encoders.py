@@ -28,6 +28,11 @@ class ImageEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """Return features `(B, C)` fp32, computed in batches of 32 images."""
         parts = [self.encode(part) for part in images.split(BATCH)]
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(
+                f"the encoder {self.name!r} must return a tensor (B, C), it returned "
+                f"{type(parts[0]).__name__}"
+            )
         features = torch.cat([part.detach().float() for part in parts])
         if features.dim() != 2 or len(features) != len(images):
             raise ValueError(

@@ -90,6 +90,12 @@ def generate_with_nudging(
         raise TypeError(f"filters must have a method judge, {type(wrong[0]).__name__} has none")
     if method in NUDGING:
         check_callback(pipe)
+    for name, value, kind in (
+        ("schedule", schedule, NudgeSchedule),
+        ("negtome", negtome, NegToMeConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     batch = PipelineBatch(pipe, prompt, num_images_per_prompt, generator, call)
     retries = _Retries(
         batch,
@@ -188,6 +194,8 @@ def _check_choices(method: str, on_failure: str, output_type: str, max_attempts:
 
 
 def _existing(first: Tensor, count: int) -> Tensor:
-    if first.dim() != 4 or first.shape[:2] != (count, 3):
+    if not isinstance(first, Tensor):
+        raise TypeError(f"first must be a tensor, got {type(first).__name__}")
+    if first.dim() != 4 or first.shape[:2] != (count, 3) or not first.numel():
         raise ValueError(f"first must be ({count}, 3, H, W) in [0, 1], got {tuple(first.shape)}")
     return first.detach().float().cpu().clone()

@@ -20,9 +20,13 @@ from ..arguments import check_dense
 from ..ops import can_skip_dispatcher, check_backend_name
 from . import ops
 from .call import NudgeCall, Objective
+from .schedule import MOST_STEPS
 
 OBJECTIVES = get_args(Objective)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+LARGEST = torch.finfo(torch.float32).max
+"""Largest step size and tolerance."""
 
 REASONS = ("converged", "steps", "distance", "non-finite")
 """Reasons why an item stops; `NudgeResult.stopped` holds their indices."""
@@ -134,7 +138,7 @@ def nudge(
         int(steps),
         float(step_size),
         float(tolerance),
-        return_trace,
+        bool(return_trace),
         backend,
     )
     moved, distance, taken, stopped, trace = ops.run(call)
@@ -167,6 +171,10 @@ def _check_descent(objective: str, steps: int, step_size: float, tolerance: floa
         largest = torch.finfo(torch.float64).max
         if not 0 <= value <= largest or (name == "step_size" and value == 0):
             raise ValueError(f"{name} must be positive and finite, got {value}")
+        if value > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST:.4g}, got {value}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps!r:.40}")
 
 
 def _points(name: str, points: Tensor | None, latents: Tensor) -> Tensor | None:
@@ -217,6 +225,8 @@ def _per_item(
             f"{name} must be a number or one for each of the {items} items, "
             f"got the shape {tuple(value.shape)}"
         )
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
     given = value.detach().to(latents.device, dtype).expand(items).contiguous()
     if value.is_cpu and can_skip_dispatcher(given):
         right = given > 0 if positive else given.isfinite()

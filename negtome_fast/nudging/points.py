@@ -37,6 +37,8 @@ class BankSearch:
     """A bank that is searched for the images nearest in pixels."""
 
     def __init__(self, bank: ReferenceBank) -> None:
+        if not isinstance(bank, ReferenceBank):
+            raise TypeError(f"a ReferenceBank is needed, got {type(bank).__name__}")
         self.bank = bank
 
     @cached_property

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from .call import Objective
 
 Method = Literal["nudge", "negtome", "both", "reseed"]
+MOST_STEPS = 1_000_000
+"""Largest number of descent steps, and of points."""
 METHODS: tuple[str, ...] = get_args(Method)
 
 
@@ -58,6 +60,8 @@ class NudgeSchedule:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1 and whole, got {value!r}")
+            if value > MOST_STEPS:
+                raise ValueError(f"{name} must be at most {MOST_STEPS}, got {value!r:.40}")
         if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
             raise TypeError(f"window must be two values (start, end), not {self.window!r}")
         for part in self.window:
@@ -80,7 +84,9 @@ class NudgeSchedule:
             )
 
     def factor(self, attempt: int) -> float:
-        """Factor of the weights in this attempt; the first retry is attempt 1."""
+        """Factor of the weights in this attempt, at most 1e30; the first retry is attempt 1."""
+        if (attempt - 1) * math.log10(self.escalation) > 30:  # fp32 ends at 3e38
+            return 1e30
         return self.escalation ** (attempt - 1)
 
     def moves_after(self, step: int, steps: int, attempt: int) -> bool:

@@ -45,6 +45,11 @@ def select_nearest(
         raise ValueError(f'metric must be "l2" or "cosine", got {metric!r}')
     if search not in ("torch", "faiss"):
         raise ValueError(f'search must be "torch" or "faiss", got {search!r}')
+    for name, tensor in (("latents", latents), ("points", points)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2 or 0 in tensor.shape[1:] or (name == "points" and not len(tensor)):
+            raise ValueError(f"{name} must be (K, ...) and not empty, got {tuple(tensor.shape)}")
     if latents.shape[1:] != points.shape[1:]:
         raise ValueError(
             f"points {tuple(points.shape)} are not of the shape of the items {tuple(latents.shape)}"

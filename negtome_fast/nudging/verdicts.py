@@ -57,6 +57,7 @@ def judge(filters: Sequence[Filter], images: Tensor) -> list[tuple[Verdict, ...]
     Returns:
         The verdicts on each image; the last one has `triggered` if the image did not pass.
     """
+    check_filters(filters)
     images = checked_images(images)
     verdicts: list[list[Verdict]] = [[] for _ in images]
     passing = list(range(len(images)))
@@ -69,6 +70,20 @@ def judge(filters: Sequence[Filter], images: Tensor) -> list[tuple[Verdict, ...]
     return [tuple(rows) for rows in verdicts]
 
 
+def check_filters(filters: Sequence[Filter]) -> None:
+    """Check that there are filters.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: one has no `judge`.
+    """
+    if not filters:
+        raise ValueError("filters is empty, so nothing would ever be judged")
+    for one in filters:
+        if not callable(getattr(one, "judge", None)):
+            raise TypeError(f"filters must have a method judge, {type(one).__name__} has none")
+
+
 def checked_images(images: Tensor) -> Tensor:
     """Return the images `(B, 3, H, W)` in fp32.
 
@@ -78,4 +93,6 @@ def checked_images(images: Tensor) -> Tensor:
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be (B, 3, H, W) in [0, 1], got {shape}")
+    if 0 in images.shape[2:]:
+        raise ValueError(f"images must have pixels, got {tuple(images.shape)}")
     return images.float()

@@ -86,6 +86,8 @@ def _pictures(source: Any, what: str) -> list[Image]:
     from PIL import Image
 
     if isinstance(source, Image.Image):
+        if not source.width * source.height:
+            raise ValueError(f"a {what} must have pixels; this one is {source.size}")
         return [source]
     if isinstance(source, (str, Path)):
         return _read(Path(source), what)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed'
 from helpers.interrupted import NoisePipeline, at_call, files_of_at_most, kill_self, killed
 from negtome_fast import files
 from negtome_fast.generation import ReferenceFile, Settings, generate, new_folder, numbered_folder
+from negtome_fast.generation import run as running
 from negtome_fast.generation.nudged import NudgeRun, nudge_images
 from negtome_fast.generation.run_folder import RunFolder
 from negtome_fast.nudging import NudgedImages
@@ -186,6 +188,27 @@ def test_a_failed_run_takes_no_files_of_others(tmp_path: Path) -> None:
         (folder / "mine.txt").write_text("kept")
         raise ValueError("stop")
     assert names(folder) == {"mine.txt"}
+
+
+def test_a_failed_run_gives_an_earlier_one_its_record_back(pipe: Any, tmp_path: Path) -> None:
+    """A run that overwrites may be refused by the pipeline only when it draws."""
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    folder, pipe.vae = tmp_path / "run", object()
+    settings = Settings(("one",), "a/b", references=(ReferenceFile(str(picture)),))
+    generate(settings, folder, pipe=pipe, progress=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    Image.new("RGB", (8, 8), "blue").save(picture)
+    more = replace(settings, references=2 * settings.references)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.GenerationRun, "one_prompt", failing)
+        with pytest.raises(RuntimeError, match="late"):
+            generate(more, folder, pipe=pipe, progress=False, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def failing(*_: Any) -> None:
+    raise RuntimeError("late")
 
 
 def test_references_in_the_folder_that_is_replaced_are_read_first(

@@ -340,7 +340,7 @@ def test_settings_of_wrong_types_are_named(changes: dict[str, Any], message: str
 
 
 def test_paths_of_references_may_be_paths() -> None:
-    entry = generation.ReferenceFile(Path("ok.png"), Path("dot.png"))  # type: ignore[arg-type]
+    entry = generation.ReferenceFile(Path("ok.png"), Path("dot.png"))
     assert (entry.image, entry.mask) == ("ok.png", "dot.png")
 
 

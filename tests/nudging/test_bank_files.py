@@ -206,7 +206,7 @@ def test_thresholds_are_finite_numbers(threshold: Any) -> None:
         with pytest.raises((ValueError, TypeError), match=r"^threshold must "):
             make()
     with pytest.raises(TypeError, match="function must be callable"):
-        CallableFilter(5, 0.5)  # type: ignore[arg-type]
+        CallableFilter(5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
             if (folder / generation.RECORD).is_file():
                 print(printable(f"what was finished is in {folder}"), file=sys.stderr)
             raise
-    for lines in map(generation.told, result.record["summaries"], result.record["outcomes"]):
-        print(*lines, sep="\n")
+    for summary in result.record["summaries"]:
+        print(*generation.told(summary, result.record["warnings"]), sep="\n")
     print(printable(f"{len(result.record['files'])} files and {generation.RECORD} in {folder}"))
     return 0
