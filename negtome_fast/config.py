@@ -156,7 +156,8 @@ class NegToMeConfig:
             )
         if self.steps is not None:
             start, end = (
-                _real("steps", part) for part in _pair("steps", self.steps, "(start, end)")
+                _real("steps=(start, end)", part)
+                for part in _pair("steps", self.steps, "(start, end)")
             )
             if not 0 <= start < end <= 1:
                 raise ValueError(

@@ -48,3 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("negtome-fast: interrupted", file=sys.stderr)
         return 130
+    except MemoryError:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print("negtome-fast: error: not enough memory for this request", file=sys.stderr)
+        return 2

@@ -86,9 +86,9 @@ def _check_latents(latents: Tensor) -> None:
             f"a reference that is a tensor is latents, floating point, not {latents.dtype}; "
             "give pixels as a numpy array (H, W, 3) or a PIL image"
         )
-    if latents.ndim < 3 or not latents.numel():
+    if latents.ndim < 2 or not latents.numel():
         raise ValueError(
-            f"a reference that is latents must be (C, h, w) or larger, not {tuple(latents.shape)}"
+            f"a reference that is latents must be (C, h, w), not {tuple(latents.shape)}"
         )
     if latents.is_meta or not bool(latents.isfinite().all()):
         raise ValueError("the latents of a reference must be finite: nothing would match them")

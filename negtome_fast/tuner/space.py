@@ -65,13 +65,15 @@ def parse_shape(text: str) -> TokenShape:
     """
     found = re.fullmatch(r"(\d{1,12})x(\d{1,12})x(\d{1,12})(?:/(\d{1,12}))?", text)
     if not found:
-        raise ValueError(f"shape {shorten(text, 60)!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS")
+        raise ValueError(
+            f"`shapes` {shorten(text, 60)!r} is not ITEMSxTOKENSxCHANNELS or .../GROUPS"
+        )
     items, tokens, channels, groups = (int(part or 1) for part in found.groups())
     if min(items, tokens, channels, groups) < 1 or items % groups or items == groups:
-        raise ValueError(f"shape {text!r} needs 2 or more items in each of its equal groups")
+        raise ValueError(f"`shapes` {text!r} needs 2 or more items in each of its equal groups")
     if max(items, tokens, channels) > MOST or items * tokens * channels > MOST_ELEMENTS:
         raise ValueError(
-            f"shape {text!r} is too large: at most {MOST:,} of each, and {MOST_ELEMENTS:,} "
+            f"`shapes` {text!r} is too large: at most {MOST:,} of each, and {MOST_ELEMENTS:,} "
             "elements, which fill a GPU"
         )
     return TokenShape(items, tokens, channels, groups)

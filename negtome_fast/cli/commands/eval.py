@@ -141,7 +141,10 @@ def _run_study(options: argparse.Namespace) -> int:
     if options.quick and options.samples is not None:
         raise ValueError("--quick has a number of samples of its own")
     study = STUDIES[options.study]
-    sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
+    try:
+        sizes = Sizes.rehearsal() if options.quick else Sizes(options.samples or study.images)
+    except ValueError as error:
+        raise ValueError(f"--samples: {error}") from error
     torch.set_num_threads(options.threads or 1)
     with one_line_warnings():
         result = perform(study, StudyRun(Sampler(options.store), sizes, options.out))

@@ -142,6 +142,8 @@ def _free_port(host: str, port: int) -> int:
         ValueError: it is no port.
         OSError: it is taken, or `host` is no address of this machine.
     """
+    if not host.isascii() or not host:
+        raise ValueError(f"`host` {host!r} is no address of this machine")
     if not 0 <= port < 2**16:
         raise ValueError(f"`port` must be 1 to 65535, or 0 for a free one, got {port}")
     try:

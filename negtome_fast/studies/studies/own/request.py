@@ -22,6 +22,9 @@ NAME = "own"
 #: Names in `METRICS` that mean something for a few images and need no real images.
 OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 
+MOST_SCALE = 1_000_000
+"""Largest guidance scale."""
+
 UNGUIDED, NEGATIVE, GUIDED = "unguided", "negative prompt", "NegToMe"
 
 #: Options that take several values, and how a condition's name shows one of them.
@@ -114,6 +117,10 @@ class Request:
             )
         if any(scale is not None and not math.isfinite(scale) for scale in self.scales):
             raise ValueError("`guidance_scale` must be finite numbers")
+        if any(scale is not None and not 0 <= scale <= MOST_SCALE for scale in self.scales):
+            raise ValueError(
+                f"`guidance_scale` must be between 0 and {MOST_SCALE:,}, got {self.scales}"
+            )
         if len(set(self.scales)) < len(self.scales):
             raise ValueError("`guidance_scale` has a value twice")
         self._check_purpose()
