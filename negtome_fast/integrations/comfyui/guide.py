@@ -56,10 +56,10 @@ class NodeGuidance(Guidance):
         self.warnings: list[str] = []
         super().__init__(config, references)
 
-    def begin_run(self) -> None:
+    def begin_run(self, *, goes_on: bool = False) -> None:
         """Restarts as `Guidance` does, and forgets the warnings."""
         self.warnings.clear()
-        super().begin_run()
+        super().begin_run(goes_on=goes_on)
 
     def _warn(self, message: str, stacklevel: int = 3) -> None:
         if message not in self.warnings:
