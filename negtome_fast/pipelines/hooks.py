@@ -230,10 +230,11 @@ class ModelHooks(Unsaved):
         """Notes where the image tokens of this guided forward are."""
         captions = arguments.get(self.layout.captions or "")
         if captions is not self._captions:
-            self._captions = captions
+            first, self._captions = self._captions is _NEVER, captions
             self._run_tokens = self.layout.image_tokens(model, arguments)
-            own = self._schedule.call.latents() if self._schedule else None
-            check_own_latents(model, self._run_tokens, latents, own)
+            if first and self._schedule is not None:
+                own = self._schedule.call.latents()
+                check_own_latents(model, self._run_tokens, latents, own)
         self._hook_projections()
         shards = token_shards(model, self.layout, self._run_tokens)
         self._attention.open(self._run_tokens, latents.shape[0], shards)
