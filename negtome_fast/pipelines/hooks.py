@@ -290,10 +290,11 @@ class ModelHooks(Unsaved):
         """Notes where the image tokens of this guided forward are."""
         captions = arguments.get(self.layout.captions or "")
         if captions is not self._captions:
-            self._captions = captions
+            first, self._captions = self._captions is _NEVER, captions
             self._run_tokens = self.layout.image_tokens(model, arguments)
-            own = ModelCall(model, self._schedule.pipe).latents() if self._schedule else None
-            check_own_latents(model, self._run_tokens, latents, own)
+            if first and self._schedule is not None:
+                own = ModelCall(model, self._schedule.pipe).latents()
+                check_own_latents(model, self._run_tokens, latents, own)
         self._hook_projections()
         shards = token_shards(model, self.layout, self._run_tokens)
         self._attention.open(self._run_tokens, latents.shape[0], shards)

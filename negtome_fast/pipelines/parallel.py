@@ -41,7 +41,8 @@ class TokenShards:
     Args:
         group: the ranks that share the tokens.
         image: the image tokens of all ranks. The image stream is split as evenly as possible,
-            longer parts first, so tokens that an edit pipeline appended are on the last ranks.
+            longer parts first, so tokens that an edit pipeline appended are on the last ranks, and
+            the given frames of a video on the first.
         gathered: modules whose outputs hold the tokens of all ranks again.
 
     Attributes:
@@ -61,13 +62,17 @@ class TokenShards:
         starts = [sum(streams[:r]) for r in range(ranks)]
         self.group = group
         self.gathered = gathered
+        first, end = image.offset, image.offset + image.generated
         self.sizes = tuple(
-            min(max(image.generated - start, 0), size)
+            max(min(start + size, end) - max(start, first), 0)
             for start, size in zip(starts, streams, strict=True)
         )
         self.start = sum(self.sizes[:rank])
         self.own = slice(self.start, self.start + self.sizes[rank])
-        self.image = ImageTokens(streams[rank], self.sizes[rank], image.grid, image.frames)
+        offset = max(first - starts[rank], 0) if self.sizes[rank] else 0
+        self.image = ImageTokens(
+            streams[rank], self.sizes[rank], image.grid, image.frames, offset=offset
+        )
 
     def gather(self, tokens: Tensor) -> Tensor:
         """Returns the tokens of all ranks `(B, N, D)`, given those of this rank `(B, n, D)`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed')
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers", reason='the extra "diffusers" is not installed'
 from helpers.families import FAMILIES
 from negtome_fast.pipelines import ImageTokens, apply_negtome, known_layouts, negtome_guidance
 from negtome_fast.pipelines.image_tokens import check_own_latents, grid_of_places
+from negtome_fast.pipelines.parallel import TokenShards
 from negtome_fast.pipelines.unknown import unknown_image_tokens
 
 LATENTS = torch.zeros(2, 6, 8)
@@ -265,3 +267,30 @@ def test_two_unets_are_guided_as_one() -> None:
     pipe.unet_2 = pipe.__dict__.pop("reference_unet")
     with negtome_guidance(pipe):
         assert all(model._forward_pre_hooks for model in (pipe.unet, pipe.unet_2))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (ImageTokens(10, 7), [(4, 4, 0), (3, 3, 0), (3, 0, 0)]),
+        (ImageTokens(10, 5, offset=5), [(4, 0, 0), (3, 2, 1), (3, 3, 0)]),
+        (ImageTokens(10, 8, offset=2), [(4, 2, 2), (3, 3, 0), (3, 3, 0)]),
+        (ImageTokens(10, 2, offset=5), [(4, 0, 0), (3, 2, 1), (3, 0, 0)]),
+    ],
+    ids=["given after", "given before", "given before on the first", "given around"],
+)
+def test_ranks_hold_the_generated_tokens_alone(
+    image: ImageTokens, expected: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The given tokens before the generated ones were taken for generated."""
+    group: Any = None
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        shards = TokenShards(group, image)
+        own = shards.image
+        found.append((own.num_tokens, own.generated, own.offset))
+        assert shards.sizes == tuple(generated for _, generated, _ in expected)
+        assert shards.own.stop - shards.own.start == own.generated
+    assert found == expected
