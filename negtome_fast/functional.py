@@ -75,18 +75,24 @@ def negtome(
         dropout: probability in [0, 1] that a token is spared.
         generator: source of randomness of the dropout, which draws on its own device; None is
             torch's global generator.
-        inplace: write into `x` (not differentiable); `x` is also returned.
+        inplace: write into `x` (not differentiable), no two elements of which may share memory;
+            `x` is also returned.
         backend: `"auto"` (Triton on a GPU, else torch), `"triton"`, `"torch"` or `"reference"`.
             The environment variable NEGTOME_FAST_BACKEND decides what "auto" means.
 
     Returns:
-        `(B, N, D)`, dtype of `x`. Tokens with a non-finite norm are returned unchanged and are
-        never matched. Ties go to the lowest reference, then the lowest token. The gradient treats
-        the choice of match as constant. Arithmetic is fp32 (fp64 for fp64), rounded once.
+        `(B, N, D)`, dtype of `x`. Arithmetic is fp32 (fp64 for fp64), rounded once. The result
+        saturates at the largest finite number of the dtype (fp16: 65,504), so finite tokens stay
+        finite; with `combine="sum"` the fp32 sum saturates after each push, too. Tokens with a
+        non-finite norm are returned unchanged and are never matched: tokens with NaN or infinity,
+        and tokens whose fp32 norm overflows (numbers from 1.8e19 on, in bf16 and fp32). Ties go to
+        the lowest reference, then the lowest token. The gradient treats the choice of match as
+        constant, and passes through saturation as through rounding; it is not saturated itself.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names shapes and values.
-        RuntimeError: `backend="triton"`, but Triton cannot run here.
+        RuntimeError: `backend="triton"`, but Triton cannot run here; or a derivative of forward
+            mode or of `torch.func`, which the operator does not have.
     """
     return guide_tokens(
         x,

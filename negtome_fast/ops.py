@@ -2,7 +2,8 @@
 
 `negtome_fast::guide` and `guide_` (in place) match and push; `negtome_fast::match` only matches.
 In the backward pass the choice of match is constant: `dL/dx_i = (1 + alpha) g_i` where token i
-was pushed, and `dL/dr_j = -alpha * sum of g_i` over the tokens pushed away from `r_j`.
+was pushed, and `dL/dr_j = -alpha * sum of g_i` over the tokens pushed away from `r_j`. Saturation
+is treated as rounding is: the gradient passes. Gradients may overflow, as loss scalers expect.
 """
 
 from __future__ import annotations

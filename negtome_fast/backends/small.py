@@ -53,7 +53,8 @@ def fits(call: Call) -> bool:
     x = call.x
     if not x.is_cpu or not 0 < elements(x.shape, call.reference.shape[1], call.pairing) <= SMALL:
         return False
-    return call.alpha is None or all(abs(a) <= STRONGEST for a in call.alpha.view(-1).tolist())
+    alpha = None if call.alpha is None else call.alpha.tolist()
+    return all(abs(a) <= STRONGEST for a in (alpha if isinstance(alpha, list) else [alpha or 0.0]))
 
 
 def elements(shape: torch.Size, length: int, pairing: Pairing) -> int:

@@ -1,6 +1,7 @@
 """The authors' function, with their name and arguments.
 
-The result is theirs up to fp32 rounding, but no N x N matrix is made.
+The result is theirs up to fp32 rounding, but no N x N matrix is made. Numbers that they round to
+infinity become the largest finite number of the dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import check_tokens
 from ..functional import negtome as _negtome
-from ..naive import Saturated
+from ..naive import Saturated, is_finite
 
 
 def negtome(
@@ -72,16 +73,17 @@ def _with_pair_mask(
     # Only to check the arguments.
     _negtome(x[:0], alpha=alpha, threshold=threshold, dropout=dropout)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    unit, reference = F.normalize(wide, dim=-1), wide[0]
+    unit, reference, finite = F.normalize(wide, dim=-1), wide[0], is_finite(wide)
     best = torch.full(x.shape[:2], -torch.inf, dtype=wide.dtype, device=x.device)
     index = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     for frame in range(x.shape[0]):
         for start in range(0, x.shape[1], chunk):
             part = slice(start, start + chunk)
             similarity = unit[frame] @ unit[0, part].T
-            similarity.masked_fill_(~pairs[frame, :, part], -torch.inf)
+            allowed = pairs[frame, :, part] & finite[frame, :, None] & finite[0, part]
+            similarity.masked_fill_(~allowed, -torch.inf)
             best[frame, part], index[frame, part] = similarity.max(dim=0)
-    moves = best > threshold
+    moves = (best > threshold) & finite & finite[0, index]
     if dropout > 0.0:
         moves &= torch.rand(moves.shape, device=x.device) > dropout
     moved = Saturated.apply(wide + alpha * (wide - reference[index]), x.dtype)

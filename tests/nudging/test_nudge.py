@@ -76,6 +76,30 @@ def test_every_backend_takes_the_defined_steps(
     assert bool((error <= limit).all()), error.max()
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_latents_of_fp16_stay_finite(backend: str, objective: str) -> None:
+    latents, arguments = problem(objective, torch.float16)
+    latents = (2e4 * latents).clamp(-65504, 65504)
+    arguments.update(beta=1e5, step_size=50.0 if objective == "cosine" else 0.1)
+    expected = oracle(latents, arguments)
+    result = nudge(latents, backend=backend, **arguments)
+    assert bool(result.latents.isfinite().all()) and bool((result.latents.abs() == 65504).any())
+    wanted = expected.latents.clamp(-65504, 65504)
+    torch.testing.assert_close(result.latents.double(), wanted, rtol=2e-3, atol=50)
+
+
+@pytest.mark.parametrize("objective", ["paper", "cosine"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_beyond_the_range_of_fp32_is_not_taken(backend: str, objective: str) -> None:
+    latents, arguments = problem(objective, torch.float32)
+    arguments.update(beta=1e9, step_size=1e10 if objective == "paper" else 1e30)
+    result = nudge(latents, backend=backend, **arguments)
+    assert result.reasons == ("non-finite",) * 3
+    assert bool(result.latents.isfinite().all()) and bool(result.distance.isfinite().all())
+    assert result.trace is not None and bool(result.trace.isfinite().all())
+
+
 def test_the_cases_stop_for_different_reasons() -> None:
     seen = set()
     for objective in OBJECTIVES:
