@@ -1,6 +1,7 @@
 # Every target sets up .venv with the versions of constraints.txt first, and skips that when done.
 #   make demo     pictures with and without guidance, on the embedded model
 #   make test     the tests          make lint    ruff, mypy, and the floors of imports
+#   make fuzz     a million random problems against an fp64 oracle, before a release
 #   make compile-check   all kernels for all GPUs, by two versions of Triton, against bench/results
 #   make compile-tables  the same, written there and to docs/kernels.md
 #   make candidates      what both compilers make of the tuner's candidates, negtome_fast/tuner/compiled
@@ -8,7 +9,7 @@
 #   make pictures the pictures of docs/            make pages   the generated parts of the pages
 #   make docs     the site of docs/, in site/; any warning is an error
 #   make clean    remove .venv, caches and build products
-# Variables: PYTHON (default python3), ARGS (demo, pictures, pages, test, bench, candidates), PIP_ARGS, TRITON;
+# Variables: PYTHON (default python3), ARGS (demo, pictures, pages, test, fuzz, bench, candidates), PIP_ARGS, TRITON;
 # PIP_ARGS adds options to pip, such as another package index; TRITON is the second compiler.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
 .PHONY: demo pictures pages test lint format bench compile-check compile-tables candidates other-triton
-.PHONY: docs clean
+.PHONY: docs fuzz clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,6 +40,9 @@ test: $(VENV)/installed-all
 	@$(MAKE) -s other-triton || echo "no Triton $(TRITON): the test that compiles with it is skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark \
 		-n auto --maxprocesses 8 --dist worksteal $(ARGS) tests
+
+fuzz: $(VENV)/installed-all
+	$(BIN)/python -m tests.fuzz --problems 1000000 $(ARGS)
 
 lint: $(VENV)/installed-all
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ from .workers import ALONE, Team
 SAMPLED = 8
 #: Up to this many tokens, Python counts distinct keys faster than torch sorts them.
 COUNTED = 256
+#: Other sums are tried, as often as this, if two tokens that differ have the same.
+ATTEMPTS = 4
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,17 +53,22 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _weights(channels: int, device: torch.device) -> Tensor:
+def _weights(channels: int, device: torch.device, attempt: int) -> Tensor:
     """Odd int64 numbers `(D,)` by which sums of bits tell tokens apart."""
-    generator = torch.Generator("cpu").manual_seed(channels)
+    generator = torch.Generator("cpu").manual_seed(channels + attempt)
     with torch.inference_mode(False):
         numbers = torch.randint(-(2**62), 2**62, (channels,), generator=generator, device="cpu")
         return numbers.mul_(2).add_(1).to(device)
 
 
-def _keys(tokens: Tensor) -> Tensor:
+def _keys(tokens: Tensor, attempt: int = 0) -> Tensor:
     """Sums of bits `(...)` of tokens `(..., D)`: equal tokens have equal keys."""
-    return (_bits(tokens) * _weights(tokens.shape[-1], tokens.device)).sum(dim=-1)
+    bits = _bits(tokens)
+    if tokens.element_size() == 8:
+        bits = bits ^ (bits >> 32)
+    terms = bits * _weights(tokens.shape[-1], tokens.device, attempt)
+    # A sign is a high bit, and two of them would cancel.
+    return (terms ^ (terms >> 31)).sum(dim=-1)
 
 
 def _sample_keys(tokens: Tensor) -> Tensor:
@@ -99,11 +106,11 @@ def lowest(tokens: Tensor, team: Team = ALONE) -> Tensor:
     return _find(tokens[None], None, 1, team).first[0]
 
 
-def _full_keys(tokens: Tensor, sample: Tensor, team: Team) -> Tensor:
+def _full_keys(tokens: Tensor, sample: Tensor, team: Team, attempt: int) -> Tensor:
     """Keys `(sets, K)` of all channels; on a CPU only of tokens whose `sample` another one has."""
     length, channels = tokens.shape[1:]
     if not tokens.is_cpu:
-        return _keys(tokens).view(sample.shape)
+        return _keys(tokens, attempt).view(sample.shape)
     ordered, order = sample.sort(dim=1)
     same = ordered[:, 1:] == ordered[:, :-1]
     shared = torch.zeros_like(ordered, dtype=torch.bool)
@@ -115,7 +122,7 @@ def _full_keys(tokens: Tensor, sample: Tensor, team: Team) -> Tensor:
 
     def add_up(_: int, number: int) -> None:
         some = numbers[parts[number]]
-        found[parts[number]] = _keys(tokens[some // length, some % length])
+        found[parts[number]] = _keys(tokens[some // length, some % length], attempt)
 
     team.each(len(parts), add_up)
     keys = sample.clone()
@@ -149,13 +156,16 @@ def _group(keys: Tensor, length: int) -> _Equals:
 
 def _find(tokens: Tensor, allowed: Tensor | None, sets: int, team: Team) -> _Equals:
     """Find equal tokens among `(items, M, D)`, whose items form equal sets."""
-    length = tokens.shape[1]
-    keys = _full_keys(tokens, _sample_keys(tokens).view(sets, -1), team)
-    own = torch.arange(keys.shape[1], device=keys.device)
-    if allowed is not None:
-        keys = torch.where(allowed.reshape(keys.shape), keys, -1 - own)
-    equals = _group(keys, length)
-    member = _is_equal(tokens, equals.first, own, team)
+    sample = _sample_keys(tokens).view(sets, -1)
+    own = torch.arange(sample.shape[1], device=sample.device)
+    for attempt in range(ATTEMPTS if tokens.is_cpu else 1):
+        keys = _full_keys(tokens, sample, team, attempt)
+        if allowed is not None:
+            keys = torch.where(allowed.reshape(keys.shape), keys, -1 - own)
+        equals = _group(keys, tokens.shape[1])
+        member = _is_equal(tokens, equals.first, own, team)
+        if tokens.is_cpu and bool(member.all()):
+            return equals
     return _Equals(*(t.where(member & member.gather(1, t), own) for t in equals))
 
 
