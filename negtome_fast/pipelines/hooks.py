@@ -210,7 +210,7 @@ class ModelHooks(Unsaved):
         _refuse_recomputation(model)
         self._open_forward(model, arguments, latents)
         if self._references is None:
-            self._notice_equal(latents, arguments)
+            self._notice_equal(latents, arguments, division)
         else:
             call = self._inputs.bind(model, args, kwargs)
             try:
@@ -301,14 +301,18 @@ class ModelHooks(Unsaved):
         current.forward = self._attention
 
     def _notice_equal(
-        self, latents: torch.Tensor, arguments: Mapping[str, Any], references: Sequence[Any] = ()
+        self,
+        latents: torch.Tensor,
+        arguments: Mapping[str, Any],
+        division: BatchGroups,
+        references: Sequence[Any] = (),
     ) -> None:
         """Notes the items that have been equal in all guided forwards of the run.
 
         They are read once a run, and again only while some are equal: noise may separate them.
         """
         before, guidance = self._equal, self.guidance
-        if before is not None and not before:
+        if division.order is not None or (before is not None and not before):
             return
         now = equal_pairs(latents, arguments, guidance.groups, references)
         self._equal = now if before is None else now & before
@@ -353,7 +357,7 @@ class ModelHooks(Unsaved):
             schedule.scheduler_at(*time) if schedule else None,
             lambda: ModelCall(model, schedule.pipe if schedule else None).generator(),
         )
-        self._notice_equal(latents, call.arguments, given)
+        self._notice_equal(latents, call.arguments, division, given)
         group_size = batch // groups
         devices = [latents.device] if latents.is_cuda else []
         for first in range(0, len(given), group_size):

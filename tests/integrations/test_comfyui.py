@@ -223,7 +223,7 @@ def test_info_tells_what_was_done_in_the_last_run() -> None:
     sample(guided, 2)
     samples, text = nodes.info(guided, {"samples": 1})
     assert samples == {"samples": 1}
-    assert text.count("guided 4 of 4 model forwards, 2 guidance groups") == 2
+    assert text.count("guided 4 of 4 model forwards, 2 guidance parts, 1 group in each") == 2
     assert text.index("NegToMe (avoid image)") < text.index("NegToMe (batch diversity)")
     assert "single_blocks.0" in text
     shown = nodes.NODE_CLASS_MAPPINGS["NegToMeInfo"]().run(model=guided, samples=samples)

@@ -158,8 +158,8 @@ def test_a_batch_is_guided_and_the_model_stays_as_it_was(
     plain, moved = (program.images(done, f"{name}-images") for name in ("before", "guided"))
     assert len(plain) == len(moved) == 3
     assert np.array_equal(plain[0], moved[0]) and not np.array_equal(plain[1], moved[1])
-    groups = 1 if cfg == 1 else 2
-    assert f"guided 4 of 4 model forwards, {groups} guidance group" in summary(done, "guided")
+    grouping = "1 guidance group in the batch" if cfg == 1 else "2 guidance parts, 1 group in each"
+    assert f"guided 4 of 4 model forwards, {grouping}" in summary(done, "guided")
     assert "not guided" in summary(done, "before")
 
 
@@ -248,7 +248,9 @@ def test_a_single_image_avoids_a_picture_or_a_region_of_it(
     assert not torch.equal(plain, whole) and not torch.equal(plain, region)
     assert not torch.equal(whole, region)
     assert len(program.images(done, "whole-images")) == 1
-    assert "guided 4 of 4 model forwards, 2 guidance groups" in summary(done, "region")
+    assert "guided 4 of 4 model forwards, 2 guidance parts, 1 group in each" in summary(
+        done, "region"
+    )
 
 
 @real
@@ -355,7 +357,7 @@ def test_a_trained_model_makes_the_pictures_that_it_makes_in_diffusers(program: 
             assert np.abs(mine / 255 - theirs).max() < 0.02
     assert np.abs(expected["plain"][1] - expected["guided"][1]).max() > 0.2
     told = summary(done, "guided").splitlines()
-    assert told[0].endswith("guided 5 of 10 model forwards, 2 guidance groups in the batch")
+    assert told[0].endswith("guided 5 of 10 model forwards, 2 guidance parts, 1 group in each")
     assert handle.summary().guided == 10  # diffusers calls FLUX once for each half
 
 

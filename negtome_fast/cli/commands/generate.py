@@ -128,7 +128,7 @@ def _add_guidance(group: Any) -> None:
     add("--dropout", type=float)
     add("--blocks", action="append", help="blocks of the model to guide; may be repeated")
     add("--exclude-blocks", action="append")
-    add("--groups", type=int, help="groups of the batch; default: found automatically")
+    add("--groups", type=int, help="groups in each guidance part; default: one for each prompt")
     add("--backend", choices=("auto", "triton", "torch", "reference"))
     add("--blur", type=float, help="blur of the drafts of --preset sharpen, default 2")
 

@@ -206,7 +206,7 @@ class Guide:
         """Wraps a forward (APPLY_MODEL) at a sigma t (B,): opens and closes a step of the guidance.
 
         ComfyUI's batch has one part (items, ...) for each entry of `cond_or_uncond`, as many as fit
-        into memory. These parts are the guidance groups; images of several prompts divide them.
+        into memory. These are the guidance parts; images of several prompts are groups in each.
 
         Raises:
             ValueError: the batch is not that of the run's images, or another node skipped blocks.
@@ -224,7 +224,10 @@ class Guide:
         model = executor.class_obj.diffusion_model
         grid = None if type(model).__name__ == UNET else image_grid(model, x)[1:]
         active = self.guidance.begin_step(
-            _NEVER if self._idle else self._time(sigma), groups=parts * self._groups, grid=grid
+            _NEVER if self._idle else self._time(sigma),
+            parts=parts,
+            groups=self._groups,
+            grid=grid,
         )
         run.forwards.append(sigma)
         run.guided += active
