@@ -41,7 +41,11 @@ STABLE_VIDEO = LoopFamily(
     lambda run: (FRAMES, 4, *run.grid(8)),
     stable_video_arguments,
     scheduler=Part(
-        "EulerDiscreteScheduler", timestep_type="continuous", sigma_max=700.0, sigma_min=0.002
+        "EulerDiscreteScheduler",
+        timestep_type="continuous",
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        sigma_min=0.002,
     ),
     grids=TWO_RESOLUTIONS,
     frames=FRAMES,
