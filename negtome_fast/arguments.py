@@ -297,7 +297,7 @@ def draw_source_mask(
         # As in diffusers: a generator on the CPU draws there, whatever the device of x.
         device = x.device if generator is None else generator.device
         # generator=None is left out: that overload takes no symbolic sizes.
-        given = {} if generator is None else {"generator": generator}
+        given: dict[str, Any] = {} if generator is None else {"generator": generator}
         drawn = torch.rand(items, tokens, dtype=torch.float32, device=device, **given)
         kept = (drawn > float(dropout)).to(x.device)
         source_mask = kept if source_mask is None else source_mask & kept

@@ -24,6 +24,8 @@ OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 
 MOST_SCALE = 1_000_000
 """Largest guidance scale."""
+MOST_BLUR = 1000
+"""Largest radius of a blur, in 64ths of the longer side, which leaves one colour."""
 
 UNGUIDED, NEGATIVE, GUIDED = "unguided", "negative prompt", "NegToMe"
 
@@ -132,8 +134,11 @@ class Request:
         sharpens = settings.preset == "sharpen"
         if sharpens and settings.references:
             raise ValueError("`sharpen` and `references` are two studies: ask for one of them")
-        if sharpens and not 0 < settings.blur < math.inf:
-            raise ValueError(f"`sharpen` is the radius of a blur, above 0, got {settings.blur:g}")
+        if sharpens and not 0 < settings.blur <= MOST_BLUR:
+            raise ValueError(
+                f"`sharpen` is the radius of a blur, above 0 and up to {MOST_BLUR}, "
+                f"got {settings.blur:g}"
+            )
         if (sharpens or settings.references) and any(
             "reference" in {**settings.guidance, **more} for more in self.guidances.values()
         ):
