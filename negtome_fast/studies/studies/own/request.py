@@ -24,6 +24,8 @@ OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 
 MOST_SCALE = 1_000_000
 """Largest guidance scale."""
+MOST_STEPS = 10_000
+"""Largest number of steps; a scheduler has 1,000 to choose from."""
 MOST_BLUR = 1000
 """Largest radius of a blur, in 64ths of the longer side, which leaves one colour."""
 
@@ -125,6 +127,8 @@ class Request:
             )
         if len(set(self.scales)) < len(self.scales):
             raise ValueError("`guidance_scale` has a value twice")
+        if self.settings.steps is not None and self.settings.steps > MOST_STEPS:
+            raise ValueError(f"`steps` must be 1 to {MOST_STEPS:,}, got {self.settings.steps}")
         self._check_purpose()
         for condition in self.conditions():
             condition.settings(self.settings, self.scales[0]).check()
