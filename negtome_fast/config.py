@@ -248,15 +248,15 @@ class NegToMeConfig:
         timestep: float | None,
         step: int | None = None,
         num_steps: int | None = None,
-        tolerance: float | None = 0.0,
+        tolerance: float = 0.0,
     ) -> bool:
         """Returns True if a step lies in the window.
 
         Args:
             timestep: the scheduler's timestep, 1000 to 0; may be None if the window counts steps.
             step, num_steps: index of the step from 0, and number of steps of the run; needed if
-                        `steps` is set, and `step` if `first_steps` is.
-            tolerance: rounding error of `timestep`, in timesteps; None is 0.
+                `steps` is set, and `step` if `first_steps` is.
+            tolerance: rounding error of `timestep`, in timesteps.
 
         Raises:
             TypeError, ValueError: an argument that the window needs is missing, or is no number.
@@ -278,7 +278,7 @@ class NegToMeConfig:
             return self.steps[0] - 1e-9 <= done < self.steps[1] - 1e-9
         if timestep is None:
             raise ValueError("a window in timesteps needs the timestep of the step")
-        slack = (0.0 if tolerance is None else as_number("tolerance", tolerance)) + _ROUNDING
+        slack = as_number("tolerance", tolerance) + _ROUNDING
         return self.t_end - slack <= as_number("timestep", timestep) <= self.t_start + slack
 
 

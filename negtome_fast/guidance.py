@@ -163,7 +163,8 @@ class Guidance:
         if timestep is not None:
             timestep, rounding = read_timestep(timestep)
             tolerance = rounding if tolerance is None else tolerance
-        active = self.config.includes_step(timestep, step, num_steps, tolerance)
+        slack = 0.0 if tolerance is None else tolerance
+        active = self.config.includes_step(timestep, step, num_steps, slack)
         groups = parts * (self.config.groups or groups)
         if self._step is not None:  # nobody closed it
             self._count_matches(self._step)
@@ -177,7 +178,7 @@ class Guidance:
                 self._measured += not any(self._settings.alphas)
                 self._groups, self._parts = groups, parts
         watch = self.watch
-        self.say(watch.notice(self.config, timestep, step, num_steps, tolerance or 0.0, active))
+        self.say(watch.notice(self.config, timestep, step, num_steps, slack, active))
         return active
 
     def end_step(self, *, completed: bool = True) -> None:

@@ -170,10 +170,9 @@ def read_timestep(timestep: float | Tensor) -> tuple[float, float]:
 
     bf16 keeps 8 bits: a FLUX model is given 0.8984 for 0.9, a timestep of 898.4.
     """
-    kept = isinstance(timestep, Tensor) and not (timestep.is_meta or timestep.is_complex())
-    if not (isinstance(timestep, Tensor) and kept and timestep.numel()):
+    if not isinstance(timestep, Tensor) or timestep.is_complex() or not timestep.numel():
         return as_number("timestep", timestep), 0.0
     given = timestep.detach()
-    value = float((given.amax() if given.ndim > 1 else given.reshape(-1)[0]).item())
+    value = as_number("timestep", given.amax() if given.ndim > 1 else given.reshape(-1)[0])
     rounding = torch.finfo(timestep.dtype).eps * 1000 if timestep.is_floating_point() else 0.0
     return value, rounding

@@ -55,7 +55,7 @@ class NegToMe(nn.Module):
         if name in ("alpha", "threshold") and not isinstance(value, Tensor):
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-            limit = torch.finfo(torch.float32).max
+            limit: Any = torch.finfo(torch.float32).max
             if not -limit <= value <= limit:
                 raise ValueError(f"{name} must be finite in fp32, got {_shown(value)}")
             self._buffers[name].fill_(float(value))  # type: ignore[union-attr]

@@ -76,7 +76,7 @@ def _sizes(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, (tuple, list)) or len(shape) != 3:
         raise wrong
     for size in shape:
-        if isinstance(size, bool) or not isinstance(size, Integral) or not 0 < size < 2**31:
+        if isinstance(size, bool) or not isinstance(size, Integral) or not 0 < int(size) < 2**31:
             raise wrong
     if math.prod(map(int, shape)) > MOST_ELEMENTS:
         raise ValueError(f"the shape {shape!r} has more than {MOST_ELEMENTS:,} elements")

@@ -132,7 +132,7 @@ class AuthorsConfig(NegToMeConfig):
         timestep: float | None,
         step: int | None = None,
         num_steps: int | None = None,
-        tolerance: float | None = None,
+        tolerance: float = 0.0,
     ) -> bool:
         if timestep is None or self.steps is not None:
             return super().includes_step(timestep, step, num_steps, tolerance)

@@ -24,6 +24,10 @@ OFFERED = ("embedded", "dreamsim", "clip", "lpips")
 
 MOST_SCALE = 1_000_000
 """Largest guidance scale."""
+MOST_STEPS = 10_000
+"""Largest number of steps; a scheduler has 1,000 to choose from."""
+MOST_BLUR = 1000
+"""Largest radius of a blur, in 64ths of the longer side, which leaves one colour."""
 
 UNGUIDED, NEGATIVE, GUIDED = "unguided", "negative prompt", "NegToMe"
 
@@ -123,6 +127,8 @@ class Request:
             )
         if len(set(self.scales)) < len(self.scales):
             raise ValueError("`guidance_scale` has a value twice")
+        if self.settings.steps is not None and self.settings.steps > MOST_STEPS:
+            raise ValueError(f"`steps` must be 1 to {MOST_STEPS:,}, got {self.settings.steps}")
         self._check_purpose()
         for condition in self.conditions():
             condition.settings(self.settings, self.scales[0]).check()
@@ -132,8 +138,11 @@ class Request:
         sharpens = settings.preset == "sharpen"
         if sharpens and settings.references:
             raise ValueError("`sharpen` and `references` are two studies: ask for one of them")
-        if sharpens and not 0 < settings.blur < math.inf:
-            raise ValueError(f"`sharpen` is the radius of a blur, above 0, got {settings.blur:g}")
+        if sharpens and not 0 < settings.blur <= MOST_BLUR:
+            raise ValueError(
+                f"`sharpen` is the radius of a blur, above 0 and up to {MOST_BLUR}, "
+                f"got {settings.blur:g}"
+            )
         if (sharpens or settings.references) and any(
             "reference" in {**settings.guidance, **more} for more in self.guidances.values()
         ):
