@@ -72,11 +72,12 @@ def generate(pipe: Any, **settings: Any) -> Tensor:
 
 
 def test_both_are_guided_as_one() -> None:
+    """The prompts differ, so that their captions have several lengths."""
     pipe = IDEOGRAM4.build()
     before = generate(pipe, steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with negtome_guidance(pipe, ALWAYS, steps=(0.0, 0.5)) as handle:
+        with negtome_guidance(pipe, ALWAYS, steps=(0.0, 0.5), groups=1) as handle:
             guided = generate(pipe, steps=2)
     summary = handle.summary()
     assert (summary.forwards, summary.guided, summary.groups) == (4, 2, 1)
