@@ -20,7 +20,7 @@ NOTHING = -float("inf")
 
 
 class Decision(NamedTuple):
-    """What a call decided for the tokens of an item: similarity, slot and token `(N,)`.
+    """The decision for the tokens of an item: similarity, slot and token `(N,)`.
 
     `moved` is True where slot and token mean something.
     """

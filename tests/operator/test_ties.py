@@ -110,7 +110,8 @@ def test_the_first_is_chosen_however_a_library_rounds(
 
 
 @pytest.mark.parametrize(
-    ("count", "channels", "workers"), [(1700, 1280, 1), (1700, 1280, 2), (4096, 1536, 2)]
+    ("count", "channels", "workers"),
+    [(1124, 1280, 1), (1700, 1280, 1), (1700, 1280, 2), (4096, 1536, 2)],
 )
 def test_the_narrower_last_block_of_columns_is_no_exception(
     count: int, channels: int, workers: int, threads: None, monkeypatch: pytest.MonkeyPatch
