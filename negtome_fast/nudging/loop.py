@@ -90,18 +90,12 @@ def generate_with_nudging(
         raise TypeError(f"filters must have a method judge, {type(wrong[0]).__name__} has none")
     if method in NUDGING:
         check_callback(pipe)
-    for name, value, kind in (
-        ("schedule", schedule, NudgeSchedule),
-        ("negtome", negtome, NegToMeConfig),
-    ):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     batch = PipelineBatch(pipe, prompt, num_images_per_prompt, generator, call)
     retries = _Retries(
         batch,
         BankSearch(undesired),
         searches_by_prompt(desired, batch.prompts),
-        schedule or NudgeSchedule(),
+        NudgeSchedule() if schedule is None else schedule,
         method,
         negtome,
     )
@@ -147,6 +141,13 @@ class _Retries:
     schedule: NudgeSchedule
     method: Method
     negtome: NegToMeConfig | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NudgeSchedule):
+            found = type(self.schedule).__name__
+            raise TypeError(f"schedule must be a NudgeSchedule, got {found}")
+        if self.negtome is not None and not isinstance(self.negtome, NegToMeConfig):
+            raise TypeError(f"negtome must be a NegToMeConfig, got {type(self.negtome).__name__}")
 
     def generate(
         self, images: Tensor, flagged: Sequence[int], attempt: int
