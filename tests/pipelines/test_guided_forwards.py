@@ -21,7 +21,7 @@ from helpers.families.core import denoiser
 from negtome_fast.config import NegToMeConfig
 from negtome_fast.pipelines import layouts, negtome_guidance
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__")  # of numpy 2, about diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array_")  # of numpy 2, about diffusers
 
 EVERY_TOKEN = NegToMeConfig(threshold=-1.0, t_start=1000, t_end=0)
 STEPS = 3

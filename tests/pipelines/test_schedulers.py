@@ -17,7 +17,7 @@ from helpers.families.core import denoiser
 from helpers.pipelines_fixtures import ALWAYS, built, generate
 from negtome_fast.pipelines import negtome_guidance
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__")  # of numpy 2, about diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array_")  # of numpy 2, about diffusers
 
 STEPS = 6
 VELOCITY = {"prediction_type": "v_prediction"}
