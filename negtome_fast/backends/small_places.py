@@ -1,4 +1,4 @@
-"""Constants of a pairing that the small path of the torch backend uses in every call."""
+"""Constants of a pairing for `small`: rows, offsets and results that no call changes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Places(NamedTuple):
 
 @lru_cache(maxsize=64)
 def places_of(pairing: Pairing, matching: str, tokens: int, length: int) -> Places:
+    """Constants of this pairing, for `tokens` source tokens and references of `length`."""
     items = [
         [pairing.reference_item(item, slot) for slot in range(pairing.slots)]
         for item in pairing.sources
