@@ -233,7 +233,10 @@ def draw(seed: int, triton: bool = False) -> Fuzzed:
 
 def _draw_push(d: _Draw, arguments: dict[str, Any], x: Tensor, slots: int) -> None:
     """Add what only the push reads."""
-    alphas, thresholds = (0.9, 0.9, -0.5, 0.0, 2.5, 100.0, 1e-3), (-1.0, -2.0, 0.3, 0.65, 1.0, 1.5)
+    alphas, thresholds = (
+        (0.9, 0.9, -0.5, 0.0, 2.5, 100.0, 1e20, 1e-3),
+        (-1.0, -2.0, 0.3, 0.65, 1.0, 1.5),
+    )
     arguments["combine"] = d.random.choice(("nearest", "nearest", "nearest", "sum"))
     if slots > 1 and d.chance(0.5):
         arguments["alpha"] = torch.tensor([d.random.choice(alphas) for _ in range(slots)])
