@@ -56,7 +56,7 @@ class Undrawn(NoisePipeline):
         ({"return_dict": False}, "return_dict cannot be given"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must have 1 entries, got 2"),
     ],
-    ids=str,
+    ids=lambda case: ", ".join(case) if isinstance(case, dict) else "",
 )
 def test_generate_with_nudging_refuses(arguments: dict[str, Any], message: str) -> None:
     usual: dict[str, Any] = {"prompt": "x", "filters": [NEVER], "undesired": BANK}
@@ -74,7 +74,7 @@ def test_generate_with_nudging_refuses(arguments: dict[str, Any], message: str) 
         ({"step_size": 1e300}, r"step_size must be at most 3\.403e\+38, got 1e"),
         ({"steps": 10**20}, "steps must be at most 1000000, got 1000"),
     ],
-    ids=str,
+    ids=lambda case: ", ".join(case) if isinstance(case, dict) else "",
 )
 def test_nudge_refuses(weights: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
