@@ -127,15 +127,15 @@ class _Draw:
             values[self.random.randrange(items)] = values[self.random.randrange(items)]
         if self.chance(0.15):
             values[:, :: self.random.choice((2, 3))] = 0
-        if self.chance(0.15) and values.is_floating_point():
-            item, token = self.random.randrange(items), self.random.randrange(count)
-            bad = self.random.choice((float("nan"), float("inf"), -float("inf")))
-            values[item, token, self.random.randrange(channels)] = bad
         if self.chance(0.15) and count > 1:
             # Two tokens that differ by one unit in the last place.
             values[:, -1] = values[:, 0]
             up = torch.full((), float("inf"), dtype=self.dtype)
             values[:, -1, 0] = torch.nextafter(values[:, -1, 0], up)
+        if self.chance(0.15):
+            item, token = self.random.randrange(items), self.random.randrange(count)
+            bad = self.random.choice((float("nan"), float("inf"), -float("inf")))
+            values[item, token, self.random.randrange(channels)] = bad
         return values
 
     def strided(self, values: Tensor, keep: bool = False) -> Tensor:
@@ -166,7 +166,7 @@ class _Draw:
     def size(self) -> tuple[int, int, int]:
         channels = self.random.choice(CHANNELS[:8] if self.tiny else CHANNELS)
         count = self.random.choice(TOKENS[:6] if self.tiny else TOKENS)
-        if not self.tiny and self.chance(0.02):
+        if not self.tiny and self.chance(0.01):
             count, channels = self.random.randint(257, 400), self.random.choice(CHANNELS[:8])
         items = self.random.choice((1, 2, 2, 3) if count > 60 or self.tiny else (1, 2, 3, 4, 6))
         return items, count, channels
