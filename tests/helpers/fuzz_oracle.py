@@ -15,7 +15,7 @@ from helpers.fuzz_problems import Fuzzed
 
 #: Results saturate at the largest finite number of their dtype. While False, numbers beyond it are
 #: not compared.
-SATURATES = False
+SATURATES = True
 NOTHING = -float("inf")
 
 
