@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 _MACHINE = re.sub(r"\W", "_", platform.node()) or "_"
@@ -59,9 +60,15 @@ def check_writable(field: str, folder: Path) -> None:
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise NotADirectoryError(f"`{field}` {folder} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"`{field}` {folder} cannot be written: no access to {existing}")
+        raise NotADirectoryError(
+            f"`{field}` {folder} cannot be made: {existing} is a file; give a folder"
+        )
+    try:  # permissions do not tell what root may do, nor a file system that is read-only
+        with tempfile.TemporaryDirectory(prefix=".negtome-fast-", dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"`{field}` {folder} cannot be written to: {reason}") from error
 
 
 def is_partial(path: Path) -> bool:

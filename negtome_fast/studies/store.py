@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 
 Arrays = dict[str, np.ndarray]
 
@@ -114,27 +113,8 @@ def _write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # of a full disk
 
 
-def check_folder(field: str, folder: Path) -> None:
-    """Check that files can be written to a folder, which need not exist, and leave nothing there.
-
-    Work of hours is written to it at the end, so the check comes first.
-
-    Raises:
-        OSError: they cannot; the message begins with `field`.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"`{field}` {folder}: {existing} is a file; give a folder")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".negtome-fast-", dir=existing):
-            pass
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OSError(f"`{field}` {folder} cannot be written to: {reason}") from error
-
-
 def check_file(field: str, path: Path) -> None:
-    """Check that a file can be written, and leave nothing; raises as `check_folder`."""
+    """Check that a file can be written, and leave nothing; raises as `check_writable`."""
     if path.is_dir():
         raise IsADirectoryError(f"`{field}` {path} is a folder; give a file")
-    check_folder(field, path.parent)
+    check_writable(field, path.parent)

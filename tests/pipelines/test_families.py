@@ -140,20 +140,21 @@ def test_before_the_projection_as_many_tokens_are_guided(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "projection", "attended"),
+    ("name", "block", "projection", "first", "attended"),
     [
-        ("cogview4", "transformer_blocks.0.attn1", "to_out.0", None),
-        ("flux2", "single_transformer_blocks.1.attn", "to_out", 16),
+        ("cogview4", "transformer_blocks.0.attn1", "to_out.0", TEXT, None),
+        ("flux2", "single_transformer_blocks.1.attn", "to_out", TEXT, 16),
+        ("kandinsky 5", "visual_transformer_blocks.0.self_attention", "out_layer", 0, None),
     ],
 )
 def test_the_image_in_front_of_a_projection(
-    name: str, block: str, projection: str, attended: int | None
+    name: str, block: str, projection: str, first: int, attended: int | None
 ) -> None:
     """CogView4 projects text and image together, FLUX.2 also the channels of its feed-forward."""
 
     def push(module: nn.Module, args: Any) -> Any:
         tokens = args[0].clone()
-        tokens[:, TEXT:, :attended] = negtome(tokens[:, TEXT:, :attended], threshold=0.1)
+        tokens[:, first:, :attended] = negtome(tokens[:, first:, :attended], threshold=0.1)
         return (tokens,)
 
     place = denoiser(built(name)).get_submodule(f"{block}.{projection}")

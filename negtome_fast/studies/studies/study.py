@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import provenance
+from ...files import check_writable
 from ...models import STEPS
 from ...models.avatars import STYLES, prompt_for
 from ..conditions import GROUP, Condition, Group, groups_of
 from ..sampler import Sampler
 from ..samples import Samples
 from ..scores import Real, Scores, scores_of
-from ..store import check_folder, save_png, save_text
+from ..store import save_png, save_text
 from . import figures as plots
 
 if TYPE_CHECKING:
@@ -217,9 +218,9 @@ def perform(study: Study, run: StudyRun) -> dict[str, Any]:
     """
     # What would fail at the end is tried first.
     plots.panels(1, 1)
-    check_folder("out", run.out)
+    check_writable("out", run.out)
     if run.sampler.store is not None:
-        check_folder("store", run.sampler.store)
+        check_writable("store", run.sampler.store)
     began = time.perf_counter()
     # Files are written at the end only; an interrupted run resumes from the images in the store.
     body = study.run(run)

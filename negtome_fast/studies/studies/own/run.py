@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from .... import generation, provenance
+from ....files import check_writable
 from ...conditions import Group
-from ...store import STORE, check_folder, save_png, save_text
+from ...store import STORE, save_png, save_text
 from .. import figures as plots
 from ..study import save
 from . import results
@@ -41,8 +42,8 @@ def perform(
     """
     # What would fail after an hour of drawing is tried first: matplotlib, and the folders.
     plots.panels(1, 1)
-    check_folder("out", out)
-    check_folder("store", store)
+    check_writable("out", out)
+    check_writable("store", store)
     meter = Meter(wanted)
     pipe = generation.load_pipeline(wanted.settings)
     # All plans are made before anything is drawn, so that a mistake shows at once.
