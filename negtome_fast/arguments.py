@@ -70,9 +70,10 @@ def check_combine(combine: str) -> None:
 
 def check_flag(name: str, value: Any) -> bool:
     """Return True or False, also of NumPy; raise `TypeError` for anything else."""
-    import numpy as np
-
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+    if value is True or value is False:
+        return value
+    # By name, because the kernels' package does without NumPy.
+    if type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
