@@ -164,15 +164,15 @@ class Recorded:
 
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
-        model = denoiser(pipe)
-        forward, signature = model.forward, inspect.signature(model.forward)
+        cls = type(denoiser(pipe))
+        forward, signature = cls.forward, inspect.signature(cls.forward)
 
-        @functools.wraps(forward)
+        @functools.wraps(forward)  # a function of another name would be taken for a step cache
         def record(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(dict(signature.bind(*args, **kwargs).arguments))
             return forward(*args, **kwargs)
 
-        monkeypatch.setattr(model, "forward", record)
+        monkeypatch.setattr(cls, "forward", record)
 
 
 def latents_of(call: dict[str, Any]) -> Tensor:
