@@ -14,35 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.comfyui_double import BaseModel, Flux, ModelPatcher, UNetModel, Vae, sample
+from helpers.comfyui_double import BaseModel, ModelPatcher, UNetModel, sample
+from helpers.comfyui_guided import SETTINGS, avoid, by_kind, diversity, model, summary
 from negtome_fast.integrations import comfyui
 from negtome_fast.integrations.comfyui import nodes
 from negtome_fast.integrations.comfyui.guide import guides_of
 
 PACK = Path(comfyui.__file__).parent
-KINDS = {"UNetModel": UNetModel, "Flux": Flux}
-SETTINGS = {"alpha": 0.9, "threshold": 0.0, "window": "percent", "start": 0.0, "end": 1.0}
-by_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def model(kind: str) -> ModelPatcher:
-    return ModelPatcher(BaseModel(KINDS[kind]()))
-
-
-def diversity(patcher: ModelPatcher, **settings: Any) -> ModelPatcher:
-    (guided,) = nodes.batch_diversity(patcher, **{**SETTINGS, "reference": "first", **settings})
-    return guided
-
-
-def avoid(patcher: ModelPatcher, count: int = 1, **settings: Any) -> ModelPatcher:
-    pictures = torch.rand(count, 40, 56, 3, generator=torch.Generator().manual_seed(9))
-    (guided,) = nodes.avoid_image(patcher, pictures, Vae(), **{**SETTINGS, **settings})
-    return guided
-
-
-def summary(guided: ModelPatcher) -> Any:
-    (guide,) = guides_of(guided)
-    return guide.guidance.summary()
 
 
 @by_kind

@@ -6,8 +6,6 @@ ties. The reference backend is left out: its product is one call of a library, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -54,14 +52,6 @@ def test_the_first_of_equal_tokens_is_chosen_where_few_meet(
     x = torch.randn(8, rows, channels, generator=generator).to(DEVICE)
     _, _, pushed = guide_tokens(x, reference, threshold=-1.0, backend=backend)
     assert bool(((pushed >= 0) & (pushed < distinct)).all())
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads after the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

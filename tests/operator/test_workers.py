@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,14 +35,6 @@ def pool_works() -> bool:
 needs_pool = pytest.mark.skipif(
     not pool_works(), reason="threads of this build of torch cannot be set one by one"
 )
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads after the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
