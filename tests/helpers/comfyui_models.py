@@ -6,6 +6,7 @@ token alone, so that a change to the latents shows which tokens are the image.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def block(**parts: nn.Module) -> nn.Module:
     return made
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, ABC):
     """Latents (B, 4, H, W), or (B, 4, F, H, W), in patches of 2."""
 
     patch_size: Any = 2
@@ -64,8 +65,9 @@ class Transformer(nn.Module):
         patches = self.outputs(image[:, :count]).unflatten(1, size).movedim(-1, 2)
         return nn.functional.pixel_shuffle(patches, 2).transpose(1, 2).reshape(x.shape)
 
+    @abstractmethod
     def blocks_of(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Returns the image tokens after all blocks."""
 
     def joint(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One attention over two streams, whose outputs it returns apart."""
